@@ -1,0 +1,47 @@
+"""memplan: say how many bytes you have; get the fastest step that provably fits, with the same numbers as before."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from memplan.planner.api import plan as plan
+    from memplan.planner.errors import BudgetError as BudgetError
+    from memplan.planner.errors import CaptureError as CaptureError
+    from memplan.planner.errors import InvalidSchedule as InvalidSchedule
+    from memplan.planner.errors import MachineError as MachineError
+    from memplan.planner.errors import MemplanError as MemplanError
+    from memplan.planner.errors import PlanMismatch as PlanMismatch
+    from memplan.planner.machine import Machine as Machine
+    from memplan.planner.machine import load_machine as load_machine
+    from memplan.planner.plan import Plan as Plan
+    from memplan.planner.plan import load as load
+    from memplan.planner.program import Program as Program
+    from memplan.planner.referee import referee as referee
+    from memplan.planner.schedule import Schedule as Schedule
+
+# name -> module that defines it; loaded on first use, so that `import memplan.solvers` does not import torch
+_FACE = {
+    "plan": "api",
+    "Plan": "plan",
+    "load": "plan",
+    "Machine": "machine",
+    "load_machine": "machine",
+    "Program": "program",
+    "Schedule": "schedule",
+    "referee": "referee",
+    "MemplanError": "errors",
+    "BudgetError": "errors",
+    "CaptureError": "errors",
+    "InvalidSchedule": "errors",
+    "MachineError": "errors",
+    "PlanMismatch": "errors",
+}
+__all__ = sorted(_FACE)  # noqa: PLE0605
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FACE:
+        raise AttributeError(f"module 'memplan' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"memplan.planner.{_FACE[name]}"), name)

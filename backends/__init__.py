@@ -1,0 +1,1 @@
+"""Schedule -> something that runs or is read."""

@@ -1,0 +1,1 @@
+"""Small frozen rewrites: `Program -> Program` or `Schedule -> Schedule`."""

@@ -1,0 +1,1 @@
+"""The verb: `plan(model, budget)`."""

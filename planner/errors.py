@@ -1,0 +1,44 @@
+"""One error for each way to be wrong; each says what was asked, what is true, and what to try."""
+
+
+class MemplanError(Exception):
+    """Anything memplan refuses to do."""
+
+
+class BudgetError(MemplanError, ValueError):
+    """A budget that cannot be read, or that no known schedule meets.
+
+    Attributes:
+        minimum: the smallest budget known to work, in bytes; None where the budget could not be read.
+    """
+
+    def __init__(self, message: str, minimum: int | None = None):
+        super().__init__(message)
+        self.minimum = minimum
+
+
+class CaptureError(MemplanError):
+    """The model cannot be traced into one program; the message names the line of the model."""
+
+
+class InvalidSchedule(MemplanError):
+    """The referee's verdict on a schedule that breaks a rule.
+
+    Attributes:
+        rule: the name of the first rule broken (a key of `memplan.planner.referee.RULES`).
+        instruction: the index of the instruction that breaks it, or None for the schedule as a whole.
+    """
+
+    def __init__(self, rule: str, instruction: int | None, message: str):
+        where = "the schedule" if instruction is None else f"instruction {instruction}"
+        super().__init__(f"{where} breaks '{rule}': {message}")
+        self.rule = rule
+        self.instruction = instruction
+
+
+class PlanMismatch(MemplanError):
+    """A plan that does not belong to this model, these arguments, or this version of the file format."""
+
+
+class MachineError(MemplanError, ValueError):
+    """A machine description that is unknown or cannot be read."""

@@ -1,0 +1,121 @@
+"""`Machine`: memory tiers, the units that compute on them, the links between them. Read from TOML.
+
+    Machine = Tier* Unit* Link*
+
+The first tier is where resident buffers live and what a budget limits. Presets are files in `planner/machines`,
+each figure with its source beside it.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from .errors import MachineError
+
+PRESETS = Path(__file__).parent / "machines"
+
+
+class Tier(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A memory.
+
+    Attributes:
+        capacity: bytes.
+        bandwidth: bytes per second that a unit reads or writes it at.
+        rounding: the allocator hands out multiples of this many bytes.
+        alignment: planned addresses are multiples of this.
+    """
+
+    name: str
+    capacity: int
+    bandwidth: float
+    rounding: int = 1
+    alignment: int = 1
+
+
+class Unit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Something that computes.
+
+    Attributes:
+        tier: the memory that it reads and writes.
+        flops: peak rate for each element type, in floating-point operations per second; `default` for the rest.
+        launch: seconds that any op takes at least.
+        efficiency: the share of the peak rate that large matrix products reach.
+    """
+
+    name: str
+    tier: str
+    flops: Mapping[str, float]
+    launch: float = 0.0
+    efficiency: float = 1.0
+
+
+class Link(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A one-way FIFO queue of copies between two tiers: bytes per second, and seconds per copy."""
+
+    source: str
+    target: str
+    bandwidth: float
+    latency: float = 0.0
+
+
+class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
+    """What a program runs on. `device` is the torch device type that it stands for."""
+
+    name: str
+    device: str
+    tiers: tuple[Tier, ...]
+    units: tuple[Unit, ...]
+    links: tuple[Link, ...] = ()
+
+    def tier_index(self, name: str) -> int:
+        """The index of the tier of that name."""
+        for index, tier in enumerate(self.tiers):
+            if tier.name == name:
+                return index
+        raise MachineError(f"machine {self.name} has no tier {name!r}; it has {[tier.name for tier in self.tiers]}")
+
+    def verify(self) -> None:
+        """Check that capacities and rates are positive and that names refer to something.
+
+        Raises:
+            MachineError: what is wrong.
+        """
+        if not self.tiers or not self.units:
+            raise MachineError(f"machine {self.name} needs at least one tier and one unit")
+        for tier in self.tiers:
+            if min(tier.capacity, tier.bandwidth, tier.rounding, tier.alignment) <= 0:
+                raise MachineError(f"tier {tier.name} of {self.name}: every figure must be positive")
+        for unit in self.units:
+            self.tier_index(unit.tier)
+            if "default" not in unit.flops or min(unit.flops.values()) <= 0 or not 0 < unit.efficiency <= 1:
+                raise MachineError(f"unit {unit.name} of {self.name}: needs positive flops with a 'default'")
+        for link in self.links:
+            self.tier_index(link.source)
+            self.tier_index(link.target)
+            if link.bandwidth <= 0 or link.latency < 0:
+                raise MachineError(f"link {link.source}->{link.target} of {self.name}: bandwidth must be positive")
+
+
+def preset_names() -> list[str]:
+    """The names that `load_machine` knows without a path."""
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
+def load_machine(name: str) -> Machine:
+    """A machine by preset name or TOML path.
+
+    Raises:
+        MachineError: no such preset or file, or one that cannot be read as a machine.
+    """
+    path = Path(name) if name.endswith(".toml") else PRESETS / f"{name}.toml"
+    if not path.is_file():
+        known = ", ".join(["local", *preset_names()])
+        raise MachineError(f"no machine {name!r}: give a TOML path or one of {known}")
+    try:
+        machine = msgspec.convert(tomllib.loads(path.read_text()), Machine)
+    except (tomllib.TOMLDecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
+        raise MachineError(f"{path} is not a machine description: {error}") from None
+    machine.verify()
+    return machine

@@ -1,0 +1,248 @@
+"""`Plan`: what `plan()` returns. A schedule the referee has accepted, with the program and machine it was made for."""
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+
+from .errors import PlanMismatch
+from .machine import Machine
+from .program import Program
+from .referee import Report, referee
+from .schedule import Run, Schedule
+from .units import show_bytes, show_seconds
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .capture import Captured
+
+FORMAT = 1
+
+
+class Recipe(msgspec.Struct, frozen=True):
+    """How the program was captured, so that a loaded plan can be applied: see `planner.capture.recapture`.
+
+    Attributes:
+        inputs: a JSON description of the example inputs (shapes, types and how they are nested).
+        train: whether the program holds a backward pass.
+        loss: the loss was the caller's own function, which a file cannot carry.
+        optimizer: the name of the optimizer counted in, or None.
+    """
+
+    inputs: str
+    train: bool
+    loss: bool
+    optimizer: str | None
+
+
+class Counts(msgspec.Struct, frozen=True):
+    """Activations by what the plan does with them. The sum is the number of activations the backward pass reads."""
+
+    keep: int
+    recompute: int
+    offload: int
+
+
+@dataclass(frozen=True)
+class Side:
+    """One schedule's figures: peak bytes and seconds, as the referee predicts them."""
+
+    schedule: Schedule
+    report: Report
+
+    @property
+    def peak(self) -> int:
+        """Largest number of bytes live on the device."""
+        return self.report.peak[0]
+
+    @property
+    def time(self) -> float:
+        """Seconds a step takes."""
+        return self.report.time
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A schedule that fits a budget.
+
+    Attributes:
+        program: the step.
+        machine: what it was planned for.
+        budget: bytes allowed; None where none was asked for.
+        planned: the schedule and what the referee says of it.
+        unplanned: the same for the step as eager PyTorch runs it.
+        status: `optimal` when `gap` is zero, else `feasible`.
+        gap: how much faster than this plan the best schedule can be at most: `(time - bound) / time`.
+        bound: a lower bound on the time of any schedule within the budget.
+        minimum: the smallest budget known to work.
+        capture_seconds: time spent tracing.
+        solve_seconds: time spent planning.
+    """
+
+    program: Program
+    machine: Machine
+    budget: int | None
+    planned: Side
+    unplanned: Side
+    status: Literal["optimal", "feasible"]
+    gap: float
+    bound: float
+    minimum: int
+    capture_seconds: float
+    solve_seconds: float
+    recipe: Recipe
+    captured: "Captured | None" = field(default=None, repr=False, compare=False)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The planned schedule."""
+        return self.planned.schedule
+
+    @property
+    def peak(self) -> int:
+        """Predicted peak of device memory in bytes, everything counted."""
+        return self.planned.peak
+
+    @property
+    def time(self) -> float:
+        """Predicted seconds of a step."""
+        return self.planned.time
+
+    @property
+    def counts(self) -> Counts:
+        """How many activations are kept, recomputed, offloaded."""
+        again = set()
+        seen = set()
+        for step in self.schedule.instructions:
+            if isinstance(step, Run):
+                again.update(buffer for buffer in step.keep if buffer in seen)
+                seen.update(step.keep)
+        program = self.program
+        late = [op for op in program.ops[program.boundary :]]
+        used = {buffer for op in late for buffer in op.reads if 0 <= program.producer[buffer] < program.boundary}
+        return Counts(keep=len(used - again), recompute=len(again), offload=0)
+
+    def summary(self) -> str:
+        """A few lines for people."""
+        rows = [
+            ("", "planned", "unplanned"),
+            ("peak", show_bytes(self.peak), show_bytes(self.unplanned.peak)),
+            ("step time (predicted)", show_seconds(self.time), show_seconds(self.unplanned.time)),
+        ]
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        counts = self.counts
+        asked = "none" if self.budget is None else show_bytes(self.budget)
+        lines += [
+            f"budget {asked} on {self.machine.name}; smallest known to work {show_bytes(self.minimum)}",
+            f"{self.status}, within {self.gap:.1%} of the fastest possible; "
+            f"{counts.keep} activations kept, {counts.recompute} recomputed",
+            f"traced in {self.capture_seconds:.1f} s, solved in {self.solve_seconds:.1f} s; "
+            f"{len(self.program.ops)} ops, {len(self.program.buffers)} buffers",
+        ]
+        return "\n".join(lines)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON: program, machine, schedule, and how to capture the model again."""
+        body = PlanBody(
+            program=self.program,
+            machine=self.machine,
+            recipe=self.recipe,
+            budget=self.budget,
+            planned=self.planned.schedule,
+            unplanned=self.unplanned.schedule,
+            bound=self.bound,
+            minimum=self.minimum,
+            capture_seconds=self.capture_seconds,
+            solve_seconds=self.solve_seconds,
+        )
+        raw = msgspec.json.encode(body)
+        head = msgspec.json.encode({"format": FORMAT, "sha256": hashlib.sha256(raw).hexdigest()})
+        Path(path).write_bytes(head[:-1] + b',"plan":' + raw + b"}\n")
+
+    def apply(self, model: "nn.Module", loss: Any = None) -> "nn.Module":
+        """The planned model: same call, same numbers, same parameters.
+
+        Args:
+            model: the model the plan was made for, or one of the same structure.
+            loss: the loss function, for a plan that was made with one and then loaded from a file.
+
+        Raises:
+            PlanMismatch: the model does not trace to the plan's program.
+        """
+        from ..backends.eager import apply
+
+        return apply(self, model, loss)
+
+
+class PlanBody(msgspec.Struct, frozen=True):
+    """The part of a plan file that its checksum covers."""
+
+    program: Program
+    machine: Machine
+    recipe: Recipe
+    budget: int | None
+    planned: Schedule
+    unplanned: Schedule
+    bound: float
+    minimum: int
+    capture_seconds: float
+    solve_seconds: float
+
+
+def load(path: str | Path) -> Plan:
+    """Read a plan that `Plan.save` wrote, and have the referee check it again.
+
+    Raises:
+        PlanMismatch: not a plan file, truncated, changed since it was written, or of another version.
+        InvalidSchedule: the schedule in it breaks a rule.
+    """
+    try:
+        text = Path(path).read_bytes()
+    except OSError as error:
+        raise PlanMismatch(f"cannot read {path}: {error.strerror}") from None
+    try:
+        outer = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+        version = msgspec.json.decode(outer["format"])
+        if version != FORMAT:
+            raise PlanMismatch(f"{path} has format {version!r}, this memplan reads {FORMAT}: plan again, or upgrade memplan")
+        raw = bytes(outer["plan"])
+        if msgspec.json.decode(outer["sha256"]) != hashlib.sha256(raw).hexdigest():
+            raise PlanMismatch(f"{path} has been changed since memplan wrote it: plan again")
+        body = msgspec.json.decode(raw, type=PlanBody)
+        body.program.verify()
+        body.machine.verify()
+    except (msgspec.MsgspecError, KeyError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise PlanMismatch(f"{path} is not a plan, or only a part of one: {error}") from None
+    planned = Side(body.planned, referee(body.program, body.machine, body.planned, body.budget))
+    unplanned = Side(body.unplanned, referee(body.program, unlimited(body.machine), body.unplanned))
+    return assemble(body, planned, unplanned)
+
+
+def assemble(body: PlanBody, planned: Side, unplanned: Side, captured: "Captured | None" = None) -> Plan:
+    """A plan from its parts; status and gap follow from time and bound."""
+    gap = max(0.0, (planned.time - body.bound) / planned.time) if planned.time > 0 else 0.0
+    return Plan(
+        program=body.program,
+        machine=body.machine,
+        budget=body.budget,
+        planned=planned,
+        unplanned=unplanned,
+        status="optimal" if gap < 1e-6 else "feasible",
+        gap=gap,
+        bound=body.bound,
+        minimum=body.minimum,
+        capture_seconds=body.capture_seconds,
+        solve_seconds=body.solve_seconds,
+        recipe=body.recipe,
+        captured=captured,
+    )
+
+
+def unlimited(machine: Machine) -> Machine:
+    """The same machine with a first tier that holds anything: what the unplanned step is replayed on."""
+    first = msgspec.structs.replace(machine.tiers[0], capacity=2**62)
+    return msgspec.structs.replace(machine, tiers=(first, *machine.tiers[1:]))

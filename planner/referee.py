@@ -1,0 +1,230 @@
+"""The referee: replays a schedule on a machine and accepts it, or names the first rule it breaks.
+
+It shares no code with what it judges: it knows the nouns and nothing of passes, solvers or backends, keeps its own
+books, and does everything in the obvious way.
+"""
+
+from typing import NoReturn
+
+import msgspec
+
+from .errors import InvalidSchedule
+from .machine import Machine
+from .program import Phase, Program
+from .schedule import Free, Run, Schedule, Start, Wait
+
+RULES = {
+    "bound": "the schedule carries the digest of this program",
+    "range": "every op, buffer, unit, tier and link named exists",
+    "read": "what an op reads lies, complete, in the tier its unit reads",
+    "fresh": "a buffer that is live is not made a second time",
+    "written": "an op keeps only buffers that it writes",
+    "once": "an op that may not be repeated runs once",
+    "stale": "nothing reads a resident buffer's old contents after they have been changed",
+    "reuse": "bytes are taken over only where the op can, from a buffer the step owns, of the same size",
+    "free": "only a live buffer is freed, never one the caller owns, never one in flight",
+    "order": "the loss follows the whole forward pass, the update the whole backward pass",
+    "copy": "a copy starts from a live buffer, and is waited for once, where it was started",
+    "complete": "every op runs",
+    "outputs": "every output is live at the end",
+    "leak": "nothing else is live at the end",
+    "capacity": "the bytes live in a tier never exceed its capacity",
+    "place": "buffers live at once in a tier do not share addresses, which are aligned and inside the tier",
+}
+
+
+class Report(msgspec.Struct, frozen=True):
+    """What the replay measured.
+
+    Attributes:
+        peak: the largest number of live bytes in each tier.
+        time: the makespan in seconds: when the last instruction ends.
+        moved: bytes carried by each link.
+        timeline: live bytes in the first tier while each instruction runs.
+        starts: when each instruction starts, in seconds.
+        repeated: how many runs of an op were not its first.
+        recompute: seconds spent in them.
+    """
+
+    peak: tuple[int, ...]
+    time: float
+    moved: tuple[int, ...]
+    timeline: tuple[int, ...]
+    starts: tuple[float, ...]
+    repeated: int
+    recompute: float
+
+
+def referee(program: Program, machine: Machine, schedule: Schedule, budget: int | None = None) -> Report:
+    """Replay `schedule`.
+
+    Args:
+        program: what is computed.
+        machine: what it runs on; the first tier is the device's memory, where resident buffers are.
+        schedule: the claim.
+        budget: bytes allowed in the first tier, if fewer than its capacity; resident buffers count.
+
+    Returns:
+        The peak of each tier, the makespan, and the timeline behind them.
+
+    Raises:
+        InvalidSchedule: the first rule broken, and where.
+    """
+
+    def refuse(rule: str, message: str, at: int | None = None) -> NoReturn:
+        raise InvalidSchedule(rule, at, message)
+
+    if schedule.program != program.digest:
+        refuse("bound", f"it was made for program {schedule.program[:12]}, this one is {program.digest[:12]}")
+    size = [buffer.bytes for buffer in program.buffers]
+    name = [buffer.name for buffer in program.buffers]
+    made_by = program.producer
+    resident = {buffer for buffer, op in enumerate(made_by) if op < 0}
+    live: list[set[int]] = [set() for _ in machine.tiers]
+    live[0] = set(resident)
+    used = [0] * len(machine.tiers)
+    used[0] = sum(size[buffer] for buffer in resident)
+    capacity = [tier.capacity for tier in machine.tiers]
+    if budget is not None:
+        capacity[0] = min(capacity[0], budget)
+    peak = list(used)
+    moved = [0] * len(machine.links)
+    runs = [0] * len(program.ops)
+    changed: set[int] = set()
+    flying: dict[tuple[int, int], float] = {}  # (buffer, link) -> when the copy arrives
+    link_free = [0.0] * len(machine.links)
+    clock, recompute = 0.0, 0.0
+    timeline, starts = [], []
+    if used[0] > capacity[0]:
+        refuse("capacity", f"resident buffers alone take {used[0]} of {capacity[0]} bytes")
+
+    for at, step in enumerate(schedule.instructions):
+        starts.append(clock)
+        during = list(used)
+        if isinstance(step, Run):
+            if not 0 <= step.op < len(program.ops) or not 0 <= step.unit < len(machine.units):
+                refuse("range", f"op {step.op} on unit {step.unit} does not exist", at)
+            op = program.ops[step.op]
+            tier = machine.tier_index(machine.units[step.unit].tier)
+            landing = {buffer for buffer, link in flying if machine.tier_index(machine.links[link].target) == tier}
+            for buffer in op.reads:
+                if buffer not in live[tier] or buffer in landing:
+                    refuse("read", f"{op.name} reads {name[buffer]}, which is not there", at)
+                if buffer in changed:
+                    refuse("stale", f"{op.name} reads {name[buffer]} after it has been changed", at)
+            if runs[step.op] and not op.repeatable:
+                refuse("once", f"{op.name} may not be repeated", at)
+            if op.phase is Phase.LOSS:
+                late = [o.name for o, n in zip(program.ops[: program.boundary], runs, strict=False) if not n]
+                if late:
+                    refuse("order", f"the loss runs before {late[0]}", at)
+            if op.phase is Phase.UPDATE:
+                late = [o.name for o, n in zip(program.ops, runs, strict=True) if not n and o.phase is not Phase.UPDATE]
+                if late:
+                    refuse("order", f"the update runs before {late[0]}", at)
+            if len(set(step.keep)) != len(step.keep) or not set(step.keep) <= set(op.writes):
+                refuse("written", f"{op.name} cannot keep {[b for b in step.keep if b not in op.writes]}", at)
+            for buffer in step.keep:
+                if buffer in live[tier]:
+                    refuse("fresh", f"{op.name} makes {name[buffer]}, which is live", at)
+            taken: set[int] = set()
+            for new, old in step.reuse:
+                if (new, old) not in op.reuse or old in resident or size[new] != size[old]:
+                    refuse("reuse", f"{op.name} cannot write {new} in place of {old}", at)
+                if old not in live[tier] or old in taken or new in live[tier] or old in landing:
+                    refuse("reuse", f"{op.name} takes over {name[old]}, which is not free to take", at)
+                if any(buffer == old and link_of_copy(machine, link, tier) for buffer, link in flying):
+                    refuse("reuse", f"{op.name} overwrites {name[old]} while it is copied out", at)
+                taken.add(old)
+            over = {new for new, _ in step.reuse}
+            if len(over) != len(step.reuse):
+                refuse("reuse", f"{op.name} writes one buffer in place of two", at)
+            during[tier] += sum(size[buffer] for buffer in op.writes if buffer not in over) + op.workspace
+            live[tier] -= taken
+            live[tier] |= set(step.keep)
+            used[tier] += sum(size[buffer] for buffer in step.keep) - sum(size[buffer] for buffer in taken)
+            changed |= set(op.mutates)
+            recompute += op.seconds if runs[step.op] else 0.0
+            runs[step.op] += 1
+            clock += op.seconds
+        elif isinstance(step, Free):
+            if not 0 <= step.tier < len(live) or not 0 <= step.buffer < len(size):
+                refuse("range", f"buffer {step.buffer} in tier {step.tier} does not exist", at)
+            if step.buffer not in live[step.tier]:
+                refuse("free", f"{name[step.buffer]} is not live", at)
+            if step.buffer in resident and step.tier == 0:
+                refuse("free", f"{name[step.buffer]} is not the step's own", at)
+            for buffer, link in flying:
+                ends = machine.tier_index(machine.links[link].source), machine.tier_index(machine.links[link].target)
+                if buffer == step.buffer and step.tier in ends:
+                    refuse("free", f"{name[step.buffer]} is being copied", at)
+            live[step.tier].remove(step.buffer)
+            used[step.tier] -= size[step.buffer]
+        elif isinstance(step, Start):
+            if not 0 <= step.link < len(machine.links) or not 0 <= step.buffer < len(size):
+                refuse("range", f"buffer {step.buffer} over link {step.link} does not exist", at)
+            link = machine.links[step.link]
+            source, target = machine.tier_index(link.source), machine.tier_index(link.target)
+            arriving = {b for b, other in flying if machine.tier_index(machine.links[other].target) == source}
+            if step.buffer not in live[source] or step.buffer in arriving:
+                refuse("copy", f"{name[step.buffer]} is not in {link.source}", at)
+            if step.buffer in live[target]:
+                refuse("fresh", f"{name[step.buffer]} is in {link.target} already", at)
+            link_free[step.link] = max(clock, link_free[step.link]) + link.latency + size[step.buffer] / link.bandwidth
+            flying[step.buffer, step.link] = link_free[step.link]
+            live[target].add(step.buffer)
+            used[target] += size[step.buffer]
+            during[target] += size[step.buffer]
+            moved[step.link] += size[step.buffer]
+        else:
+            if (step.buffer, step.link) not in flying:
+                refuse("copy", f"no copy of buffer {step.buffer} over link {step.link} is under way", at)
+            clock = max(clock, flying.pop((step.buffer, step.link)))
+        for tier, bytes_now in enumerate(during):
+            peak[tier] = max(peak[tier], bytes_now)
+            if bytes_now > capacity[tier]:
+                refuse("capacity", f"{bytes_now} bytes in {machine.tiers[tier].name}, {capacity[tier]} allowed", at)
+        timeline.append(during[0])
+
+    for op, count in zip(program.ops, runs, strict=True):
+        if not count:
+            refuse("complete", f"{op.name} never runs")
+    if flying:
+        refuse("copy", f"the copy of {name[next(iter(flying))[0]]} is never waited for")
+    lost = set(program.outputs) - live[0]
+    if lost:
+        refuse("outputs", f"{name[min(lost)]} is not live at the end")
+    for tier, alive in enumerate(live):
+        extra = alive - resident - set(program.outputs) if tier == 0 else alive
+        if extra:
+            refuse("leak", f"{name[min(extra)]} is still live in {machine.tiers[tier].name} at the end")
+    check_places(machine, schedule, size)
+    return Report(
+        peak=tuple(peak),
+        time=clock,
+        moved=tuple(moved),
+        timeline=tuple(timeline),
+        starts=tuple(starts),
+        repeated=sum(max(0, count - 1) for count in runs),
+        recompute=recompute,
+    )
+
+
+def link_of_copy(machine: Machine, link: int, tier: int) -> bool:
+    """Whether the link reads from the tier."""
+    return machine.tier_index(machine.links[link].source) == tier
+
+
+def check_places(machine: Machine, schedule: Schedule, size: list[int]) -> None:
+    """Every pair of placements that overlap in time must not overlap in space: O(n^2), on purpose."""
+    places = schedule.placements
+    for index, a in enumerate(places):
+        tier = machine.tiers[a.tier] if 0 <= a.tier < len(machine.tiers) else None
+        if tier is None or not 0 <= a.buffer < len(size):
+            raise InvalidSchedule("range", None, f"placement {index} names a tier or buffer that does not exist")
+        if a.offset < 0 or a.offset % tier.alignment or a.offset + size[a.buffer] > tier.capacity:
+            raise InvalidSchedule("place", None, f"placement {index} at {a.offset} is unaligned or outside {tier.name}")
+        for b in places[index + 1 :]:
+            if a.tier == b.tier and a.lower < b.upper and b.lower < a.upper:
+                if a.offset < b.offset + size[b.buffer] and b.offset < a.offset + size[a.buffer]:
+                    raise InvalidSchedule("place", None, f"buffers {a.buffer} and {b.buffer} share addresses")

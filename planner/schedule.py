@@ -1,0 +1,77 @@
+"""`Schedule`: the answer. A time-ordered list of instructions over a program's ops and buffers.
+
+    Schedule    = Instruction*
+    Instruction = Run op | Free buffer | Start buffer link | Wait buffer link
+
+Running an op a second time is rematerialisation; nothing else marks it. What an instruction may do is written down
+once, in the referee.
+"""
+
+from typing import Literal
+
+import msgspec
+
+
+class Run(msgspec.Struct, frozen=True, tag="run", array_like=True):
+    """Run an op.
+
+    Attributes:
+        op: index into `Program.ops`.
+        keep: the written buffers that live on; the others are dropped when the op ends.
+        reuse: pairs (written, read), out of the op's own: the first takes the bytes of the second, which dies.
+        unit: the machine's unit that runs it.
+    """
+
+    op: int
+    keep: tuple[int, ...]
+    reuse: tuple[tuple[int, int], ...] = ()
+    unit: int = 0
+
+
+class Free(msgspec.Struct, frozen=True, tag="free", array_like=True):
+    """Give a buffer's bytes in one tier back."""
+
+    buffer: int
+    tier: int = 0
+
+
+class Start(msgspec.Struct, frozen=True, tag="start", array_like=True):
+    """Put a copy of a buffer into a link's queue; its bytes in the target tier are taken from now on."""
+
+    buffer: int
+    link: int
+
+
+class Wait(msgspec.Struct, frozen=True, tag="wait", array_like=True):
+    """Wait until a started copy has arrived; from now on the target tier's copy may be read."""
+
+    buffer: int
+    link: int
+
+
+Instruction = Run | Free | Start | Wait
+
+
+class Placement(msgspec.Struct, frozen=True, array_like=True):
+    """Where one life of a buffer lies: `[offset, offset + bytes)` of a tier during instructions `[lower, upper)`."""
+
+    buffer: int
+    tier: int
+    offset: int
+    lower: int
+    upper: int
+
+
+class Schedule(msgspec.Struct, frozen=True):
+    """A step's instructions, in time order.
+
+    Attributes:
+        program: `Program.digest` of the program it belongs to.
+        instructions: what happens.
+        placements: addresses, where they have been planned; empty means that the backend's allocator chooses.
+    """
+
+    program: str
+    instructions: tuple[Instruction, ...]
+    placements: tuple[Placement, ...] = ()
+    version: Literal[1] = 1

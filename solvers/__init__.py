@@ -1,0 +1,1 @@
+"""Pure problem -> solution functions; nothing here knows torch."""
