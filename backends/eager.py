@@ -1,0 +1,202 @@
+"""`Plan.apply`: a module that runs a plan with eager PyTorch's own kernels.
+
+The planned module is a shallow copy of the model: it shares every parameter, buffer and submodule, and answers to the
+same names. Only its `forward` is another: it checks that the call is the one planned for, and runs generated code
+inside one autograd node.
+"""
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+
+from ..planner.capture import Captured, TensorFacts, autocast_state, capture, facts, flatten_call, named_tensors, rebuild_inputs
+from ..planner.cost import apply_costs
+from ..planner.errors import MemplanError, PlanMismatch
+from ..planner.graph import Source
+from .codegen import Generated, generate
+
+if TYPE_CHECKING:
+    from ..planner.plan import Plan
+
+
+def apply(plan: "Plan", model: nn.Module, loss: Any = None) -> nn.Module:
+    """The planned module: see `Plan.apply`."""
+    captured = plan.captured
+    if captured is None:
+        captured = recapture(plan, model, loss)
+    check_parameters(model, captured)
+    return planned_module(model, captured, generate(captured.traced, plan.schedule))
+
+
+def recapture(plan: "Plan", model: nn.Module, loss: Any) -> Captured:
+    """Capture the model of a plan that was loaded from a file.
+
+    Raises:
+        PlanMismatch: its structure is not the plan's.
+    """
+    if plan.recipe.loss and loss is None:
+        raise PlanMismatch("the plan was made with a loss function, which its file cannot hold: pass it, as in "
+                           "plan.apply(model, loss=...)")  # fmt: skip
+    args, kwargs = rebuild_inputs(plan.recipe.inputs)
+    recipe = plan.recipe
+    captured = capture(model, args, kwargs, train=recipe.train, loss=loss, optimizer=recipe.optimizer, device=plan.program.device)
+    if apply_costs(captured.program, plan.machine).digest != plan.program.digest:
+        raise PlanMismatch(f"this {type(model).__name__} does not trace to the program that the plan was made for "
+                           "(other layers, shapes, modes or versions): plan it again")  # fmt: skip
+    return captured
+
+
+def check_parameters(model: nn.Module, captured: Captured) -> None:
+    """Refuse a model whose parameters are not those planned for.
+
+    Raises:
+        PlanMismatch: the first name that differs, and how.
+    """
+    found = {name: TensorFacts.of(value) for name, value in named_tensors(model)}
+    for name in [*captured.parameters, *found]:
+        was, now = captured.parameters.get(name), found.get(name)
+        if was != now:
+            raise PlanMismatch(f"{name} was {was or 'absent'} when the plan was made and is {now or 'absent'} now: plan again")
+
+
+def planned_module(model: nn.Module, captured: Captured, code: Generated) -> nn.Module:
+    """A shallow copy of the model with a planned forward."""
+    planned = copy.copy(model)
+    runner = _Runner(planned, type(model).forward, captured, code)
+    planned.forward = runner  # type: ignore[method-assign]
+    return planned
+
+
+class _Runner:
+    """The planned forward of one module."""
+
+    def __init__(self, module: nn.Module, original: Any, captured: Captured, code: Generated):
+        self.module = module
+        self.original = original
+        self.captured = captured
+        self.code = code
+        places = {name: (owner._parameters if kind == "parameter" else owner._buffers, key)
+                  for kind, owner, key, name in slots(module)}  # fmt: skip
+        self.slots = [places.get(source.name) for source in code.arguments]
+        self.modules = [(name, module.get_submodule(name)) for name, _ in captured.signature.training]
+        self.changing = {source.name for source, _ in captured.traced.mutations.values()}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.captured.train and not torch.is_grad_enabled():
+            return self.original(self.module, *args, **kwargs)  # an evaluation: nothing is kept for a backward pass
+        leaves = self.check_call(args, kwargs)
+        inputs = [self.fetch(source, slot, leaves) for source, slot in zip(self.code.arguments, self.slots, strict=True)]
+        if self.captured.train:
+            results = _Planned.apply(self, *inputs)
+        else:
+            with torch.no_grad(), torch._C._DisableAutocast():
+                results = self.code.forward(inputs)[0]
+        flat = [results[leaf] if isinstance(leaf, int) else leaf[0] for leaf in self.captured.outputs]
+        return pytree.tree_unflatten(flat, self.captured.output_spec)
+
+    def check_call(self, args: tuple, kwargs: dict) -> list[Any]:
+        """The call's leaves, if it is the call that was planned for.
+
+        Raises:
+            PlanMismatch: what differs.
+        """
+        signature = self.captured.signature
+        try:
+            leaves, spec = flatten_call(self.module, args, kwargs)
+        except TypeError as error:
+            raise PlanMismatch(f"the arguments do not fit the model's forward: {error}") from None
+        if spec != signature.spec:
+            raise PlanMismatch(f"the plan was made for a call of the form {signature.spec}, this one is {spec}")
+        for index, (leaf, known) in enumerate(zip(leaves, signature.inputs, strict=True)):
+            now = facts(leaf)
+            if type(now) is not type(known) or now != known:
+                raise PlanMismatch(f"input {index} was {known} when the plan was made and is {now} now: plan for it, or call the model itself")
+        for (name, module), (_, training) in zip(self.modules, signature.training, strict=True):
+            if module.training != training:
+                mode = "training" if training else "evaluation"
+                raise PlanMismatch(f"module {name or 'itself'} was in {mode} mode when the plan was made: switch back, or plan again")
+        if autocast_state(self.captured.program.device) != signature.autocast:
+            raise PlanMismatch("autocast was set otherwise when the plan was made: call under the same autocast, or plan again")
+        return leaves
+
+    def fetch(self, source: Source, slot: Any, leaves: list[Any]) -> torch.Tensor:
+        """A resident tensor, if it still is what was planned for.
+
+        Raises:
+            PlanMismatch: the parameter has changed its type or shape, or whether it wants a gradient.
+        """
+        if source.kind == "input":
+            return leaves[source.index]
+        if source.kind == "constant":
+            assert source.value is not None
+            return source.value
+        table, key = slot
+        value = table[key]
+        known = self.captured.parameters[source.name]
+        same = value is not None and value.requires_grad == known.requires_grad and value.shape == known.shape
+        if not same or value.stride() != known.stride or str(value.dtype)[6:] != known.dtype:
+            raise PlanMismatch(f"{source.name} was {known} when the plan was made and has changed since: plan again")
+        return value
+
+
+def slots(module: nn.Module) -> list[tuple[str, nn.Module, str, str]]:
+    """Where each parameter and buffer is held: (kind, module, key, full name)."""
+    found = []
+    for prefix, owner in module.named_modules(remove_duplicate=False):
+        for kind, table in (("parameter", owner._parameters), ("buffer", owner._buffers)):
+            found += [(kind, owner, key, f"{prefix}.{key}" if prefix else key) for key in table]
+    return found
+
+
+class _Planned(torch.autograd.Function):
+    """The whole step as one node of autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, runner: _Runner, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+        ctx.set_materialize_grads(False)
+        with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
+            outputs, saved = runner.code.forward(list(inputs))
+        ctx.runner = runner
+        ctx.saved = saved
+        ctx.watched = [(source, value, value._version) for source, value in zip(runner.code.arguments, inputs, strict=True)]
+        ctx.wanted = set(runner.code.tangents)
+        ctx.mark_non_differentiable(*(value for index, value in enumerate(outputs)
+                                      if index not in ctx.wanted and not value.is_floating_point()))  # fmt: skip
+        return tuple(outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        runner, saved = ctx.runner, ctx.saved
+        if saved is None:
+            raise MemplanError("this planned step has run backward already and freed what it read: call the model again")
+        for index, tangent in enumerate(tangents):
+            if tangent is not None and index not in ctx.wanted:
+                raise PlanMismatch("a gradient reaches an output of the model other than its loss, which the plan leaves out: "
+                                   "plan with loss=, a function from the output to the scalar you differentiate")  # fmt: skip
+        changing = runner.changing
+        for source, value, version in ctx.watched:
+            if value._version != version and source.name not in changing:
+                raise MemplanError(f"{source.name} was changed in place between forward and backward: gradients would be wrong")
+        ctx.saved = None
+        ctx.watched = None
+        given = [laid_out(tangents[index], like) for index, like in runner.code.tangents.items()]
+        with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
+            found = runner.code.backward(saved, given)
+        result: list[torch.Tensor | None] = [None] * (1 + len(runner.code.arguments))
+        for position, gradient in zip(runner.code.gradients, found, strict=True):
+            result[1 + position] = gradient
+        return tuple(result)
+
+
+def laid_out(tangent: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """A tangent with the strides that the graph was traced with; zeros where autograd has none."""
+    if tangent is None:
+        return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+    if tangent.stride() == like.stride() and tangent.dtype == like.dtype:
+        return tangent
+    made = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=tangent.device)
+    return made.copy_(tangent)

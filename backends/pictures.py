@@ -1,0 +1,240 @@
+"""Pictures: the memory of a step over time, and peak against time over a sweep. Matplotlib without global state."""
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter
+from numpy.typing import NDArray
+
+from ..planner.machine import Machine
+from ..planner.program import Kind, Phase, Program
+from ..planner.units import show_bytes, show_seconds
+from .report import RECOMPUTED, WORKSPACE, layers, phases
+
+if TYPE_CHECKING:
+    from ..planner.plan import Plan, Side
+
+# After Okabe and Ito, "Color Universal Design". What the caller owns is grey: no plan changes it.
+COLOURS = {
+    Kind.PARAMETER: "#5b6770",
+    Kind.STATE: "#8e9aa3",
+    Kind.INPUT: "#b7c0c7",
+    Kind.CONSTANT: "#d9dee2",
+    Kind.GRADIENT: "#0072b2",
+    Kind.OUTPUT: "#56b4e9",
+    Kind.ACTIVATION: "#009e73",
+    RECOMPUTED: "#8fd6bf",
+    Kind.TEMPORARY: "#e69f00",
+    WORKSPACE: "#f0d98c",
+}
+HATCHES = {RECOMPUTED: "////"}
+INK = "#333333"
+COLUMNS = 1600  # a picture's resolution in time; longer schedules are thinned to it
+
+
+def timeline(plan: "Plan") -> Figure:
+    """The step's live bytes, planned above unplanned on the same scales, stacked by kind of tensor."""
+    figure = new_figure(10.0, 6.2)
+    axes = [figure.add_subplot(2, 1, row + 1) for row in range(2)]
+    used: set[str] = set()
+    sides = [("planned", plan.planned), ("unplanned", plan.unplanned)]
+    for ax, (title, side) in zip(axes, sides, strict=True):
+        used |= draw_side(ax, plan.program, plan.machine, side)
+        ax.set_title(f"{title}: {show_bytes(side.peak)}, {show_seconds(side.time)}", loc="left", fontsize=10, color=INK)
+    top = 1.12 * max(side.peak for _, side in sides)
+    longest = max(span(side)[1] for _, side in sides)
+    for ax in axes:
+        ax.set_ylim(0, top)
+        ax.set_yticks(byte_ticks(top))
+        ax.set_xlim(0, longest)
+        if plan.budget is not None and plan.budget <= top:
+            ax.axhline(plan.budget, color="#b3261e", linestyle=(0, (5, 3)), linewidth=1.2)
+            ax.annotate(
+                f"budget {show_bytes(plan.budget)}",
+                (1, plan.budget),
+                (-4, 3),
+                xycoords=ax.get_yaxis_transform(),
+                textcoords="offset points",
+                color="#b3261e",
+                ha="right",
+                va="bottom",
+                fontsize=8,
+            )
+    axes[0].tick_params(labelbottom=False)
+    axes[1].set_xlabel("predicted time" if plan.unplanned.time > 0 else "instruction", fontsize=9)
+    names = [layer for layer in COLOURS if layer in used]
+    figure.legend(
+        handles=[
+            Patch(facecolor=COLOURS[name], edgecolor="white", hatch=HATCHES.get(name), label=str(name))
+            for name in reversed(names)
+        ],
+        loc="outside right upper",
+        frameon=False,
+        fontsize=8.5,
+    )
+    figure.suptitle(f"{plan.program.name} on {plan.machine.name}", x=0.01, ha="left", fontsize=12, color=INK)
+    return figure
+
+
+def span(side: "Side") -> tuple[NDArray[np.float64], float]:
+    """When each instruction starts and when the last ends: seconds, or instructions where no op has a cost."""
+    if side.time > 0:
+        return np.asarray(side.report.starts), side.time
+    count = len(side.schedule.instructions)
+    return np.arange(count, dtype=float), float(max(count, 1))
+
+
+def draw_side(ax: Axes, program: Program, machine: Machine, side: "Side") -> set[str]:
+    """One schedule's stack and its phases. Returns the layers drawn."""
+    starts, end = span(side)
+    held = layers(program, machine, side.schedule)
+    shown = thinned(starts, end, np.asarray(side.report.timeline))
+    edges = np.append(starts[shown], end)
+    floor = np.zeros(len(edges))
+    for name, values in held.items():
+        # The last value is repeated, for a step drawn "post" ends where its last point is.
+        stack = floor + np.append(values[shown], values[shown][-1:] if len(shown) else 0)
+        ax.fill_between(
+            edges,
+            floor,
+            stack,
+            step="post",
+            facecolor=COLOURS[name],
+            hatch=HATCHES.get(name),
+            edgecolor="white" if name in HATCHES else "none",
+            linewidth=0.0,
+        )
+        floor = stack
+    ax.step(edges, floor, where="post", color=INK, linewidth=0.7)
+    # A peak can fall on an instruction that takes no time, such as the loss: a point shows it all the same.
+    top = int(np.argmax(side.report.timeline)) if side.report.timeline else 0
+    ax.plot(starts[top : top + 1], [side.peak][: len(starts)], marker="o", markersize=3.5, color=INK)
+    begins: dict[str, int] = {}
+    for phase, at in phases(program, side.schedule):
+        begins.setdefault("backward" if phase is Phase.LOSS else phase.value, at)
+    for name, at in begins.items():
+        if starts[at] > 0:
+            ax.axvline(starts[at], color=INK, linewidth=0.8, linestyle=":")
+        ax.annotate(
+            name,
+            (starts[at], 1),
+            (3, -3),
+            xycoords=ax.get_xaxis_transform(),
+            textcoords="offset points",
+            ha="left",
+            va="top",
+            fontsize=8,
+            color=INK,
+        )
+    dress(ax, show_seconds if side.time > 0 else "{:.0f}".format, show_bytes)
+    return set(held)
+
+
+def thinned(starts: NDArray[np.float64], end: float, totals: NDArray[np.int64]) -> NDArray[np.intp]:
+    """The instructions to draw: those that last, and of those in one column the fullest, so that peaks stay."""
+    lasting = np.flatnonzero(np.diff(np.append(starts, end)) > 0)
+    if len(lasting) <= COLUMNS:
+        return lasting
+    column = np.minimum((starts[lasting] / end * COLUMNS).astype(int), COLUMNS - 1)
+    order = np.lexsort((-totals[lasting], column))
+    first = np.append(True, np.diff(column[order]) > 0)
+    return np.sort(lasting[order[first]])
+
+
+def curve(plans: "Sequence[Plan]") -> Figure:
+    """Step time against peak for a sweep of budgets, with the unplanned step and the smallest budget known to work."""
+    figure = new_figure(7.0, 4.4)
+    ax = figure.add_subplot()
+    first = plans[0]
+    points = sorted({(plan.peak, plan.time) for plan in plans})
+    peaks, times = [peak for peak, _ in points], [time for _, time in points]
+    floor = min(plan.minimum for plan in plans)
+    ax.axvspan(0, floor, facecolor="#eeeeee", edgecolor="none")
+    ax.axvline(floor, color=INK, linestyle=":", linewidth=1)
+    ax.annotate(
+        f"floor\n{show_bytes(floor)}",
+        (floor, 0.97),
+        (-4, 0),
+        xycoords=ax.get_xaxis_transform(),
+        textcoords="offset points",
+        ha="right",
+        va="top",
+        fontsize=8,
+        color=INK,
+    )
+    ax.plot(peaks, times, color=COLOURS[Kind.GRADIENT], marker="o", markersize=4, linewidth=1.5, label="planned")
+    ax.plot(
+        [first.unplanned.peak],
+        [first.unplanned.time],
+        color="#d55e00",
+        marker="D",
+        markersize=7,
+        linestyle="none",
+        label="unplanned",
+    )
+    ax.set_xlim(0, 1.05 * max(*peaks, first.unplanned.peak))
+    low, high = min(*times, first.unplanned.time), max(*times, first.unplanned.time)
+    margin = 0.12 * max(high - low, 0.2 * high, 1e-9)
+    ax.set_ylim(low - margin, high + 2 * margin)
+    ax.set_xticks(byte_ticks(ax.get_xlim()[1]))
+    dress(ax, show_bytes, show_seconds)
+    ax.set_xlabel("peak of device memory")
+    ax.set_ylabel("step time (predicted)")
+    if first.unplanned.time > 0:
+        base = first.unplanned.time
+        right = ax.secondary_yaxis(
+            "right", functions=(lambda time: np.asarray(time) / base - 1, lambda over: (np.asarray(over) + 1) * base)
+        )
+        right.yaxis.set_major_formatter(FuncFormatter(lambda over, _: f"{over:+.0%}"))
+        right.set_ylabel("against the unplanned step")
+        right.spines["right"].set_visible(False)
+        right.tick_params(colors=INK, labelsize=8)
+    ax.legend(loc="upper right", frameon=False)
+    ax.set_title(f"{first.program.name} on {first.machine.name}", loc="left", fontsize=12, color=INK)
+    return figure
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches, which draws itself without a display."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def byte_ticks(top: float) -> NDArray[np.float64]:
+    """Four to eight sizes up to `top` whose step is a power of two, so that their binary units are round."""
+    step = 2.0 ** np.ceil(np.log2(max(top, 8) / 8))
+    return np.arange(0, top, step)
+
+
+def dress(ax: Axes, x: Callable[[float], str], y: Callable[[float], str]) -> None:
+    """Axes as every picture here has them: two spines, a faint grid, units on the ticks."""
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: x(value) if value else "0"))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: y(value) if value else "0"))
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="y", color="#000000", alpha=0.12, linewidth=0.6)
+    ax.tick_params(colors=INK, labelsize=8)
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Write a figure as SVG where the name ends so, else in what its ending names (PNG, PDF)."""
+    if Path(path).suffix == ".svg":
+        Path(path).write_text(svg(figure), encoding="utf-8")
+    else:
+        figure.savefig(path, dpi=150, facecolor="white")
+
+
+def svg(figure: Figure) -> str:
+    """A figure as an `<svg>` element; the same figure gives the same text."""
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "memplan"}):
+        figure.savefig(text, format="svg", facecolor="white", metadata={"Date": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]

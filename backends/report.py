@@ -1,0 +1,128 @@
+"""What lives when: the replay behind every picture and export.
+
+    lives(program, machine, schedule)   each stay of a buffer in the device's memory, as a range of instructions
+    layers(...)                         live bytes per instruction, for each colour of a picture
+
+The referee judges; this only draws what it has accepted, so nothing is checked here.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..planner.machine import Machine
+from ..planner.program import Kind, Phase, Program
+from ..planner.schedule import Free, Run, Schedule, Start
+
+WORKSPACE = "workspace"
+RECOMPUTED = "recomputed"
+LAYERS = (
+    Kind.PARAMETER,
+    Kind.STATE,
+    Kind.INPUT,
+    Kind.CONSTANT,
+    Kind.GRADIENT,
+    Kind.OUTPUT,
+    Kind.ACTIVATION,
+    RECOMPUTED,
+    Kind.TEMPORARY,
+    WORKSPACE,
+)
+
+
+@dataclass(frozen=True)
+class Life:
+    """One stay in the first tier.
+
+    Attributes:
+        buffer: its index in the program, or -1 for the workspace of one run.
+        bytes: how much it takes.
+        lower: the first instruction during which it is live.
+        upper: the first during which it is not.
+        maker: the instruction that made it, or -1 for what is live before the step.
+        again: it was made by a run that was not its op's first.
+        final: it is live when the step ends.
+    """
+
+    buffer: int
+    bytes: int
+    lower: int
+    upper: int
+    maker: int
+    again: bool = False
+    final: bool = False
+
+
+def lives(program: Program, machine: Machine, schedule: Schedule) -> list[Life]:
+    """Every stay in the first tier, in the order in which they end.
+
+    At each instruction the bytes of the lives that cover it add up to the referee's `Report.timeline`.
+    """
+    end = len(schedule.instructions)
+    on_device = [unit.tier == machine.tiers[0].name for unit in machine.units]
+    to_device = [link.target == machine.tiers[0].name for link in machine.links]
+    born = {buffer: (0, -1, False) for buffer, op in enumerate(program.producer) if op < 0}
+    done: set[int] = set()
+    ended: list[Life] = []
+
+    def close(buffer: int, upper: int, final: bool = False) -> None:
+        lower, maker, again = born.pop(buffer)
+        ended.append(Life(buffer, program.buffers[buffer].bytes, lower, upper, maker, again, final))
+
+    for at, step in enumerate(schedule.instructions):
+        if isinstance(step, Run) and on_device[step.unit]:
+            op = program.ops[step.op]
+            for _, old in step.reuse:
+                close(old, at)
+            born.update((buffer, (at, at, step.op in done)) for buffer in op.writes)
+            for buffer in set(op.writes) - set(step.keep):
+                close(buffer, at + 1)
+            if op.workspace:
+                ended.append(Life(-1, op.workspace, at, at + 1, at, step.op in done))
+            done.add(step.op)
+        elif isinstance(step, Free) and step.tier == 0:
+            close(step.buffer, at + 1)
+        elif isinstance(step, Start) and to_device[step.link]:
+            born[step.buffer] = (at, at, False)
+    for buffer in sorted(born):
+        close(buffer, end, final=True)
+    return ended
+
+
+def layer_of(program: Program, life: Life) -> str:
+    """The colour of a life: its buffer's kind, unless it is a recomputed tensor or a kernel's workspace."""
+    if life.buffer < 0:
+        return WORKSPACE
+    return RECOMPUTED if life.again else program.buffers[life.buffer].kind
+
+
+def layers(program: Program, machine: Machine, schedule: Schedule) -> dict[str, NDArray[np.int64]]:
+    """Live bytes while each instruction runs, by layer, bottom first; layers that never hold anything are left out."""
+    change = {layer: np.zeros(len(schedule.instructions) + 1, np.int64) for layer in LAYERS}
+    for life in lives(program, machine, schedule):
+        change[layer_of(program, life)][life.lower] += life.bytes
+        change[layer_of(program, life)][life.upper] -= life.bytes
+    stacked = {layer: np.cumsum(step)[:-1] for layer, step in change.items()}
+    return {layer: held for layer, held in stacked.items() if held.any()}
+
+
+def phases(program: Program, schedule: Schedule) -> list[tuple[Phase, int]]:
+    """The phases that the step goes through, each with the instruction that starts it.
+
+    Recomputation in the backward pass runs ops of the forward pass; only first runs tell the phase.
+    """
+    order = list(Phase)
+    reached: list[tuple[Phase, int]] = []
+    for at, step in enumerate(schedule.instructions):
+        if isinstance(step, Run):
+            phase = program.ops[step.op].phase
+            if not reached or order.index(phase) > order.index(reached[-1][0]):
+                reached.append((phase, at))
+    return reached
+
+
+def largest(program: Program, machine: Machine, schedule: Schedule, at: int, count: int) -> list[Life]:
+    """The `count` largest lives during instruction `at`."""
+    alive = [life for life in lives(program, machine, schedule) if life.lower <= at < life.upper]
+    return sorted(alive, key=lambda life: (-life.bytes, life.buffer))[:count]

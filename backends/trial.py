@@ -1,0 +1,220 @@
+"""Real training steps in a fresh process, so that the peak of memory found is the steps' and nothing else's.
+
+    python -m memplan.backends.trial < request.json      runs one `Request` and prints one `Trial`
+
+On Linux a CPU step's peak is what the step adds to the process at its highest (VmHWM after a reset, less the resident
+size before the step) plus the tensors that were there already. On CUDA it is `max_memory_allocated`. Elsewhere the
+peak is unknown and None.
+"""
+
+import gc
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from ..planner.errors import MemplanError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+# Blocks of this size and more go back to the system when freed, so that the resident size follows the tensors.
+CHILD = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+REQUESTED_RESET = "5"  # proc(5): clear_refs resets VmHWM
+OPTIMIZERS = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
+LEARNING_RATE = 1e-3
+
+
+class Request(msgspec.Struct, frozen=True):
+    """What to run.
+
+    Attributes:
+        model: as on the command line.
+        plan: a plan file to apply; None for the model as it is.
+        steps: measured steps, after one that is not.
+        optimizer: a key of `OPTIMIZERS`, or None to leave the parameters alone.
+        device: where to move the model; None for where it is.
+    """
+
+    model: str
+    plan: str | None
+    steps: int
+    optimizer: str | None = None
+    device: str | None = None
+
+
+class Trial(msgspec.Struct, frozen=True):
+    """What was measured.
+
+    Attributes:
+        peak: bytes, everything counted; None where this system does not tell.
+        seconds: the median step.
+        losses: the loss of each step, exactly, as `float.hex` writes it.
+        gradients: a checksum of all gradients after each step.
+    """
+
+    peak: int | None
+    seconds: float
+    losses: tuple[str, ...]
+    gradients: tuple[str, ...]
+
+
+def in_fresh_process(request: Request) -> Trial:
+    """Run a request in a process of its own.
+
+    Raises:
+        MemplanError: the process failed; the message has its reason.
+    """
+    command = [sys.executable, "-P", "-m", "memplan.backends.trial"]
+    environment = {**os.environ, **CHILD}
+    child = subprocess.run(command, input=msgspec.json.encode(request), env=environment, capture_output=True)
+    what = f"the {'unplanned' if request.plan is None else 'planned'} run of {request.model}"
+    if child.returncode < 0:
+        raise MemplanError(f"{what} was killed by signal {-child.returncode}: is there memory for it?")
+    try:
+        answer = json.loads(child.stdout)
+    except ValueError:
+        last = child.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        raise MemplanError(f"{what} failed: {''.join(last) or f'exit status {child.returncode}'}") from None
+    if "error" in answer:
+        raise MemplanError(f"{what} failed: {answer['error']}")
+    return msgspec.convert(answer, Trial)
+
+
+def run(request: Request) -> Trial:
+    """Train for the request's steps in this process."""
+    import torch
+
+    from ..planner.capture import find_loss
+    from ..planner.models import load_model
+    from ..planner.plan import load
+
+    model, args, kwargs = load_model(request.model, meta=False)
+    model, args, kwargs = to_device(request.device, model, args, kwargs)
+    called = model if request.plan is None else load(request.plan).apply(model)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = None
+    if request.optimizer is not None:
+        optimizer = getattr(torch.optim, OPTIMIZERS[request.optimizer])(parameters, lr=LEARNING_RATE)
+    meter = Meter(parameters[0].device.type if parameters else "cpu")
+
+    def step(number: int) -> float:
+        torch.manual_seed(number)
+        output = called(*args, **kwargs)
+        loss = find_loss(output)
+        loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+        return loss.item()  # waits for the device too
+
+    step(0)  # compiles, fills caches, makes the optimizer's state
+    model.zero_grad(set_to_none=True)
+    resident = [*model.parameters(), *model.buffers(), *tensors((args, kwargs))]
+    resident += tensors(list(optimizer.state.values())) if optimizer is not None else []
+    storages = [tensor.untyped_storage() for tensor in resident]
+    fixed = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    peaks, seconds, losses, gradients = [], [], [], []
+    for number in range(1, request.steps + 1):
+        meter.reset()
+        began = time.perf_counter()
+        losses.append(step(number).hex())
+        seconds.append(time.perf_counter() - began)
+        peaks.append(meter.peak(fixed))
+        gradients.append(checksum(model))
+        model.zero_grad(set_to_none=True)
+    known = [peak for peak in peaks if peak is not None]
+    return Trial(max(known, default=None), statistics.median(seconds), tuple(losses), tuple(gradients))
+
+
+def to_device(device: str | None, model: "nn.Module", *rest: Any) -> tuple[Any, ...]:
+    """The model and its arguments on a device; as they are for None."""
+    import torch
+    from torch.utils import _pytree as pytree
+
+    if device is None:
+        return (model, *rest)
+    return (model.to(device), *pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), rest))
+
+
+def tensors(nested: Any) -> "Iterator[torch.Tensor]":
+    """The tensors in nested tuples, lists and dicts."""
+    import torch
+    from torch.utils import _pytree as pytree
+
+    yield from (leaf for leaf in pytree.tree_leaves(nested) if isinstance(leaf, torch.Tensor))
+
+
+def checksum(model: "nn.Module") -> str:
+    """A hash of every gradient's bits."""
+    import torch
+
+    sha = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            sha.update(name.encode())
+            sha.update(parameter.grad.contiguous().cpu().flatten().view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+class Meter:
+    """The peak of memory since the last reset."""
+
+    def __init__(self, device: str):
+        self.device = device
+        self.before: int | None = None
+
+    def reset(self) -> None:
+        """Start anew."""
+        gc.collect()
+        if self.device == "cuda":
+            import torch
+
+            torch.cuda.reset_peak_memory_stats()
+            return
+        try:
+            self.before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            Path("/proc/self/clear_refs").write_text(REQUESTED_RESET)
+        except OSError:  # not Linux, or a container that forbids it
+            self.before = None
+
+    def peak(self, fixed: int) -> int | None:
+        """Bytes at the highest since the reset; `fixed` are those of the tensors that were there then."""
+        if self.device == "cuda":
+            import torch
+
+            return torch.cuda.max_memory_allocated()
+        if self.before is None:
+            return None
+        return highest(Path("/proc/self/status").read_text().splitlines()) - self.before + fixed
+
+
+def highest(status: Iterable[str]) -> int:
+    """VmHWM in bytes."""
+    return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+
+
+def main() -> None:
+    """Answer the request on standard input. What a model prints goes to standard error."""
+    request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
+    answer: dict[str, Any]
+    with redirect_stdout(sys.stderr):
+        try:
+            answer = msgspec.to_builtins(run(request))
+        except Exception as error:  # whatever it is, the parent reports it in one line
+            kind = "" if isinstance(error, MemplanError) else f"{type(error).__name__}: "
+            answer = {"error": kind + " ".join(str(error).split())}
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""An order of ops -> a schedule: what each run keeps, where it writes in place, and when each buffer is freed.
+
+An order lists ops by index, in time; an op that appears twice is rematerialised. Everything else follows: a buffer
+lives from a run of its producer to its last read before the next run of its producer (or to the end, if it is an
+output of the program and that is the last run).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..planner.program import Program
+from ..planner.schedule import Free, Instruction, Run, Schedule
+
+
+@dataclass(frozen=True)
+class Liveness:
+    """Order of ops -> schedule with the shortest lives.
+
+    Attributes:
+        in_place: let ops take over the bytes of a buffer that they are the last to read.
+    """
+
+    name = "liveness"
+    in_place: bool = True
+
+    def __call__(self, program: Program, order: Sequence[int]) -> Schedule:
+        """The schedule that runs `order`.
+
+        Args:
+            program: whose ops are ordered.
+            order: op indices in time order; each op at least once, inputs before readers.
+        """
+        last_read = last_reads(program, order)
+        end = len(order)
+        instructions: list[Instruction] = []
+        for at, index in enumerate(order):
+            op = program.ops[index]
+            keep = tuple(buffer for buffer in op.writes if last_read[at, buffer] > at)
+            dying = {buffer for buffer in op.reads if last_read.get((at, buffer), end) == at}
+            reuse: list[tuple[int, int]] = []
+            if self.in_place:
+                for new, old in op.reuse:
+                    if new in keep and old in dying and program.buffers[new].bytes == program.buffers[old].bytes:
+                        reuse.append((new, old))
+                        dying.discard(old)
+                        break
+            instructions.append(Run(op=index, keep=keep, reuse=tuple(reuse)))
+            instructions.extend(Free(buffer) for buffer in sorted(dying))
+        return Schedule(program=program.digest, instructions=tuple(instructions))
+
+
+def last_reads(program: Program, order: Sequence[int]) -> dict[tuple[int, int], int]:
+    """For each (position, buffer written or read there) the last position of the buffer's life; -1 if it is not needed.
+
+    The key of a read is present only where the buffer has a producer.
+    """
+    end = len(order)
+    wanted = {buffer: end for buffer in program.outputs}
+    owned = program.producer
+    result: dict[tuple[int, int], int] = {}
+    current = dict(wanted)
+    for at in range(end - 1, -1, -1):
+        op = program.ops[order[at]]
+        for buffer in op.writes:
+            result[at, buffer] = current.pop(buffer, -1)
+        for buffer in op.reads:
+            if owned[buffer] >= 0:
+                result[at, buffer] = current.setdefault(buffer, at)
+    return result

@@ -1,0 +1,528 @@
+"""The command line: parse, call the API, print.
+
+`--json` prints one object on standard output; tables, colour and progress for people go to standard error. Exit
+status: 0, 1 for an error, 2 for usage, 3 for a budget that cannot be met.
+"""
+
+import csv
+import json
+import math
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console, Group, RenderableType
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from .errors import BudgetError, InvalidSchedule, MachineError, MemplanError
+from .units import parse_bytes, show_bytes, show_seconds
+
+# torch and matplotlib take seconds to import: the commands that need them import them inside.
+if TYPE_CHECKING:
+    from ..backends.trial import Trial
+    from .machine import Machine
+    from .plan import Plan
+
+Report = Callable[[str, float], None]
+
+app = typer.Typer(
+    help="Say how many bytes you have; get the fastest training step that provably fits.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+console = Console(stderr=True, highlight=False)
+
+
+class Optimizer(StrEnum):
+    """Optimizers whose state can be counted."""
+
+    SGD = "sgd"
+    ADAM = "adam"
+    ADAMW = "adamw"
+
+
+LEVERS = ("reorder", "recompute", "offload", "tile")
+
+
+def planning(
+    allow: str | None, optimizer: Optimizer | None, time_limit: float, seed: int, **others: Any
+) -> dict[str, Any]:
+    """The options that planning commands share, as the API takes them."""
+    chosen = {word.strip() for word in allow.split(",")} if allow is not None else None
+    if chosen is not None and not chosen <= set(LEVERS):
+        raise typer.BadParameter(f"--allow {allow}: choose from {', '.join(LEVERS)}, separated by commas")
+    name = optimizer.value if optimizer is not None else None
+    return {"allow": chosen, "optimizer": name, "time_limit": time_limit, "seed": seed, **others}
+
+
+def readable(budget: str | None) -> str | None:
+    """A budget that can be read, known before the model is loaded. A percentage is of a peak that is not known yet."""
+    if budget is not None:
+        parse_bytes(budget, of=2**62)
+    return budget
+
+
+def writable(path: Path | None) -> Path | None:
+    """A file that can be made, known before minutes are spent on what is to be in it."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        why = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise typer.BadParameter(f"cannot write {path}: {why}")
+    return path
+
+
+def output(help: str, *flags: str) -> Any:
+    """An option that names a file to write."""
+    return typer.Option(*flags, help=help, metavar="FILE", callback=writable)
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="file.py:factory, package.module:factory or hf:gpt2?n_layer=2&batch=4")
+]
+PlanFile = Annotated[Path, typer.Argument(metavar="PLAN.JSON", help="A file that `memplan plan -o` wrote.")]
+Budget = Annotated[
+    str | None,
+    typer.Option(help="Bytes, 4GiB, or 60% of the unplanned peak; left out: the fastest.", callback=readable),
+]
+MachineName = Annotated[
+    str | None, typer.Option("--machine", help="A preset, a TOML file, or local; see `memplan machines`.")
+]
+Allow = Annotated[str | None, typer.Option(help=f"What the plan may do: a list of {', '.join(LEVERS)}.")]
+Infer = Annotated[bool, typer.Option("--infer", help="Plan the forward pass alone.")]
+Counted = Annotated[Optimizer | None, typer.Option("--optimizer", help="Count this optimizer's state.")]
+TimeLimit = Annotated[float, typer.Option(help="Seconds that planning may take.", min=0.0)]
+Seed = Annotated[int, typer.Option(help="Of the search.")]
+
+
+@app.command()
+def plan(
+    model: Model,
+    budget: Budget = None,
+    machine: MachineName = None,
+    allow: Allow = None,
+    infer: Infer = False,
+    optimizer: Counted = None,
+    time_limit: TimeLimit = 60.0,
+    seed: Seed = 0,
+    out: Annotated[Path | None, output("Write the plan here.", "-o", "--output")] = None,
+    as_json: Json = False,
+) -> None:
+    """Plan a step within a budget."""
+    from . import api
+    from .models import load_model
+
+    options = planning(allow, optimizer, time_limit, seed, train=not infer, machine=machine)
+    with progress("building the model") as report:
+        module, args, kwargs = load_model(model, meta=True)
+        made = api.plan(module, budget, args, kwargs, **options, progress=report)
+    if out is not None:
+        made.save(out)
+    answer(as_json, plan_facts(made) | ({"output": str(out)} if out else {}), plan_table(made))
+
+
+@app.command()
+def show(
+    file: PlanFile,
+    png: Annotated[Path | None, output("The memory timeline as a picture.")] = None,
+    svg: Annotated[Path | None, output("The same, scalable.")] = None,
+    trace: Annotated[Path | None, output("A Chrome trace, for ui.perfetto.dev.")] = None,
+    snapshot: Annotated[Path | None, output("A memory snapshot, for pytorch.org/memory_viz.")] = None,
+    html: Annotated[Path | None, output("A self-contained report.")] = None,
+    text: Annotated[bool, typer.Option("--text", help="Print the schedule.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show a plan: summary, pictures, exports."""
+    from .plan import load
+    from .text import show_schedule
+
+    with progress("reading the plan"):
+        made = load(file)
+        if png or svg or trace or snapshot or html:
+            export(made, png=png, svg=svg, trace=trace, snapshot=snapshot, html=html)
+    written = [str(path) for path in (png, svg, trace, snapshot, html) if path]
+    schedule = show_schedule(made.program, made.schedule) if text else None
+    answer(as_json, plan_facts(made) | {"written": written} | ({"text": schedule} if text else {}), plan_table(made))
+    if schedule is not None and not as_json:
+        print(schedule, end="")
+
+
+@app.command()
+def check(file: PlanFile, as_json: Json = False) -> None:
+    """Have the referee replay a plan."""
+    from .plan import load
+
+    with progress("replaying the plan"):
+        made = load(file)
+    report = made.planned.report
+    links = [f"{link.source}->{link.target}" for link in made.machine.links]
+    moved = dict(zip(links, report.moved, strict=True))
+    facts = {
+        "valid": True,
+        "peak": made.peak,
+        "time": made.time,
+        "budget": made.budget,
+        "moved": moved,
+        "repeated": report.repeated,
+        "recompute_time": report.recompute,
+        "instructions": len(made.schedule.instructions),
+    }
+    rows = [
+        ("peak", show_bytes(made.peak)),
+        ("step time (predicted)", show_seconds(made.time)),
+        ("instructions", str(len(made.schedule.instructions))),
+        ("repeated runs", str(report.repeated)),
+        *((f"moved {link}", show_bytes(carried)) for link, carried in moved.items() if carried),
+    ]
+    answer(as_json, facts, Group(Text(f"{file}: valid", style="green"), table((), rows)))
+
+
+@app.command()
+def run(
+    model: Model,
+    budget: Budget = None,
+    steps: Annotated[int, typer.Option(help="Measured steps.", min=1)] = 5,
+    optimizer: Annotated[Optimizer | None, typer.Option(help="Step this optimizer; left out: gradients only.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; left out: where the model is.")] = None,
+    allow: Allow = None,
+    time_limit: TimeLimit = 60.0,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Train for real, unplanned and planned side by side, each in a fresh process."""
+    from ..backends.trial import Request, in_fresh_process, to_device
+    from . import api
+    from .models import load_model
+
+    options = planning(allow, optimizer, time_limit, seed)
+    stepped = options["optimizer"]
+    with progress("building the model") as report, tempfile.TemporaryDirectory() as folder:
+        module, args, kwargs = to_device(device, *load_model(model, meta=False))
+        made = api.plan(module, budget, args, kwargs, **options, progress=report)
+        del module, args, kwargs  # the runs want the memory
+        made.save(Path(folder) / "plan.json")
+        report("running unplanned", 0.0)
+        plain = in_fresh_process(Request(model, None, steps, stepped, device))
+        report("running planned", 0.5)
+        planned = in_fresh_process(Request(model, str(Path(folder) / "plan.json"), steps, stepped, device))
+    answer(as_json, run_facts(made, plain, planned), run_table(made, plain, planned))
+
+
+@app.command()
+def sweep(
+    model: Model,
+    points: Annotated[int, typer.Option(help="How many budgets.", min=2)] = 10,
+    machine: MachineName = None,
+    allow: Allow = None,
+    infer: Infer = False,
+    optimizer: Counted = None,
+    time_limit: TimeLimit = 60.0,
+    seed: Seed = 0,
+    png: Annotated[Path | None, output("The curve as a picture.")] = None,
+    svg: Annotated[Path | None, output("The same, scalable.")] = None,
+    table_file: Annotated[Path | None, output("The table as CSV.", "--csv")] = None,
+    as_json: Json = False,
+) -> None:
+    """Peak against step time, from the unplanned peak down to the floor."""
+    from . import api
+    from .models import load_model
+
+    options = planning(allow, optimizer, time_limit, seed, train=not infer, machine=machine)
+    with progress("building the model") as report:
+        module, args, kwargs = load_model(model, meta=True)
+        plans = api.sweep(module, points, args, kwargs, **options, progress=report)
+    facts = [
+        {
+            "budget": made.budget,
+            "peak": made.peak,
+            "time": made.time,
+            "overhead": overhead(made),
+            "gap": made.gap,
+            "status": made.status,
+        }
+        for made in plans
+    ]
+    for path in (png, svg):
+        if path is not None:
+            from ..backends.pictures import curve, save
+
+            save(curve(plans), path)
+    if table_file is not None:
+        with table_file.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, list(facts[0]))
+            writer.writeheader()
+            writer.writerows(facts)
+    first = plans[0]
+    whole = {
+        "machine": first.machine.name,
+        "unplanned": {"peak": first.unplanned.peak, "time": first.unplanned.time},
+        "minimum_budget": min(made.minimum for made in plans),
+        "points": facts,
+    }
+    rows = [
+        (
+            "none" if made.budget is None else show_bytes(made.budget),
+            show_bytes(made.peak),
+            show_seconds(made.time),
+            f"{overhead(made):+.1%}",
+            f"{made.gap:.1%}",
+        )
+        for made in plans
+    ]
+    answer(as_json, whole, table(("budget", "peak", "step time", "overhead", "gap"), rows))
+
+
+@app.command()
+def machines(as_json: Json = False) -> None:
+    """The machines that can be planned for."""
+    import msgspec
+
+    from .local import local_machine
+    from .machine import load_machine, preset_names
+
+    known = {machine.name: machine for machine in [local_machine("cpu"), *local_gpu()]}
+    known |= {name: load_machine(name) for name in preset_names()}
+    rows = []
+    for name, machine in known.items():
+        tier, unit = machine.tiers[0], machine.units[0]
+        best = max(unit.flops.values())
+        rows.append(
+            (
+                name,
+                machine.device,
+                show_bytes(tier.capacity),
+                f"{tier.bandwidth / 1e9:.0f} GB/s",
+                f"{unit.flops.get('float32', unit.flops['default']) / 1e12:.4g}",
+                f"{best / 1e12:.4g}",
+                ", ".join(other.name for other in machine.tiers[1:]),
+            )
+        )
+    heads = ("machine", "device", "memory", "bandwidth", "TFLOP/s float32", "at best", "behind it")
+    answer(
+        as_json,
+        {"machines": {name: msgspec.to_builtins(machine) for name, machine in known.items()}},
+        table(heads, rows),
+    )
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    infer: Infer = False,
+    time_limit: TimeLimit = 60.0,
+    as_json: Json = False,
+) -> None:
+    """Measure a model's operators on this machine, so that plans rest on their real times."""
+    from ..backends.measure import calibrate as measure
+    from .capture import capture
+    from .cost import Table as Costs
+    from .local import device_key, local_machine
+    from .models import load_model
+
+    with progress("building the model") as report:
+        machine = local_machine(device)
+        module, args, kwargs = load_model(model, meta=True)
+        report("tracing", 0.0)
+        program = capture(module, args, kwargs, train=not infer, device=machine.device).program
+        costs = Costs(device_key(machine.device))
+        count = measure(
+            program,
+            machine,
+            costs,
+            time_limit=time_limit,
+            progress=lambda done, total: report("measuring", done / max(total, 1)),
+        )
+    facts = {"machine": machine.name, "measured": count, "ops": len(program.ops), "file": str(costs.path)}
+    answer(as_json, facts, Text(f"{count} operators measured on {machine.name}; the table is {costs.path}"))
+
+
+def export(
+    made: "Plan", *, png: Path | None, svg: Path | None, trace: Path | None, snapshot: Path | None, html: Path | None
+) -> None:
+    """Write the files asked for."""
+    from ..backends import exports, pictures
+
+    for path in (png, svg):
+        if path is not None:
+            pictures.save(pictures.timeline(made), path)
+    if trace is not None:
+        exports.save_trace(made, trace)
+    if snapshot is not None:
+        exports.save_snapshot(made, snapshot)
+    if html is not None:
+        exports.save_html(made, html)
+
+
+def local_gpu() -> "list[Machine]":
+    """The machine of this host's GPU, if it has one. Only then is torch imported."""
+    from .local import local_machine
+
+    if shutil.which("nvidia-smi") is None:
+        return []
+    try:
+        return [local_machine("cuda")]
+    except MachineError:
+        return []
+
+
+def overhead(made: "Plan") -> float:
+    """How much longer than unplanned: 0.25 for a quarter."""
+    return made.time / made.unplanned.time - 1 if made.unplanned.time > 0 else 0.0
+
+
+def plan_facts(made: "Plan") -> dict[str, Any]:
+    """A plan's figures for programs."""
+    counts = made.counts
+    return {
+        "budget": made.budget,
+        "peak": made.peak,
+        "time": made.time,
+        "unplanned": {"peak": made.unplanned.peak, "time": made.unplanned.time},
+        "status": made.status,
+        "gap": made.gap,
+        "minimum_budget": made.minimum,
+        "capture_seconds": made.capture_seconds,
+        "solve_seconds": made.solve_seconds,
+        "counts": {"keep": counts.keep, "recompute": counts.recompute, "offload": counts.offload},
+        "machine": made.machine.name,
+        "ops": len(made.program.ops),
+        "buffers": len(made.program.buffers),
+    }
+
+
+def plan_table(made: "Plan") -> RenderableType:
+    """A plan's figures for people."""
+    saved = made.peak / made.unplanned.peak - 1 if made.unplanned.peak else 0.0
+    rows = [
+        ("peak", show_bytes(made.peak), show_bytes(made.unplanned.peak), f"{saved:+.1%}"),
+        ("step time (predicted)", show_seconds(made.time), show_seconds(made.unplanned.time), f"{overhead(made):+.1%}"),
+    ]
+    words = made.summary().splitlines()[len(rows) + 1 :]
+    return Group(table((made.program.name, "planned", "unplanned", ""), rows), Text("\n".join(words)))
+
+
+def run_facts(made: "Plan", plain: "Trial", planned: "Trial") -> dict[str, Any]:
+    """Predictions beside measurements, and whether the numbers agree."""
+
+    def side(predicted: Any, trial: "Trial") -> dict[str, Any]:
+        losses = [float.fromhex(loss) for loss in trial.losses]
+        return {
+            "peak": {"predicted": predicted.peak, "measured": trial.peak},
+            "time": {"predicted": predicted.time, "measured": trial.seconds},
+            "losses": [loss if math.isfinite(loss) else None for loss in losses],
+        }
+
+    return {
+        "budget": made.budget,
+        "machine": made.machine.name,
+        "unplanned": side(made.unplanned, plain),
+        "planned": side(made.planned, planned),
+        "losses_equal": plain.losses == planned.losses,
+        "gradients_equal": plain.gradients == planned.gradients,
+    }
+
+
+def run_table(made: "Plan", plain: "Trial", planned: "Trial") -> RenderableType:
+    """The same for people."""
+
+    def measured(peak: int | None) -> str:
+        return "unknown here" if peak is None else show_bytes(peak)
+
+    asked = "no budget" if made.budget is None else f"budget {show_bytes(made.budget)}"
+    rows = [
+        ("peak, measured", measured(planned.peak), measured(plain.peak)),
+        ("peak, predicted", show_bytes(made.peak), show_bytes(made.unplanned.peak)),
+        ("step time, measured", show_seconds(planned.seconds), show_seconds(plain.seconds)),
+        ("step time, predicted", show_seconds(made.time), show_seconds(made.unplanned.time)),
+    ]
+    pairs = enumerate(zip(planned.losses, plain.losses, strict=True), 1)
+    rows += [(f"loss, step {number}", *(f"{float.fromhex(loss):.6f}" for loss in pair)) for number, pair in pairs]
+    verdicts = [
+        equality("losses", planned.losses == plain.losses),
+        equality("gradients", planned.gradients == plain.gradients),
+    ]
+    return Group(table((asked, "planned", "unplanned"), rows), *verdicts)
+
+
+def equality(what: str, equal: bool) -> Text:
+    """`losses: bit-equal`, in colour."""
+    return Text(f"{what}: {'bit-equal' if equal else 'not bit-equal'}", style="green" if equal else "yellow")
+
+
+def table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
+    """A table whose figures are flush right."""
+    drawn = Table(box=None, show_header=bool(heads), header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for column in range(max(map(len, [heads, *rows]))):
+        drawn.add_column(heads[column] if heads else "", justify="right" if column else "left", no_wrap=True)
+    for row in rows:
+        drawn.add_row(*(Text(cell) for cell in row))
+    return drawn
+
+
+def answer(as_json: bool, facts: dict[str, Any], shown: RenderableType) -> None:
+    """The command's result: `facts` on standard output for programs, or `shown` on standard error for people."""
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        console.print(shown)
+
+
+@contextmanager
+def progress(stage: str) -> Iterator[Report]:
+    """A spinner with elapsed time while standard error is a terminal. Yields what to call with (stage, share done)."""
+    if not console.is_terminal:
+        yield lambda stage, done: None
+        return
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as bars:
+        task = bars.add_task(stage, total=None)
+        yield lambda stage, done: bars.update(task, description=stage, completed=done, total=1.0 if done > 0 else None)
+
+
+def fail(error: Exception, as_json: bool) -> NoReturn:
+    """End the process with the error in one line."""
+    if isinstance(error, MemoryError):
+        message = "not enough memory in this process: use a smaller model or batch"
+    elif isinstance(error, OSError) and error.strerror:
+        message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    else:
+        message = " ".join(str(error).split())
+    if as_json:
+        facts: dict[str, Any] = {"error": message, "kind": type(error).__name__}
+        if isinstance(error, BudgetError):
+            facts["minimum_budget"] = error.minimum
+        if isinstance(error, InvalidSchedule):
+            facts |= {"rule": error.rule, "instruction": error.instruction}
+        print(json.dumps(facts))
+    print(f"memplan: {message}", file=sys.stderr)
+    raise SystemExit(status_of(error))
+
+
+def status_of(error: Exception) -> int:
+    """The exit status: 2 for a budget that cannot be read, 3 for one that cannot be met, 1 for any other error."""
+    if isinstance(error, BudgetError):
+        return 2 if error.minimum is None else 3
+    return 1
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The console entry point."""
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        app(words, prog_name="memplan")
+    except (MemplanError, OSError, MemoryError) as error:
+        fail(error, "--json" in words)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,559 @@
+"""A traced fx graph -> `Program`, and the wiring that a backend needs to run it.
+
+Three facts are decided here, each by the graph itself and never by a name: which nodes are views (they share their
+input's storage), which part of the step an op belongs to (what the outputs need is forward), and where an op can write
+its result in place of an operand (same storage size, shape and strides, and a kernel that allows it).
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils.flop_counter import flop_registry
+
+from .errors import CaptureError
+from .optimizers import update_op
+from .program import Buffer, Kind, Op, Phase, Program
+
+# BatchNorm in training mode reads the running statistics only to update them: its other results do not depend on them.
+STATISTICS = {"aten._native_batch_norm_legit_functional.default": (3, 4)}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a placeholder's value comes from: `parameter` or `buffer` by name, `input` by leaf, `tangent` by output."""
+
+    kind: str
+    name: str = ""
+    index: int = -1
+    value: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class InPlace:
+    """How an op writes over an operand: the overload to call, and the operand's name if it is an `out=` overload."""
+
+    target: Any
+    operand: fx.Node
+    out: str | None
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A program and the graph it came from.
+
+    Attributes:
+        program: the step.
+        nodes: for each op its graph node; None for the loss and the update, which are the caller's.
+        base: for each buffer the node whose value is the storage's first tensor.
+        owner: for each node that holds a tensor its buffer.
+        sources: for each placeholder and constant where its value comes from.
+        outputs: nodes of the traced forward outputs, in order.
+        mutations: op -> (source of the tensor to overwrite, node of the new value).
+        gradients: pairs (placeholder, node of its gradient); a tied parameter has a placeholder for each of its names.
+        in_place: (op, operand's buffer) -> how to write over it.
+    """
+
+    program: Program
+    nodes: tuple[fx.Node | None, ...]
+    base: dict[int, fx.Node]
+    owner: dict[fx.Node, int]
+    sources: dict[fx.Node, Source]
+    outputs: tuple[fx.Node, ...]
+    mutations: dict[int, tuple[Source, fx.Node]]
+    gradients: tuple[tuple[fx.Node, fx.Node], ...]
+    in_place: dict[tuple[int, int], InPlace]
+
+
+def lower(
+    graph: fx.GraphModule,
+    *,
+    name: str,
+    device: str,
+    parameter_name: Callable[[str], str],
+    input_leaf: Callable[[int], int],
+    train: bool,
+    loss: fx.GraphModule | None,
+    optimizer: Any,
+    trainable: set[str],
+) -> Traced:
+    """Build the program of a joint graph with descriptors.
+
+    Args:
+        graph: AOTAutograd's joint graph (or forward graph, for inference).
+        name: the program's name.
+        device: the type of device traced for.
+        parameter_name: from a descriptor's target to the name in the model; tied names map to the first.
+        input_leaf: from a traced input's index to the leaf of the call.
+        train: whether there is a backward pass.
+        loss: the graph of the caller's own loss, whose cost lies between the passes.
+        optimizer: see `planner.optimizers`.
+        trainable: names of the parameters that the optimizer updates.
+    """
+    return _Lowering(graph, device, parameter_name, input_leaf).run(name, train, loss, optimizer, trainable)
+
+
+class _Lowering:
+    """One walk over a graph; its fields are the tables under construction."""
+
+    def __init__(
+        self, graph: fx.GraphModule, device: str, parameter_name: Callable[[str], str], input_leaf: Callable[[int], int]
+    ):
+        self.graph = graph
+        self.device = device
+        self.parameter_name = parameter_name
+        self.input_leaf = input_leaf
+        self.buffers: list[Buffer] = []
+        self.ops: list[Op] = []
+        self.nodes: list[fx.Node | None] = []
+        self.base: dict[int, fx.Node] = {}
+        self.owner: dict[fx.Node, int] = {}
+        self.by_storage: dict[int, int] = {}
+        self.sources: dict[fx.Node, Source] = {}
+        self.in_place: dict[tuple[int, int], InPlace] = {}
+        self.mutations: dict[int, tuple[Source, fx.Node]] = {}
+        self.where = ""
+
+    def run(self, name: str, train: bool, loss: Any, optimizer: Any, trainable: set[str]) -> Traced:
+        """The stages in order."""
+        ends = next(node for node in self.graph.graph.nodes if node.op == "output")
+        described = [pair for pair in zip(ends.args[0], ends.meta["desc"], strict=True) if pair[1] is not None]
+        outputs = tuple(node for node, desc in described if type(desc).__name__ == "PlainAOTOutput")
+        changes = [(node, desc.mutated_input) for node, desc in described if type(desc).__name__ == "InputMutationAOTOutput"]
+        grads = [(node, desc.grad_of) for node, desc in described if type(desc).__name__ == "GradAOTOutput"]
+        known = {"PlainAOTOutput", "InputMutationAOTOutput", "GradAOTOutput"}
+        odd = {type(desc).__name__ for _, desc in described} - known
+        if odd:
+            raise CaptureError(f"the model returns something memplan cannot wire ({', '.join(sorted(odd))}): an output that "
+                               "is a view of another output or of an input; return a clone of it")  # fmt: skip
+        for node in self.graph.graph.nodes:
+            if node.op in ("placeholder", "get_attr"):
+                self.add_source(node)
+        tangents = [node for node, source in self.sources.items() if source.kind == "tangent"]
+        early, late = split(self.graph.graph, [*outputs, *(node for node, _ in changes)])
+        changed = {self.owner[self.find(desc)] for _, desc in changes}
+        for node in early:
+            self.add_node(node, Phase.FORWARD, changed)
+        for node, desc in changes:
+            self.add_mutation(node, desc)
+        if train:
+            self.add_loss(outputs, tangents, loss)
+        for node in late:
+            self.add_node(node, Phase.BACKWARD, changed)
+        gradients = tuple((self.find(desc), node) for node, desc in grads if node is not None)
+        held = [self.owner[node] for node in outputs if isinstance(node, fx.Node)]
+        held += [self.owner[node] for _, node in gradients]
+        held += [self.owner[node] for node in tangents]
+        resident = {self.owner[node] for node in self.sources if node not in tangents}
+        self.name_kinds(held, {self.owner[node] for _, node in gradients}, len(self.ops))
+        if optimizer is not None and train:
+            self.add_update(optimizer, trainable)
+        program = Program(
+            name=name,
+            buffers=tuple(self.buffers),
+            ops=tuple(self.ops),
+            outputs=tuple(sorted(set(held) - resident)),
+            device=self.device,
+        )
+        program.verify()
+        return Traced(
+            program=program,
+            nodes=tuple(self.nodes),
+            base=self.base,
+            owner=self.owner,
+            sources=self.sources,
+            outputs=outputs,
+            mutations=self.mutations,
+            gradients=gradients,
+            in_place=self.in_place,
+        )
+
+    def find(self, desc: Any) -> fx.Node:
+        """The placeholder that a descriptor of an input describes."""
+        return next(node for node in self.sources if node.meta.get("desc") == desc)
+
+    def add_source(self, node: fx.Node) -> None:
+        """A resident buffer, or a tangent."""
+        value = node.meta.get("val")
+        if node.op == "get_attr":
+            constant = getattr(self.graph, str(node.target))
+            constant = getattr(constant, "constant", None) if hasattr(constant, "fake_mode") else constant
+            if not isinstance(constant, torch.Tensor):
+                raise CaptureError(f"the model holds {node.target}, whose value is not known while tracing")
+            source = Source("constant", str(node.target), value=constant)
+            kind = Kind.CONSTANT
+            value = constant if value is None else value
+            node.meta["val"] = value
+        else:
+            desc = node.meta["desc"]
+            match type(desc).__name__:
+                case "ParamAOTInput":
+                    source, kind = Source("parameter", self.parameter_name(desc.target)), Kind.PARAMETER
+                case "BufferAOTInput":
+                    source, kind = Source("buffer", self.parameter_name(desc.target)), Kind.CONSTANT
+                case "PlainAOTInput":
+                    source, kind = Source("input", f"input {desc.idx}", self.input_leaf(desc.idx)), Kind.INPUT
+                case "TangentAOTInput":
+                    source, kind = Source("tangent", "tangent", desc.output.idx), Kind.TEMPORARY
+                case other:
+                    raise CaptureError(f"the model takes an input that memplan cannot wire ({other})")
+        self.sources[node] = source
+        if isinstance(value, torch.Tensor):
+            self.define(node, value, source.name or node.name, kind)
+
+    def define(self, node: fx.Node, value: torch.Tensor, name: str, kind: Kind) -> int:
+        """The buffer of a node's storage, new unless another node shares it."""
+        storage = value.untyped_storage()
+        buffer = self.by_storage.get(storage._cdata)
+        if buffer is None:
+            buffer = len(self.buffers)
+            self.by_storage[storage._cdata] = buffer
+            self.buffers.append(Buffer(name=name, bytes=storage.nbytes(), kind=kind))
+            self.base[buffer] = node
+        self.owner[node] = buffer
+        return buffer
+
+    def add_node(self, node: fx.Node, phase: Phase, changed: set[int]) -> None:
+        """An op, or a view of a buffer that exists."""
+        value = node.meta.get("val")
+        parts = results(node)
+        tensors = [arg for arg in node.all_input_nodes if arg in self.owner]
+        shared = {self.owner[arg] for arg in tensors}
+        for parameter in (self.sources[arg] for arg in tensors if arg in self.sources):
+            if parameter.kind == "parameter":
+                self.where = parameter.name.rpartition(".")[0]
+        if not isinstance(node.target, torch._ops.OpOverload):
+            raise CaptureError(f"the model calls {node.target}, which memplan cannot plan; move it out of the model")
+        if not parts and value is not None and not is_tensor(value):
+            raise CaptureError(f"the model takes a number out of a tensor ({node.target}): memplan needs shapes and "
+                               "branches that do not depend on data")  # fmt: skip
+        known = {part for part, item in parts if item.untyped_storage()._cdata in self.by_storage}
+        if parts and all(part in known for part, _ in parts):
+            for part, item in parts:
+                self.owner[part] = self.by_storage[item.untyped_storage()._cdata]
+            return
+        writes = [self.define(part, item, part.name, Kind.TEMPORARY) for part, item in parts if part not in known]
+        for part in known:
+            self.owner[part] = self.by_storage[part.meta["val"].untyped_storage()._cdata]
+        unread = STATISTICS.get(str(node.target), ())
+        statistics = {self.owner[node.args[index]] for index in unread if isinstance(node.args[index], fx.Node)}  # type: ignore[index]
+        if unread and not node.args[5]:  # not in training mode: the statistics do decide the result
+            statistics = set()
+        reads = tuple(sorted(shared - statistics))
+        index = len(self.ops)
+        reuse = []
+        for operand in tensors:
+            form = in_place_form(node, operand, tensors, self.owner) if len(parts) == 1 else None
+            if form is not None and operand not in self.sources and (writes[0], self.owner[operand]) not in reuse:
+                if self.owner[operand] not in {self.owner[source] for source in self.sources}:
+                    reuse.append((writes[0], self.owner[operand]))
+                    self.in_place[index, self.owner[operand]] = form
+        self.ops.append(
+            Op(
+                name=node.name,
+                target=str(node.target),
+                key=call_key(node),
+                phase=phase,
+                reads=reads,
+                writes=tuple(writes),
+                reuse=tuple(reuse),
+                repeatable=not (set(reads) & changed) and not node.target._schema.is_mutable and bool(writes),
+                random=torch.Tag.nondeterministic_seeded in node.target.tags,
+                flops=count_flops(node),
+                traffic=sum(span(arg.meta["val"]) for arg in tensors) + sum(span(item) for _, item in parts),
+                where=self.where,
+            )
+        )
+        self.nodes.append(node)
+
+    def add_mutation(self, node: fx.Node, desc: Any) -> None:
+        """The op that gives a resident tensor its new contents, once, at the end of the forward pass."""
+        target = self.find(desc)
+        value = target.meta["val"]
+        self.mutations[len(self.ops)] = (self.sources[target], node)
+        self.ops.append(
+            Op(
+                name=f"{node.name}_to_{self.sources[target].name}",
+                target="aten.copy_.default",
+                key=json.dumps({"op": "aten.copy_.default", "args": [encode(target), encode(node)], "kwargs": {}}),
+                phase=Phase.FORWARD,
+                reads=(self.owner[node],),
+                writes=(),
+                mutates=(self.owner[target],),
+                repeatable=False,
+                traffic=2 * span(value),
+                where=self.sources[target].name.rpartition(".")[0],
+            )
+        )
+        self.nodes.append(None)
+
+    def add_loss(self, outputs: Iterable[Any], tangents: list[fx.Node], loss: fx.GraphModule | None) -> None:
+        """The caller's part between the passes: from the outputs to their tangents."""
+        flops, traffic, workspace = (0.0, 0, 0) if loss is None else cost_of_graph(loss)
+        self.ops.append(
+            Op(
+                name="loss",
+                target="loss",
+                key=json.dumps({"op": "loss", "args": [flops, traffic], "kwargs": {}}),
+                phase=Phase.LOSS,
+                reads=tuple(sorted({self.owner[node] for node in outputs})),
+                writes=tuple(sorted({self.owner[node] for node in tangents})),
+                repeatable=False,
+                flops=flops,
+                traffic=traffic,
+                workspace=workspace,
+            )
+        )
+        self.nodes.append(None)
+
+    def add_update(self, optimizer: Any, trainable: set[str]) -> None:
+        """The optimizer's state as resident buffers, and its step as the last op."""
+        parameters = {
+            self.owner[node]: node.meta["val"]
+            for node, source in self.sources.items()
+            if source.kind == "parameter" and source.name in trainable
+        }
+        gradients = [index for index, buffer in enumerate(self.buffers) if buffer.kind is Kind.GRADIENT]
+        states, op = update_op(optimizer, parameters, gradients, len(self.buffers), self.device)
+        self.buffers.extend(states)
+        self.ops.append(op)
+        self.nodes.append(None)
+
+    def name_kinds(self, held: list[int], gradients: set[int], end: int) -> None:
+        """Give activations, gradients and outputs their kind, now that all readers are known."""
+        boundary = next((index for index, op in enumerate(self.ops) if op.phase is Phase.LOSS), end)
+        made_early = {buffer for op in self.ops[:boundary] for buffer in op.writes}
+        read_late = {buffer for op in self.ops[boundary + 1 :] for buffer in op.reads}
+        for index, buffer in enumerate(self.buffers):
+            if buffer.kind is not Kind.TEMPORARY:
+                continue
+            if index in gradients:
+                kind = Kind.GRADIENT
+            elif index in held:
+                kind = Kind.OUTPUT
+            elif index in made_early and index in read_late:
+                kind = Kind.ACTIVATION
+            else:
+                continue
+            self.buffers[index] = Buffer(name=buffer.name, bytes=buffer.bytes, kind=kind)
+
+
+def split(graph: fx.Graph, outputs: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Call nodes of the forward pass, and the others in the order they are traced in.
+
+    The forward pass is what the outputs need, and every draw of random numbers made in it (their order is part of the
+    result). A later node that no tangent reaches is moved to just before its first reader.
+    """
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    drawn = [node for node in graph.nodes if is_call(node) and is_random(node) and "backward" not in str(node.meta.get("partitioner_tag"))]
+    early = closure([node for node in [*outputs, *drawn] if isinstance(node, fx.Node)])
+    tangents = [node for node in graph.nodes if node.op == "placeholder" and "TangentAOTInput" in type(node.meta.get("desc")).__name__]
+    reached = set(tangents)
+    for node in graph.nodes:
+        if any(arg in reached for arg in node.all_input_nodes):
+            reached.add(node)
+    late: list[fx.Node] = []
+    done = set(early)
+
+    def emit(node: fx.Node) -> None:
+        for arg in node.all_input_nodes:
+            if is_call(arg) and arg not in done and arg not in reached:
+                emit(arg)
+        done.add(node)
+        late.append(node)
+
+    wanted = closure([arg for arg in next(node for node in graph.nodes if node.op == "output").all_input_nodes])
+    for node in graph.nodes:
+        if is_call(node) and node in reached and node in wanted:
+            emit(node)
+    for node in graph.nodes:  # gradients that do not depend on any tangent, such as constant zeros
+        if is_call(node) and node in wanted and node not in done:
+            emit(node)
+    return sorted((node for node in early if is_call(node)), key=order.__getitem__), late
+
+
+def closure(nodes: list[fx.Node]) -> set[fx.Node]:
+    """The nodes and all they are computed from."""
+    seen: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return seen
+
+
+def is_call(node: fx.Node) -> bool:
+    """Whether the node calls something, other than picking one of several results."""
+    return node.op == "call_function" and not is_pick(node)
+
+
+def is_pick(node: fx.Node) -> bool:
+    """Whether the node picks one of another's results."""
+    return node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem"
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether the node draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether a node's value is a tensor or a tuple of them."""
+    return isinstance(value, torch.Tensor) or isinstance(value, tuple | list)
+
+
+def results(node: fx.Node) -> list[tuple[fx.Node, torch.Tensor]]:
+    """The nodes that stand for a call's tensors: itself, or the picks of its results.
+
+    A result that nobody picks still exists while the call runs; it is counted as workspace by the cost model.
+    """
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        return [(node, value)]
+    picks = [user for user in node.users if is_pick(user) and isinstance(user.meta.get("val"), torch.Tensor)]
+    first: dict[int, fx.Node] = {}
+    for pick in sorted(picks, key=lambda user: int(user.args[1])):  # type: ignore[arg-type]
+        first.setdefault(int(pick.args[1]), pick)  # type: ignore[arg-type]
+    return [(pick, pick.meta["val"]) for pick in first.values()]
+
+
+def span(value: Any) -> int:
+    """Bytes of a tensor's elements that are stored: expanded dimensions count once."""
+    if not isinstance(value, torch.Tensor):
+        return 0
+    distinct = math.prod(size for size, step in zip(value.shape, value.stride(), strict=True) if step != 0)
+    return int(distinct) * value.element_size()
+
+
+def count_flops(node: fx.Node) -> float:
+    """Floating-point operations by torch's own counter; one per element written where it knows none."""
+    packet = node.target._overloadpacket  # type: ignore[union-attr]
+    value = node.meta.get("val")
+    name = str(packet)
+    if "flash_attention_for_cpu" in name:
+        query, key = (node.args[index].meta["val"].shape for index in ((1, 2) if "backward" in name else (0, 1)))  # type: ignore[union-attr]
+        product = 2.0 * math.prod(query[:3]) * key[2] * query[3]
+        return product * (5 if "backward" in name else 2)
+    if packet in flop_registry:
+        args = fx.map_arg(node.args, lambda arg: arg.meta["val"])
+        kwargs = fx.map_arg(node.kwargs, lambda arg: arg.meta["val"])
+        return float(flop_registry[packet](*args, **kwargs, out_val=value))
+    return float(sum(item.numel() for _, item in results(node)))
+
+
+def cost_of_graph(graph: fx.GraphModule) -> tuple[float, int, int]:
+    """FLOPs, traffic and peak bytes of a graph run in order with early frees, its inputs and outputs not counted."""
+    flops, traffic, live, peak = 0.0, 0, 0, 0
+    last: dict[int, fx.Node] = {}
+    sizes: dict[int, int] = {}
+    outside: set[int] = set()
+    for node in graph.graph.nodes:
+        for user in [node, *node.all_input_nodes]:
+            for _, item in results(user) if is_call(user) else [(user, user.meta.get("val"))]:
+                if isinstance(item, torch.Tensor):
+                    last[item.untyped_storage()._cdata] = node
+        if node.op in ("placeholder", "output"):
+            outside |= {arg.meta["val"].untyped_storage()._cdata for arg in [node, *node.all_input_nodes]
+                        if isinstance(arg.meta.get("val"), torch.Tensor)}  # fmt: skip
+    for node in graph.graph.nodes:
+        if not is_call(node):
+            continue
+        flops += count_flops(node)
+        traffic += sum(span(arg.meta.get("val")) for arg in node.all_input_nodes) + sum(span(v) for _, v in results(node))
+        for _, item in results(node):
+            storage = item.untyped_storage()
+            if storage._cdata not in sizes and storage._cdata not in outside:
+                sizes[storage._cdata] = storage.nbytes()
+                live += storage.nbytes()
+        peak = max(peak, live)
+        for storage_id, reader in last.items():
+            if reader is node and storage_id in sizes:
+                live -= sizes.pop(storage_id)
+    return flops, traffic, peak
+
+
+def encode(arg: Any) -> Any:
+    """An argument as JSON: see `call_key`."""
+    if isinstance(arg, fx.Node):
+        value = arg.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            return {"x": repr(value)}
+        told: dict[str, Any] = {"t": str(value.dtype)[6:], "s": list(value.shape), "st": list(value.stride())}
+        if value.storage_offset():
+            told["o"] = value.storage_offset()
+        return told
+    if isinstance(arg, list | tuple):
+        return [encode(item) for item in arg]
+    if isinstance(arg, float) and not math.isfinite(arg):
+        return {"f": str(arg)}
+    if arg is None or isinstance(arg, bool | int | float | str):
+        return arg
+    for kind, type_ in (("dtype", torch.dtype), ("layout", torch.layout), ("memory_format", torch.memory_format)):
+        if isinstance(arg, type_):
+            return {kind: str(arg)[6:]}
+    if isinstance(arg, torch.device):
+        return {"device": arg.type}
+    return {"x": repr(arg)}
+
+
+def call_key(node: fx.Node) -> str:
+    """A call as canonical JSON, from which it can be made again: what decides its cost, and nothing else."""
+    call = {
+        "op": str(node.target),
+        "args": [encode(arg) for arg in node.args],
+        "kwargs": {name: encode(arg) for name, arg in node.kwargs.items()},
+    }
+    return json.dumps(call, separators=(",", ":"))
+
+
+def in_place_form(node: fx.Node, operand: fx.Node, tensors: list[fx.Node], owner: dict[fx.Node, int]) -> InPlace | None:
+    """How the call can write its result over an operand, or None where it cannot.
+
+    Pointwise kernels read and write each element at the same index, so result and operand may be the same memory if
+    they have the same layout and fill their storages, and no other operand sees that storage through another layout.
+    """
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.pointwise not in target.tags:
+        return None
+    new, old = node.meta["val"], operand.meta["val"]
+    if not isinstance(new, torch.Tensor) or layout(new) != layout(old) or old.storage_offset():
+        return None
+    if not span(new) == new.untyped_storage().nbytes() == old.untyped_storage().nbytes():
+        return None
+    if any(owner[other] == owner[operand] and layout(other.meta["val"]) != layout(old) for other in tensors):
+        return None
+    key = "CUDA" if new.device.type == "cuda" else "CPU"
+    out = out_overload(target)
+    if out is not None and torch._C._dispatch_has_kernel_for_dispatch_key(out.name(), key):
+        return InPlace(out, operand, out._schema.arguments[-1].name)
+    packet = getattr(torch.ops.aten, target._opname + "_", None) if target.namespace == "aten" else None
+    overload = getattr(packet, target._overloadname, None)
+    if overload is not None and node.args and node.args[0] is operand:
+        wanted = [(arg.name, str(arg.type)) for arg in target._schema.arguments]
+        if [(arg.name, str(arg.type)) for arg in overload._schema.arguments] == wanted:
+            return InPlace(overload, operand, None)
+    return None
+
+
+def layout(value: torch.Tensor) -> tuple:
+    """Shape, strides, offset and type."""
+    return tuple(value.shape), tuple(value.stride()), value.storage_offset(), value.dtype
+
+
+def out_overload(target: torch._ops.OpOverload) -> Any:
+    """The overload of the same call that takes where to write, or None."""
+    wanted = [(arg.name, str(arg.type)) for arg in target._schema.arguments]
+    for name in target._overloadpacket.overloads():
+        candidate = getattr(target._overloadpacket, name)
+        arguments = candidate._schema.arguments
+        writes = [arg for arg in arguments if arg.alias_info is not None and arg.alias_info.is_write]
+        if len(writes) == 1 and arguments[-1] is not None and arguments[-1].name == writes[0].name and arguments[-1].kwarg_only:
+            if [(arg.name, str(arg.type)) for arg in arguments[:-1]] == wanted:
+                return candidate
+    return None

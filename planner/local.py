@@ -1,0 +1,229 @@
+"""The machine at hand, as a `Machine`: what the system says, and what a probe of a second or so finds out.
+
+The probe's figures are kept beside the measurements (`cost.cache_directory`) and not taken again; capacities are asked
+for each time, for limits change.
+"""
+
+import os
+import platform
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+
+import msgspec
+
+from .cost import cache_directory, file_name, write_atomically
+from .errors import MachineError
+from .machine import PRESETS, Link, Machine, Tier, Unit, load_machine
+
+PAGE = 4096  # bytes
+CPU_ALIGNMENT = 64  # bytes: c10::gAlignment
+CUDA_ROUNDING = 512  # bytes: kMinBlockSize of the caching allocator
+TYPES = ("float32", "float64", "bfloat16", "float16")
+PRODUCT = {"cpu": 1024, "cuda": 8192}  # rows and columns of the matrices that the probe multiplies
+COPY = {"cpu": 64 << 20, "cuda": 512 << 20}  # bytes that it copies: more than any cache holds
+PROBE_TIME = 0.15  # seconds for each rate
+# Names that drivers report, with the preset whose figures hold for them.
+KNOWN_GPUS = {
+    "H100 80GB HBM3": "h100-80gb",
+    "H200": "h200",
+    "A100-SXM4-80GB": "a100-80gb",
+    "RTX 4090": "rtx4090",
+}
+# Settings that change how a process gets its memory, and so what an output costs.
+ALLOCATOR_SETTINGS = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+
+
+class Rates(msgspec.Struct, frozen=True):
+    """What a probe measured: operations per second by element type, bytes per second, seconds."""
+
+    flops: dict[str, float]
+    bandwidth: float
+    launch: float
+    link: float = 0.0
+
+
+def local_machine(device: str = "cpu") -> Machine:
+    """The machine that this process runs on.
+
+    Args:
+        device: `cpu`, or `cuda` for the current GPU with this host behind it.
+
+    Raises:
+        MachineError: there is no such device here.
+    """
+    if device == "cpu":
+        return local_cpu()
+    if device == "cuda":
+        return local_cuda()
+    raise MachineError(f"no local machine for device {device!r}: it is 'cpu' or 'cuda'")
+
+
+def local_cpu() -> Machine:
+    """This host.
+
+    Sizes are rounded to pages: resident pages are what a limit on memory counts, and blocks large enough to matter are
+    mapped singly. A small block takes less than its page; the error is on the safe side.
+    """
+    rates = known_rates("cpu")
+    tier = Tier("device", memory_limit(), rates.bandwidth, rounding=PAGE, alignment=CPU_ALIGNMENT)
+    unit = Unit("cores", "device", rates.flops, launch=rates.launch)
+    machine = Machine("local-cpu", "cpu", (tier,), (unit,))
+    machine.verify()
+    return machine
+
+
+def local_cuda() -> Machine:
+    """The current GPU. What torch has reserved in this process counts as free: a step can use it again."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise MachineError("no GPU here that torch can use; name a preset instead, such as h100-80gb")
+    free, _ = torch.cuda.mem_get_info()
+    capacity = free + torch.cuda.memory_reserved()
+    name = torch.cuda.get_device_name()
+    rates = known_rates("cuda")
+    preset = next((preset for known, preset in KNOWN_GPUS.items() if known in name), None)
+    if preset is not None and (PRESETS / f"{preset}.toml").is_file():
+        known = load_machine(preset)
+        bandwidth, unit = known.tiers[0].bandwidth, known.units[0]
+    else:
+        bandwidth, unit = rates.bandwidth, Unit("sm", "device", rates.flops, launch=rates.launch)
+    tiers = (
+        Tier("device", capacity, bandwidth, rounding=CUDA_ROUNDING, alignment=CUDA_ROUNDING),
+        Tier("host", memory_limit(), known_rates("cpu").bandwidth, rounding=PAGE, alignment=PAGE),
+    )
+    links = (Link("device", "host", rates.link, 1e-5), Link("host", "device", rates.link, 1e-5))
+    machine = Machine("local-cuda", "cuda", tiers, (unit,), links)
+    machine.verify()
+    return machine
+
+
+def device_key(device: str = "cpu", threads: int | None = None) -> str:
+    """What measurements hold for: the processor, the threads, torch's version, and the allocator's settings.
+
+    Args:
+        device: `cpu` or `cuda`.
+        threads: of torch on the CPU; default: as many as in this process.
+    """
+    import torch
+
+    parts = [torch.cuda.get_device_name()] if device == "cuda" else [cpu_name()]
+    if device == "cpu":
+        parts.append(f"{threads or torch.get_num_threads()} threads")
+    parts.append(f"torch {metadata.version('torch')}")
+    parts += [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(ALLOCATOR_SETTINGS)]
+    return ", ".join(parts)
+
+
+def cpu_name() -> str:
+    """The processor as the system names it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+# Memory
+
+
+def memory_limit() -> int:
+    """Bytes of memory that this process may use: what the host has, or its control group's limit if that is less."""
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([pages, *control_group_limits(Path("/sys/fs/cgroup"))])
+
+
+def control_group_limits(root: Path) -> list[int]:
+    """The limits of this process's control group and those above it, in both versions of the interface."""
+    limits = []
+    group = ""
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers or "memory" in controllers.split(","):
+                group = path.strip("/")
+    own = Path(group)
+    for folder in (own, *own.parents):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            for top in (root, root / "memory"):
+                with suppress(OSError, ValueError):  # no such file, or "max"
+                    limits.append(int((top / folder / name).read_text()))
+    return [limit for limit in limits if limit > 0]
+
+
+# Rates
+
+
+def known_rates(device: str) -> Rates:
+    """The probe's figures for the device: read, or else taken and kept."""
+    path = cache_directory() / file_name("rates", device_key(device))
+    with suppress(OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        rates = msgspec.json.decode(path.read_bytes(), type=Rates)
+        if min(rates.bandwidth, rates.launch, rates.flops.get("default", 0.0), *rates.flops.values()) > 0:
+            return rates
+    rates = probe(device)
+    try:
+        write_atomically(path, msgspec.json.encode(rates))
+    except OSError as error:
+        warnings.warn(f"cannot keep the device's rates in {path}: {error.strerror}", stacklevel=2)
+    return rates
+
+
+def probe(device: str) -> Rates:
+    """Measure the device: a matrix product for each type, a copy, an op too small to count, a copy to the host."""
+    import torch
+
+    small = torch.zeros(1, device=device)
+    flops = {}
+    for name in TYPES:
+        with suppress(RuntimeError):  # a type that the device does not multiply
+            flops[name] = product_rate(device, name)
+    flops["default"] = flops["float32"]
+    source = torch.ones(COPY[device], dtype=torch.uint8, device=device)
+    target = torch.ones_like(source)
+    copied = best_time(device, lambda: target.copy_(source))
+    launch = best_time(device, lambda: [small.add(1.0) for _ in range(100)]) / 100
+    link = 0.0
+    if device == "cuda":
+        pinned = torch.empty(COPY[device], dtype=torch.uint8, pin_memory=True)
+        link = pinned.numel() / best_time(device, lambda: pinned.copy_(source, non_blocking=True))
+    return Rates(flops=flops, bandwidth=2 * source.numel() / copied, launch=launch, link=link)
+
+
+def product_rate(device: str, dtype: str) -> float:
+    """Operations per second in a product of square matrices; smaller ones where the type is slow."""
+    import torch
+
+    rows = PRODUCT[device] // 4
+    while True:
+        matrix = torch.ones(rows, rows, dtype=getattr(torch, dtype), device=device)
+        seconds = best_time(device, lambda matrix=matrix: matrix @ matrix)
+        if rows >= PRODUCT[device] or 8 * seconds > PROBE_TIME:
+            return 2 * rows**3 / seconds
+        rows *= 2
+
+
+def best_time(device: str, action: Callable[[], object]) -> float:
+    """The least of several times: what disturbs a run can only lengthen it."""
+    import torch
+
+    def wait() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    best = float("inf")
+    start = time.perf_counter()
+    for turn in range(20):
+        begin = time.perf_counter()
+        action()
+        wait()
+        end = time.perf_counter()
+        if turn or end - start > PROBE_TIME:
+            best = min(best, end - begin)
+        if end - start > PROBE_TIME:
+            break
+    return best

@@ -1,0 +1,195 @@
+"""Keys rebuilt into calls, and the worker: its figures, and what it survives."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from memplan.backends import measure as measuring
+from memplan.backends.measure import Unmeasurable, allocator_extra, build, calibrate, measure
+from memplan.planner.cost import Table
+from memplan.planner.errors import MemplanError
+from memplan.planner.machine import Machine, Tier, Unit
+from memplan.planner.program import Buffer, Kind, Op, Phase, Program
+
+MACHINE = Machine("toy", "cpu", (Tier("device", 1 << 30, 1e9),), (Unit("core", "device", {"default": 1e9}),))
+
+
+def tensor(*shape: int, dtype: str = "float32", **rest: object) -> dict:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.insert(0, step)
+        step *= size
+    return {"t": dtype, "s": list(shape), "st": strides, **rest}
+
+
+def key(op: str, *args: object, **kwargs: object) -> str:
+    return json.dumps({"op": f"aten.{op}", "args": args, "kwargs": kwargs})
+
+
+BIG = tensor(1024, 1024)
+ADD = key("add.Tensor", BIG, BIG)
+SLOW = key("mm.default", tensor(512, 2048), tensor(2048, 512))
+DROPOUT = key("native_dropout.default", BIG, 0.1, True)  # makes its mask as floats beside the outputs
+WRONG = key("mm.default", tensor(2, 3), tensor(2, 3))
+UNKNOWN = key("no_such_operator.default", BIG)
+CRASH = key("crash.default")
+
+
+def test_tensors_have_the_layout_of_the_key() -> None:
+    call = build(key("add.Tensor", tensor(3, 4, st=[1, 5], o=7), 2.5, alpha=3), "cpu")
+    made = call.args[0]
+    assert (made.shape, made.stride(), made.storage_offset()) == ((3, 4), (1, 5), 7)
+    assert made.untyped_storage().nbytes() == 4 * (7 + 1 + 2 + 3 * 5)
+    assert torch.equal(call(), made + 7.5)
+
+
+def test_every_form_of_argument() -> None:
+    call = build(
+        key(
+            "full.default",
+            [2, 3],
+            {"f": "-inf"},
+            dtype={"dtype": "float16"},
+            layout={"layout": "strided"},
+            device={"device": "cuda"},
+            pin_memory=False,
+        ),
+        "cpu",
+    )
+    assert torch.equal(call(), torch.full((2, 3), float("-inf"), dtype=torch.float16))
+    copy = build(key("clone.default", tensor(1, 2, 3, 4), memory_format={"memory_format": "channels_last"}), "cpu")
+    assert copy().is_contiguous(memory_format=torch.channels_last)
+    assert build(key("sum.default", tensor(0, 4)), "cpu")().item() == 0
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "bfloat16", "complex64", "bool", "int64", "float64"])
+def test_every_type_of_element(dtype: str) -> None:
+    made = build(key("clone.default", tensor(300, 300, dtype=dtype)), "cpu").args[0]
+    assert made.dtype is getattr(torch, dtype)
+    assert made.shape == (300, 300)
+
+
+INDEX = tensor(64, dtype="int64")
+
+
+@pytest.mark.parametrize(
+    ("text", "argument", "bound"),
+    [
+        (key("embedding.default", tensor(10, 4), INDEX), 1, 10),
+        (key("embedding_dense_backward.default", tensor(64, 4), INDEX, 10, -1, False), 1, 10),
+        (key("nll_loss_forward.default", tensor(64, 5), INDEX, None, 1, -100), 1, 5),
+        (key("gather.default", tensor(64), 0, INDEX), 2, 64),
+        (key("index_select.default", tensor(3, 9), 1, INDEX), 2, 9),
+        (key("index_select.default", tensor(3, 9), -1, INDEX), 2, 9),
+    ],
+)
+def test_indices_stay_inside(text: str, argument: int, bound: int) -> None:
+    call = build(text, "cpu")
+    call()
+    indices = call.args[argument]
+    assert 0 <= int(indices.min()) <= int(indices.max()) < bound
+    assert int(indices.max()) > 0
+
+
+def test_indices_of_several_dimensions() -> None:
+    call = build(key("index.Tensor", tensor(3, 9), [None, INDEX]), "cpu")
+    assert call().shape == (3, 64)
+    assert 0 < int(call.args[1][1].max()) < 9
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "nonsense",
+        "[]",
+        UNKNOWN,
+        key("add", BIG, BIG),
+        key("clone.default", {"x": "<object>"}),
+        key("clone.default", {"t": "float7", "s": [], "st": []}),
+        key("clone.default", tensor(1 << 60)),
+    ],
+)
+def test_what_cannot_be_built(text: str) -> None:
+    with pytest.raises(Unmeasurable):
+        build(text, "cpu")
+
+
+def test_the_allocator_sees_a_composite_op() -> None:
+    call = build(DROPOUT, "cpu")
+    assert allocator_extra(call, call.inputs) == pytest.approx(4 << 20, rel=0.01)
+
+
+def test_worker_answers_and_loses_only_what_fails(tmp_path: Path) -> None:
+    told = []
+    found = measure([ADD, WRONG, UNKNOWN, SLOW, DROPOUT], threads=1, progress=lambda *at: told.append(at))
+    assert found[WRONG] is None
+    assert found[UNKNOWN] is None
+    add, slow, dropout = found[ADD], found[SLOW], found[DROPOUT]
+    assert add is not None
+    assert slow is not None
+    assert dropout is not None
+    assert 0 < add[0] < 1
+    assert 0 < slow[0] < 5
+    assert add[1] == 0
+    assert dropout[1] == pytest.approx(4 << 20, rel=0.15)
+    assert told[-1] == (10, 10)
+
+
+FAKE = """
+import json, os, sys, time
+for line in sys.stdin:
+    key = json.loads(line).get("key", "")
+    if "crash" in key:
+        os._exit(1)
+    if "hang" in key:
+        time.sleep(60)
+    print(json.dumps({"value": 4096.0}), flush=True)
+"""
+
+
+def test_a_crash_loses_one_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "worker_command", lambda *_: [sys.executable, "-c", FAKE])
+    found = measure([ADD, CRASH, SLOW], threads=1)
+    assert found == {ADD: (4096.0, 4096), CRASH: None, SLOW: (4096.0, 4096)}
+
+
+def test_a_hanging_kernel_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "worker_command", lambda *_: [sys.executable, "-c", FAKE])
+    monkeypatch.setattr(measuring, "KEY_LIMIT", 0.3)
+    assert measure(["hang", ADD], threads=1) == {"hang": None, ADD: (4096.0, 4096)}
+
+
+def test_the_time_limit_leaves_keys_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "worker_command", lambda *_: [sys.executable, "-c", FAKE])
+    assert measure([ADD, "hang", SLOW], threads=1, time_limit=1.0) == {ADD: (4096.0, 4096)}
+
+
+def test_a_worker_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [sys.executable, "-c", "raise SystemExit('no such library')"]
+    monkeypatch.setattr(measuring, "worker_command", lambda *_: command)
+    with pytest.raises(MemplanError, match="no such library"):
+        measure([ADD], threads=1)
+
+
+def test_calibrate_measures_what_the_table_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = []
+
+    def fake(keys: list[str], device: str, **_: object) -> dict:
+        asked.append((keys, device))
+        return {key: None if "crash" in key else (1.0, 0) for key in keys}
+
+    monkeypatch.setattr(measuring, "measure", fake)
+    buffers = tuple(Buffer(f"b{index}", 8, Kind.TEMPORARY) for index in range(6))
+    flops = {ADD: 1.0, SLOW: 5.0, CRASH: 3.0, "opaque": 9.0}
+    ops = tuple(
+        Op(f"op{index}", "t", text, Phase.FORWARD, (), (index,), flops=flops[text])
+        for index, text in enumerate([ADD, SLOW, ADD, CRASH, "opaque"])
+    )
+    program = Program("toy", buffers, ops, ())
+    table = Table("a device", tmp_path)
+    assert calibrate(program, MACHINE, table) == 2
+    assert asked == [([SLOW, CRASH, ADD], "cpu")]
+    assert calibrate(program, MACHINE, Table("a device", tmp_path)) == 0
+    assert len(asked) == 1

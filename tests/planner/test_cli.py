@@ -1,0 +1,291 @@
+"""The command line: what goes where, and how it ends."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+from memplan.planner import api, cli
+from memplan.planner.errors import BudgetError, CaptureError
+from memplan.planner.machine import load_machine
+from memplan.planner.plan import Plan, Recipe, Side, unlimited
+from memplan.planner.program import Buffer, Kind, Op, Phase, Program
+from memplan.planner.referee import referee
+from memplan.planner.schedule import Free, Run, Schedule
+
+MODEL = "hf:bert?num_hidden_layers=1&hidden_size=32&num_attention_heads=2&intermediate_size=32&vocab_size=50&seq=8"
+
+
+def small_plan(budget: int | None = None) -> Plan:
+    """A weight, an activation made twice, its gradient."""
+    kinds = [("w", Kind.PARAMETER), ("a", Kind.ACTIVATION), ("l", Kind.TEMPORARY), ("w.grad", Kind.GRADIENT)]
+    ops = (
+        Op("fwd", "aten.mm.default", "fwd", Phase.FORWARD, (0,), (1,), seconds=1e-3, where="net"),
+        Op("loss", "loss", "loss", Phase.LOSS, (1,), (2,), repeatable=False),
+        Op("bwd", "aten.mm.default", "bwd", Phase.BACKWARD, (0, 1, 2), (3,), seconds=2e-3),
+    )
+    program = Program("net", tuple(Buffer(name, 1 << 20, kind) for name, kind in kinds), ops, (3,))
+    machine = load_machine("h100-80gb")
+    plain = Schedule(program.digest, (Run(0, (1,)), Run(1, (2,)), Run(2, (3,)), Free(1), Free(2)))
+    again = Schedule(
+        program.digest, (Run(0, (1,)), Run(1, (2,)), Free(1), Run(0, (1,)), Run(2, (3,)), Free(1), Free(2))
+    )
+    sides = [Side(schedule, referee(program, unlimited(machine), schedule)) for schedule in (again, plain)]
+    return Plan(
+        program, machine, budget, *sides, "feasible", 0.25, 3e-3, 4 << 20, 0.1, 0.2, Recipe("{}", True, False, None)
+    )
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A plan file."""
+    path = tmp_path / "plan.json"
+    small_plan().save(path)
+    return path
+
+
+def call(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of a command."""
+    try:
+        cli.main([str(word) for word in words])
+    except SystemExit as ended:
+        status = ended.code
+    else:
+        status = 0
+    printed = capsys.readouterr()
+    assert isinstance(status, int)
+    return status, printed.out, printed.err
+
+
+def test_plan_prints_one_object_and_writes_the_file(capsys, monkeypatch, tmp_path):
+    asked = {}
+
+    def made(model, budget, args, kwargs, **options):
+        asked.update(options, budget=budget, device=next(model.parameters()).device.type, kwargs=set(kwargs))
+        return small_plan(5 << 20)
+
+    monkeypatch.setattr(api, "plan", made, raising=False)
+
+    words = ("--budget", "60%", "--optimizer", "adamw", "--allow", "recompute,reorder", "--machine", "h200", "--infer")
+    status, out, err = call(capsys, "plan", MODEL, *words, "--json", "-o", tmp_path / "p.json")
+
+    assert (status, err) == (0, "")
+    facts = json.loads(out)
+    assert set(facts) == {
+        "budget",
+        "peak",
+        "time",
+        "unplanned",
+        "status",
+        "gap",
+        "minimum_budget",
+        "capture_seconds",
+        "solve_seconds",
+        "counts",
+        "machine",
+        "ops",
+        "buffers",
+        "output",
+    }
+    assert facts["unplanned"] == {"peak": 4 << 20, "time": pytest.approx(3e-3)}
+    assert facts["counts"] == {"keep": 0, "recompute": 1, "offload": 0}
+    assert (tmp_path / "p.json").is_file()
+    assert asked["device"] == "meta"
+    assert asked["kwargs"] == {"input_ids", "labels"}
+    assert asked["allow"] == {"recompute", "reorder"}
+    assert (asked["budget"], asked["optimizer"], asked["machine"], asked["train"]) == ("60%", "adamw", "h200", False)
+
+
+def test_people_get_tables_on_standard_error(capsys, saved):
+    status, out, err = call(capsys, "show", saved)
+
+    assert (status, out) == (0, "")
+    assert "planned" in err
+    assert "4 ms" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "minimum"),
+    [
+        (BudgetError("too small\nby far", 123), 3, 123),
+        (BudgetError("what is 'x'?"), 2, None),
+        (CaptureError("cannot trace line 3"), 1, "absent"),
+        (MemoryError(), 1, "absent"),
+        (OSError(28, "No space left on device", "plan.json"), 1, "absent"),
+    ],
+)
+def test_errors_end_in_one_line_and_their_status(capsys, monkeypatch, error, status, minimum):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(api, "plan", refuse, raising=False)
+
+    ended, out, err = call(capsys, "plan", MODEL, "--json")
+
+    assert ended == status
+    assert err.startswith("memplan: ")
+    assert err.count("\n") == 1
+    assert json.loads(out)["kind"] == type(error).__name__
+    assert json.loads(out).get("minimum_budget", "absent") == minimum
+    assert call(capsys, "plan", MODEL)[:2] == (status, "")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["plan"],
+        ["plan", MODEL, "--budget", "lots"],
+        ["plan", MODEL, "--budget", "-5"],
+        ["plan", MODEL, "--budget", "0"],
+        ["plan", MODEL, "--allow", "magic"],
+        ["plan", MODEL, "--optimizer", "lion"],
+        ["plan", MODEL, "-o", "no/such/folder/plan.json"],
+        ["run", MODEL, "--steps", "0"],
+        ["sweep", MODEL, "--points", "1"],
+        ["show", "plan.json", "--png", "/"],
+        ["bogus"],
+    ],
+)
+def test_usage_is_status_2_without_loading_the_model(capsys, monkeypatch, words):
+    monkeypatch.setattr("memplan.planner.models.load_transformers", lambda *_, **__: pytest.fail("loaded"))
+
+    status, out, err = call(capsys, *words)
+
+    assert (status, out) == (2, "")
+    assert err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "words", [["plan", "no.py:f"], ["plan", "hf:lama"], ["check", "none.json"], ["show", "none.json"]]
+)
+def test_what_is_not_there_is_status_1(capsys, words):
+    status, out, err = call(capsys, *words)
+
+    assert (status, out) == (1, "")
+    assert err.count("\n") == 1
+
+
+def test_check_reports_the_replay(capsys, saved):
+    status, out, _ = call(capsys, "check", saved, "--json")
+
+    facts = json.loads(out)
+    assert (status, facts["valid"], facts["peak"], facts["repeated"]) == (0, True, 4 << 20, 1)
+    assert facts["moved"] == {"device->host": 0, "host->device": 0}
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda text: text[: len(text) // 2], lambda text: text.replace("fwd", "fxd"), lambda text: "{}"]
+)
+def test_check_refuses_a_damaged_file(capsys, saved, damage):
+    saved.write_text(damage(saved.read_text()))
+
+    status, out, err = call(capsys, "check", saved, "--json")
+
+    assert status == 1
+    assert json.loads(out)["kind"] == "PlanMismatch"
+    assert err.count("\n") == 1
+
+
+def test_check_names_the_rule_that_a_schedule_breaks(capsys, tmp_path):
+    plan = small_plan()
+    broken = Schedule(plan.program.digest, plan.schedule.instructions[:-1])
+    plan = Plan(**{**vars(plan), "planned": Side(broken, plan.planned.report)})
+    plan.save(tmp_path / "leaky.json")
+
+    status, out, err = call(capsys, "check", tmp_path / "leaky.json", "--json")
+
+    assert status == 1
+    assert json.loads(out)["rule"] == "leak"
+    assert "'leak'" in err
+
+
+def test_show_writes_every_export(capsys, saved, tmp_path):
+    files = {"--png": "t.png", "--svg": "t.svg", "--trace": "c.json", "--snapshot": "s.pickle", "--html": "r.html"}
+    words = [word for flag, name in files.items() for word in (flag, tmp_path / name)]
+
+    status, out, _ = call(capsys, "show", saved, *words, "--text", "--json")
+
+    facts = json.loads(out)
+    assert status == 0
+    assert facts["written"] == [str(tmp_path / name) for name in files.values()]
+    assert "again" in facts["text"]
+    assert all((tmp_path / name).stat().st_size for name in files.values())
+
+
+def test_sweep_prints_the_curve(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(api, "sweep", lambda *_, **__: [small_plan(6 << 20), small_plan(4 << 20)], raising=False)
+
+    status, out, _ = call(capsys, "sweep", MODEL, "--csv", tmp_path / "c.csv", "--svg", tmp_path / "c.svg", "--json")
+
+    facts = json.loads(out)
+    assert status == 0
+    assert [point["budget"] for point in facts["points"]] == [6 << 20, 4 << 20]
+    assert facts["points"][0]["overhead"] == pytest.approx(1 / 3)
+    assert (tmp_path / "c.csv").read_text().splitlines()[0] == "budget,peak,time,overhead,gap,status"
+    assert call(capsys, "sweep", MODEL)[1] == ""
+
+
+def test_run_puts_predictions_beside_measurements(capsys, monkeypatch):
+    from memplan.backends import trial
+
+    def pretend(request):
+        return trial.Trial(None if request.plan else 5 << 20, 0.01, ((0.5).hex(), float("nan").hex()), ("x", "y"))
+
+    monkeypatch.setattr(api, "plan", lambda *_, **__: small_plan(), raising=False)
+    monkeypatch.setattr(trial, "in_fresh_process", pretend)
+
+    status, out, _ = call(capsys, "run", MODEL, "--json")
+    shown = call(capsys, "run", MODEL)
+
+    facts = json.loads(out)
+    assert status == 0
+    assert facts["unplanned"]["peak"] == {"predicted": 4 << 20, "measured": 5 << 20}
+    assert facts["planned"]["losses"] == [0.5, None]
+    assert facts["losses_equal"]
+    assert facts["gradients_equal"]
+    assert "bit-equal" in shown[2]
+
+
+def test_help_needs_no_torch():
+    code = """
+import sys
+from memplan.planner import cli
+try:
+    cli.main(["--help"])
+except SystemExit:
+    assert "torch" not in sys.modules
+"""
+
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60)
+
+    assert done.returncode == 0, done.stderr
+    assert "sweep" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_trial_measures_itself_and_repeats_in_any_process():
+    from memplan.backends.trial import Request, in_fresh_process, run
+
+    request = Request(MODEL, None, 2)
+
+    fresh, here = in_fresh_process(request), run(request)
+
+    assert fresh.losses == here.losses
+    assert fresh.gradients == here.gradients
+    assert fresh.losses[0] != fresh.losses[1]
+    assert fresh.peak is None or fresh.peak > 0
+
+
+def test_a_trial_that_fails_says_why(capsys, monkeypatch):
+    from memplan.backends import trial
+
+    request = msgspec.json.encode(trial.Request("no.py:f", None, 1))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(request)))
+
+    trial.main()
+
+    assert json.loads(capsys.readouterr().out)["error"].startswith("no file no.py")

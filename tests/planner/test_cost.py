@@ -1,0 +1,200 @@
+"""The roofline by hand, the model of workspaces, and the table on disk."""
+
+import json
+from pathlib import Path
+
+import pytest
+from memplan.planner.cost import (
+    Table,
+    apply_costs,
+    coverage,
+    measurable,
+    modelled_workspace,
+    roofline,
+)
+from memplan.planner.local import control_group_limits, device_key, local_machine, memory_limit
+from memplan.planner.machine import Machine, Tier, Unit, load_machine, preset_names
+from memplan.planner.program import Buffer, Kind, Op, Phase, Program
+
+MACHINE = Machine(
+    "toy",
+    "cpu",
+    (Tier("device", 1 << 30, bandwidth=1e9, rounding=512),),
+    (Unit("core", "device", {"default": 1e9, "bfloat16": 4e9}, launch=1e-6, efficiency=0.5),),
+)
+
+
+def tensor(*shape: int, dtype: str = "float32", strides: tuple[int, ...] | None = None) -> dict:
+    if strides is None:
+        strides = tuple(int(stride) for stride in _compact(shape))
+    return {"t": dtype, "s": list(shape), "st": list(strides)}
+
+
+def _compact(shape: tuple[int, ...]) -> list[int]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size
+    return strides[::-1]
+
+
+def key(op: str, *args: object, **kwargs: object) -> str:
+    return json.dumps({"op": op, "args": args, "kwargs": kwargs})
+
+
+def op(of: str, flops: float = 0.0, traffic: int = 0) -> Op:
+    return Op("op", "aten.mm.default", of, Phase.FORWARD, (0,), (1,), flops=flops, traffic=traffic)
+
+
+MM = key("aten.mm.default", tensor(8, 8), tensor(8, 8))
+MM16 = key("aten.mm.default", tensor(8, 8, dtype="bfloat16"), tensor(8, 8, dtype="bfloat16"))
+
+
+@pytest.mark.parametrize(
+    ("made", "seconds"),
+    [
+        (op(MM, flops=1e9), 2.0),
+        (op(MM16, flops=1e9), 0.5),
+        (op(MM, flops=1.0, traffic=3 * 10**9), 3.0),
+        (op(MM, flops=1.0, traffic=1), 1e-6),
+        (op("not a call", flops=1e9), 2.0),
+    ],
+    ids=["compute", "its own type", "memory", "launch", "unknown key"],
+)
+def test_roofline(made: Op, seconds: float) -> None:
+    assert roofline(made, MACHINE) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    ("text", "possible"),
+    [
+        (MM, True),
+        ("", False),
+        ("[]", False),
+        ('{"op": 3}', False),
+        (key("loss", 0.0, 0), False),
+        (key("aten.rand.generator", [4], generator={"x": "<Generator>"}), False),
+    ],
+)
+def test_measurable(text: str, possible: bool) -> None:
+    assert measurable(text) is possible
+
+
+def test_workspaces_are_modelled_for_the_device() -> None:
+    image, weight = tensor(2, 8, 16, 16), tensor(8, 8, 3, 3)
+    convolution = key("aten.convolution.default", image, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+    sizes = 2 * 8 * 16 * 16 * 4, 8 * 8 * 9 * 4
+    assert modelled_workspace(convolution, sizes[0], "cpu") == int(1.1 * (2 * sizes[0] + sizes[1]))
+    assert modelled_workspace(MM, 256, "cpu") == 0
+    assert modelled_workspace(MM, 256, "cuda") >= 8 << 20
+    gaps = key("aten.mm.default", tensor(8, 8, strides=(32, 2)), tensor(8, 8))
+    assert modelled_workspace(gaps, 256, "cpu") == int(1.1 * 256)
+    mixed = key("aten.add.Tensor", tensor(64), tensor(64, dtype="bfloat16"))
+    assert modelled_workspace(mixed, 256, "cpu") == int(1.1 * 256)
+    assert modelled_workspace(mixed, 256, "cuda") == 0
+    assert modelled_workspace("nonsense", 256, "cpu") == 0
+
+
+def test_a_table_survives_the_disk(tmp_path: Path) -> None:
+    table = Table("a device", tmp_path)
+    table.update({"one": (0.5, 64), "bad": None})
+    table.save()
+    again = Table("a device", tmp_path)
+    assert again.get("one") == (0.5, 64)
+    assert again.get("bad") is None
+    assert "bad" in again
+    assert "two" not in again
+    assert len(again) == 1
+    assert "one" not in Table("another device", tmp_path)
+
+
+def test_writers_merge(tmp_path: Path) -> None:
+    first, second = Table("a device", tmp_path), Table("a device", tmp_path)
+    first.update({"one": (0.5, 64)})
+    second.update({"two": (0.25, 0)})
+    first.save()
+    second.save()
+    assert len(second) == len(Table("a device", tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\xff\xfe", b"[1, 2]", b'{"device": "a device", "entries": {"k": [1', b"[" * 100_000],
+    ids=["empty", "binary", "another shape", "truncated", "deep"],
+)
+def test_a_broken_file_is_a_warning(tmp_path: Path, content: bytes) -> None:
+    path = Table("a device", tmp_path).path
+    path.write_bytes(content)
+    with pytest.warns(UserWarning, match="ignoring"):
+        table = Table("a device", tmp_path)
+    assert len(table) == 0
+    table.update({"one": (0.5, 64)})
+    with pytest.warns(UserWarning, match="ignoring"):
+        table.save()
+    assert len(Table("a device", tmp_path)) == 1
+
+
+def test_impossible_figures_are_left_out(tmp_path: Path) -> None:
+    path = Table("a device", tmp_path).path
+    path.write_text(json.dumps({"device": "a device", "entries": {"a": [-1.0, 0], "b": [1.0, 8]}, "format": 1}))
+    with pytest.warns(UserWarning, match="impossible"):
+        table = Table("a device", tmp_path)
+    assert len(table) == 1
+
+
+def test_a_directory_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.warns(UserWarning, match="cannot"):
+        Table("a device", tmp_path / "file").save()
+
+
+def test_costs_come_from_the_table_first(tmp_path: Path) -> None:
+    program = Program(
+        "toy",
+        (Buffer("x", 100, Kind.INPUT), Buffer("y", 513, Kind.TEMPORARY), Buffer("z", 0, Kind.OUTPUT)),
+        (
+            Op("a", "aten.mm.default", MM, Phase.FORWARD, (0,), (1,), flops=1e9),
+            Op("b", "aten.mm.default", MM16, Phase.FORWARD, (1,), (2,), flops=1e9),
+        ),
+        (2,),
+    )
+    table = Table("a device", tmp_path)
+    table.update({MM: (1.5, 77)})
+    costed = apply_costs(program, MACHINE, table)
+    assert [(op.seconds, op.workspace) for op in costed.ops] == [(1.5, 77), (0.5, 0)]
+    assert [buffer.bytes for buffer in costed.buffers] == [512, 1024, 0]
+    assert apply_costs(costed, MACHINE, table) == costed
+    assert str(coverage(costed, table)) == "1 of 2 ops measured, 75.0% of 2 s"
+    assert coverage(costed, None).measured == 0
+    assert apply_costs(program, MACHINE).ops[0].seconds == pytest.approx(2.0)
+
+
+def test_presets_are_sound() -> None:
+    one, eight = load_machine("h100-80gb"), load_machine("h100-8x80gb")
+    assert set(preset_names()) >= {"a100-80gb", "h100-80gb", "h100-8x80gb", "h200", "rtx4090"}
+    assert eight.tiers[0].capacity == 8 * one.tiers[0].capacity
+    assert eight.units[0].flops == {name: 8 * rate for name, rate in one.units[0].flops.items()}
+
+
+def test_local_machine_is_probed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEMPLAN_CACHE", str(tmp_path))
+    machine = local_machine()
+    assert machine.name == "local-cpu"
+    assert 0 < machine.tiers[0].capacity <= memory_limit()
+    assert local_machine() == machine
+    next(tmp_path.glob("rates-*.json")).write_text("{")
+    assert local_machine().units[0].flops.keys() == machine.units[0].flops.keys()
+
+
+def test_device_key_tells_what_changes_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert device_key(threads=1) != device_key(threads=2)
+    plain = device_key()
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    assert device_key() != plain
+
+
+def test_control_groups_limit_memory(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("max\n")
+    assert control_group_limits(tmp_path) == []
+    (tmp_path / "memory.max").write_text("1048576\n")
+    assert control_group_limits(tmp_path) == [1048576]
