@@ -5,14 +5,15 @@ one answer a line on its standard output, so that the caller's process neither g
 two such processes, one after the other: the first takes times, with the allocator as the user has it set, the second
 workspaces, with an allocator that gives memory back at once.
 
-What accuracy to expect, seen on two cores of an AMD EPYC 7003 with torch 2.13 and nothing else running, over one
-training step of five models (GPT-2, Llama, BERT, ViT, ResNet-50; 34 to 118 distinct keys each, 4 to 12 s to measure):
-the sum of the measured times is 0.97 to 1.06 of the time that the same ops take inside a step. Matrix products,
-convolutions, attention and dropout are within 10 % op for op; elementwise ops are measured at half of their time in a
-step, for here their inputs are still in the cache; single tensors above 32 MiB, mapped anew on each call, are up to
-twice as slow here. With `MALLOC_MMAP_THRESHOLD_` set low, page faults outweigh the arithmetic of everything but matrix
-products, and times vary by a factor of two between runs. Workspaces repeat within 100 KiB, and are within 5 % of what
-torch's allocator reports where it sees all of them.
+What accuracy to expect, seen on two cores of an AMD EPYC 7003 with torch 2.13 over one training step of five models
+(GPT-2, Llama, BERT, ViT, ResNet-50; 34 to 118 distinct keys each, 4 to 12 s to measure): the medians of the repeated
+times add up to 0.97 to 1.06 of what the same ops take inside a step. What is kept is the lower quartile: with other
+work on the cores it was within 17 % of the least of 21 runs in one process for 11 of 12 typical ops, where medians
+were up to 60 % above. Large ops are mostly within 10 % one by one, some convolutions and random draws within 30 %;
+elementwise ops come out at half of their time in a step, for here their inputs are still in the cache; single tensors
+above 32 MiB, mapped anew on each call, at up to three times. With `MALLOC_MMAP_THRESHOLD_` set low, page faults
+outweigh the arithmetic of all but matrix products, and times vary by a factor of two between runs. Workspaces repeat
+within 100 KiB, and are within 5 % of what torch's allocator reports where it sees all of them.
 """
 
 import ctypes

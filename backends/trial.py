@@ -5,8 +5,12 @@
 On Linux a CPU step's peak is what the step adds to the process at its highest (VmHWM after a reset, less the resident
 size before the step) plus the tensors that were there already. On CUDA it is `max_memory_allocated`. Elsewhere the
 peak is unknown and None.
+
+Peaks want an allocator that gives memory back at once, which doubles the time of a step of small tensors; times want the
+allocator as users have it. So the steps run twice: first for peaks, losses and gradients, then for times.
 """
 
+import ctypes
 import gc
 import hashlib
 import json
@@ -16,13 +20,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from ..planner.errors import MemplanError
+from .measure import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +35,7 @@ if TYPE_CHECKING:
 
 # Blocks of this size and more go back to the system when freed, so that the resident size follows the tensors.
 CHILD = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+LARGEST_THRESHOLD = 32 << 20  # DEFAULT_MMAP_THRESHOLD_MAX in glibc
 REQUESTED_RESET = "5"  # proc(5): clear_refs resets VmHWM
 OPTIMIZERS = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
 LEARNING_RATE = 1e-3
@@ -41,7 +47,7 @@ class Request(msgspec.Struct, frozen=True):
     Attributes:
         model: as on the command line.
         plan: a plan file to apply; None for the model as it is.
-        steps: measured steps, after one that is not.
+        steps: how many to measure, once for memory and once for time, each after one that is not measured.
         optimizer: a key of `OPTIMIZERS`, or None to leave the parameters alone.
         device: where to move the model; None for where it is.
     """
@@ -123,17 +129,30 @@ def run(request: Request) -> Trial:
     resident += tensors(list(optimizer.state.values())) if optimizer is not None else []
     storages = [tensor.untyped_storage() for tensor in resident]
     fixed = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-    peaks, seconds, losses, gradients = [], [], [], []
+    peaks, losses, gradients = [], [], []
     for number in range(1, request.steps + 1):
         meter.reset()
-        began = time.perf_counter()
         losses.append(step(number).hex())
-        seconds.append(time.perf_counter() - began)
         peaks.append(meter.peak(fixed))
         gradients.append(checksum(model))
         model.zero_grad(set_to_none=True)
+    keep_freed_memory()
+    seconds = []
+    for number in range(request.steps + 1):
+        began = time.perf_counter()
+        step(number)
+        seconds.append(time.perf_counter() - began)
+        model.zero_grad(set_to_none=True)
     known = [peak for peak in peaks if peak is not None]
-    return Trial(max(known, default=None), statistics.median(seconds), tuple(losses), tuple(gradients))
+    return Trial(max(known, default=None), statistics.median(seconds[1:]), tuple(losses), tuple(gradients))
+
+
+def keep_freed_memory() -> None:
+    """Undo `CHILD`: what glibc's malloc does once a process has freed a large block (mallopt(3), dynamic threshold)."""
+    with suppress(OSError, AttributeError):  # not glibc
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD)
+        libc.mallopt(M_TRIM_THRESHOLD, 2 * LARGEST_THRESHOLD)
 
 
 def to_device(device: str | None, model: "nn.Module", *rest: Any) -> tuple[Any, ...]:

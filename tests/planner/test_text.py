@@ -59,9 +59,9 @@ outputs %5
 
 
 def test_a_schedule_folds_frees_and_marks_repetition_reuse_and_copies():
-    steps = (Run(0, (1,)), Run(1, (2,), ((2, 1),)), Start(2, 0), Wait(2, 0), Run(2, (4,)), Free(2), Run(0, (1,)), Free(1),
-             Free(2, 1), Run(3, (5,), unit=1), Free(4))  # fmt: skip
-    schedule = Schedule(net().digest, steps, (Placement(1, 0, 4096, 0, 2),))
+    forward = (Run(0, (1,)), Run(1, (2,), ((2, 1),)), Start(2, 0), Wait(2, 0), Run(2, (4,)), Free(2))
+    backward = (Run(0, (1,)), Free(1), Free(2, 1), Run(3, (5,), unit=1), Free(4))
+    schedule = Schedule(net().digest, (*forward, *backward), (Placement(1, 0, 4096, 0, 2),))
     expected = """\
 schedule for net: 11 instructions, 1 repeated runs
 forward

@@ -1,0 +1,63 @@
+"""Program -> rematerialisation problem: the border between the nouns and the solvers' arrays."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..planner.program import Program
+from ..solvers.timeline import Problem
+
+
+@dataclass(frozen=True)
+class Flat:
+    """A problem and the way back: `buffers[i]` is the program's index of the problem's buffer i."""
+
+    problem: Problem
+    buffers: np.ndarray
+
+
+def flatten(program: Program) -> Flat:
+    """The arrays of a program whose costs are filled in; its resident buffers become one sum."""
+    owned = [buffer for buffer, op in enumerate(program.producer) if op >= 0]
+    index = {buffer: position for position, buffer in enumerate(owned)}
+    reads = [[index[buffer] for buffer in op.reads if buffer in index] for op in program.ops]
+    writes = [[index[buffer] for buffer in op.writes] for op in program.ops]
+    reuse = [[(index[new], index[old]) for new, old in op.reuse if old in index] for op in program.ops]
+    uses: list[list[int]] = [[] for _ in owned]
+    for at, row in enumerate(reads):
+        for buffer in row:
+            uses[buffer].append(at)
+    read_start, read = ragged(reads)
+    write_start, write = ragged(writes)
+    use_start, use = ragged(uses)
+    reuse_start, _ = ragged([[0] * len(row) for row in reuse])
+    outputs = set(program.outputs)
+    return Flat(
+        Problem(
+            seconds=np.array([op.seconds for op in program.ops]),
+            workspace=np.array([op.workspace for op in program.ops], np.int64),
+            size=np.array([program.buffers[buffer].bytes for buffer in owned], np.int64),
+            producer=np.array([program.producer[buffer] for buffer in owned], np.int32),
+            read_start=read_start,
+            read=read,
+            write_start=write_start,
+            write=write,
+            reuse_start=reuse_start,
+            reuse_new=np.array([new for row in reuse for new, _ in row], np.int32),
+            reuse_old=np.array([old for row in reuse for _, old in row], np.int32),
+            use_start=use_start,
+            use=use,
+            output=np.array([buffer in outputs for buffer in owned], np.bool_),
+            repeatable=np.array([op.repeatable for op in program.ops], np.bool_),
+            resident=program.resident_bytes,
+            boundary=program.boundary,
+        ),
+        np.array(owned, np.int32),
+    )
+
+
+def ragged(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of different lengths as (start of each row and the end, all values)."""
+    start = np.zeros(len(rows) + 1, np.int32)
+    np.cumsum([len(row) for row in rows], out=start[1:])
+    return start, np.array([value for row in rows for value in row], np.int32)

@@ -1,0 +1,150 @@
+"""Which values to keep from the forward pass: one integer program over the whole timeline, corrected by simulation.
+
+The program has a keep-or-recompute choice for every value, the closure rule of `solvers.bound` (what is recomputed
+needs its inputs), and a capacity row for the worst moment of every segment's backward pass. What a row cannot know (the
+transients of the recomputation that a choice leads to) is measured by simulating the answer, and the row is corrected
+by the difference; a few rounds of this settle.
+"""
+
+from dataclasses import dataclass
+
+import highspy
+import numpy as np
+
+from .bound import highs_model, used_from
+from .segments import Segments
+from .timeline import KEEP, Problem, profile
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The uses whose `since` is a choice: those that end in the backward pass.
+
+    Attributes:
+        use: index into `Problem.use`.
+        buffer: whose use it is.
+        before: base time of the use before it, or of the buffer's making.
+        at: base time of the use.
+    """
+
+    use: np.ndarray
+    buffer: np.ndarray
+    before: np.ndarray
+    at: np.ndarray
+
+
+def find_slots(problem: Problem) -> Slots:
+    """Every use in the backward pass of a value that may be made again."""
+    rows = []
+    for buffer in range(len(problem.size)):
+        op = int(problem.producer[buffer])
+        if not problem.repeatable[op] or op > problem.boundary:
+            continue
+        previous = op
+        for index in range(problem.use_start[buffer], problem.use_start[buffer + 1]):
+            if problem.use[index] > problem.boundary:
+                rows.append((index, buffer, previous, int(problem.use[index])))
+            previous = int(problem.use[index])
+    table = np.array(rows, np.int64).reshape(-1, 4)
+    return Slots(*(np.ascontiguousarray(column) for column in table.T))
+
+
+class Master:
+    """The keep-or-recompute program of one problem."""
+
+    def __init__(self, problem: Problem, segments: Segments, slots: Slots):
+        self.problem, self.segments, self.slots = problem, segments, slots
+        ops = problem.boundary
+        self.early = np.flatnonzero(problem.producer < ops)
+        column = np.full(len(problem.size), -1, np.int64)
+        column[self.early] = ops + np.arange(len(self.early))
+        rows: list[tuple[list[int], list[float], float]] = []
+        late = used_from(problem, ops + 1)
+        for buffer in self.early:
+            if late[buffer]:
+                rows.append(([int(column[buffer]), int(problem.producer[buffer])], [1.0, 1.0], 1.0))
+        for op in range(ops):
+            if problem.repeatable[op]:
+                for buffer in problem.read[problem.read_start[op] : problem.read_start[op + 1]]:
+                    rows.append(([int(column[buffer]), int(problem.producer[buffer]), op], [1.0, 1.0, -1.0], 0.0))
+        upper = np.concatenate([problem.repeatable[:ops].astype(float), np.ones(len(self.early))])
+        self.rows, self.upper = rows, upper
+        self.cost = np.concatenate([problem.seconds[:ops], np.zeros(len(self.early))])
+        # a kept value is resident until its segment's backward pass opens; from then on it is there either way
+        self.until = segments.opened[segments.of_buffer[self.early]]
+        self.weight = problem.size[self.early].astype(float)
+        self.choice = np.isin(np.arange(len(problem.size)), slots.buffer)
+
+    def solve(self, moments: np.ndarray, room: np.ndarray, time_limit: float, integer: bool = True) -> np.ndarray | None:
+        """Which buffers to keep, shape (buffers,), or None where no choice fits.
+
+        Args:
+            moments: base times at which memory is limited.
+            room: bytes that kept values of segments not yet opened may take at each moment.
+            time_limit: seconds.
+            integer: False for the linear relaxation, whose values lie between 0 and 1.
+        """
+        ops = self.problem.boundary
+        rows = list(self.rows)
+        for moment, limit in zip(moments, room, strict=True):
+            there = np.flatnonzero(self.until > moment)
+            if len(there):
+                rows.append(((ops + there).tolist(), (-self.weight[there]).tolist(), -float(limit)))
+        everything = (ops + np.arange(len(self.early)), np.full(len(self.early), 1e-9))
+        model = highs_model(self.cost, np.zeros(len(self.cost)), self.upper, rows, everything)
+        if integer:
+            kinds = [highspy.HighsVarType.kContinuous] * ops + [highspy.HighsVarType.kInteger] * len(self.early)
+            model.changeColsIntegrality(len(kinds), np.arange(len(kinds), dtype=np.int32), np.array(kinds))
+            model.setOptionValue("mip_rel_gap", 2e-3)
+            model.setOptionValue("time_limit", time_limit)
+        model.run()
+        values = np.array(model.getSolution().col_value)
+        if len(values) == 0 or model.getInfo().primal_solution_status != 2:
+            return None
+        keep = np.zeros(len(self.problem.size))
+        keep[self.early] = values[ops:]
+        return keep
+
+    def since(self, keep: np.ndarray) -> np.ndarray:
+        """The solution that keeps these buffers and recomputes the others when their segment's backward pass opens."""
+        since = self.problem.keep_all()
+        dropped = self.slots.buffer[(keep[self.slots.buffer] < 0.5) & (self.slots.before <= self.problem.boundary)]
+        first = self.slots.use[(keep[self.slots.buffer] < 0.5) & (self.slots.before <= self.problem.boundary)]
+        since[first] = self.opened(dropped)
+        return since
+
+    def opened(self, buffers: np.ndarray) -> np.ndarray:
+        """From when a recomputed buffer stays: at once where later segments are rebuilt from it, else when its own opens."""
+        own = self.segments.opened[self.segments.of_buffer[buffers]]
+        return np.where(self.segments.crosses[buffers], self.problem.boundary, own)
+
+    def iterate(self, budget: int, rounds: int, seconds: float) -> list[np.ndarray]:
+        """Solutions of successive rounds of solving and simulating, each corrected by the one before."""
+        moments, used = self.worst(self.problem.keep_all())
+        keep = np.ones(len(self.problem.size))
+        found = []
+        slack = 0.0
+        for _ in range(rounds):
+            held = np.array([self.weight[(self.until > moment) & (keep[self.early] > 0.5)].sum() for moment in moments])
+            room = budget - slack - (used - held)
+            answer = self.solve(moments, np.maximum(room, 0.0), seconds / rounds)
+            if answer is None:
+                break
+            keep = np.round(answer)
+            since = self.since(keep)
+            found.append(since)
+            moments, used = self.worst(since)
+        return found
+
+    def worst(self, since: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The moment of most bytes in each segment's backward pass and in the forward pass, and how many."""
+        _, when, memory = profile(self.problem, since)
+        edges = np.unique(np.concatenate([[0], self.segments.opened, [len(self.problem.seconds)]]))
+        moments, used = [], []
+        for low, high in zip(edges[:-1], edges[1:], strict=True):
+            inside = np.flatnonzero((when >= low) & (when < high))
+            if len(inside):
+                best = inside[np.argmax(memory[inside])]
+                moments.append(int(when[best]))
+                used.append(int(memory[best]))
+        return np.array(moments), np.array(used, float)

@@ -1,0 +1,243 @@
+"""The rematerialisation problem as flat arrays, and the exact simulation that every solver scores its answers with.
+
+A *base order* of ops is given. A solution is one number for every *use* of a buffer in it: `since`, the base time from
+which the buffer stays resident until that use. `since <= previous use` means kept throughout; a later time means that
+it is dropped after the previous use and, the first time anybody needs it at or after `since`, rematerialised and kept
+from then on. These are the retention intervals of Moccasin (Bartan et al. 2023), started lazily: a value that nobody
+asks for earlier is rematerialised at its use, with whatever of its inputs is missing.
+
+From that the order of runs follows, and from the order each buffer's lives and the bytes at every run. Nested
+rematerialisation needs nothing more: what a recomputation needs is recomputed the same way.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+
+KEEP = -1  # a value of `since` that lies before any base time
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A step in arrays. Buffers are those with a producer; resident ones are only a sum of bytes.
+
+    Attributes:
+        seconds: time of each op, shape (ops,), float64.
+        workspace: bytes an op needs beside its outputs, shape (ops,), int64.
+        size: bytes of each buffer, shape (buffers,), int64.
+        producer: the op that makes each buffer, shape (buffers,), int32.
+        read_start: op i reads `read[read_start[i]:read_start[i + 1]]`; likewise `write` and the rest.
+        reuse_start: op i may write `reuse_new[k]` in place of `reuse_old[k]` for k in its range.
+        use_start: buffer b is read at base times `use[use_start[b]:use_start[b + 1]]`, ascending.
+        output: buffers that are live at the end, shape (buffers,), bool.
+        repeatable: ops that may run again, shape (ops,), bool.
+        resident: bytes live throughout.
+        boundary: base time of the loss; ops after it are the backward pass.
+    """
+
+    seconds: np.ndarray
+    workspace: np.ndarray
+    size: np.ndarray
+    producer: np.ndarray
+    read_start: np.ndarray
+    read: np.ndarray
+    write_start: np.ndarray
+    write: np.ndarray
+    reuse_start: np.ndarray
+    reuse_new: np.ndarray
+    reuse_old: np.ndarray
+    use_start: np.ndarray
+    use: np.ndarray
+    output: np.ndarray
+    repeatable: np.ndarray
+    resident: int
+    boundary: int
+
+    @property
+    def arrays(self) -> tuple:
+        """The arguments that the compiled functions share, in their order."""
+        return (
+            self.seconds, self.workspace, self.size, self.producer, self.read_start, self.read, self.write_start,
+            self.write, self.reuse_start, self.reuse_new, self.reuse_old, self.use_start, self.use, self.output,
+            self.repeatable, self.resident,
+        )  # fmt: skip
+
+    def keep_all(self) -> np.ndarray:
+        """The solution that recomputes nothing."""
+        return np.full(len(self.use), KEEP, np.int32)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a solution costs.
+
+    Attributes:
+        time: seconds of all runs; infinite where a solution needs to repeat what may not be repeated.
+        peak: largest number of live bytes, resident ones included.
+        excess: how far the timeline is over the budget: the sum over base times of the bytes above it.
+    """
+
+    time: float
+    peak: int
+    excess: float
+
+
+def score(problem: Problem, since: np.ndarray, budget: int) -> Score:
+    """Simulate a solution."""
+    time, peak, excess, _ = _evaluate(*problem.arrays, since, np.int64(budget))
+    return Score(float(time), int(peak), float(excess))
+
+
+def order_of(problem: Problem, since: np.ndarray) -> np.ndarray:
+    """The runs of a solution in time order; empty where it needs to repeat what may not be repeated."""
+    order, _, count = _expand(*problem.arrays[3:8], *problem.arrays[11:15], since)
+    return order[: max(count, 0)]
+
+
+def profile(problem: Problem, since: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The order of runs, the base time at which each happens, and the live bytes during each."""
+    order, when, count = _expand(*problem.arrays[3:8], *problem.arrays[11:15], since)
+    memory = np.zeros(max(count, 1), np.int64)
+    a = problem.arrays
+    _replay(*a[:3], *a[4:11], a[13], a[15], order, when, count, np.int64(2**62), memory)
+    return order[:count], when[:count], memory[:count]
+
+
+@njit(cache=True)
+def _expand(producer, read_start, read, write_start, write, use_start, use, output, repeatable, since):  # pragma: no cover
+    """Base order and solution -> runs in time order. Returns (order, base time of each run, count or -1)."""
+    ops, buffers = len(read_start) - 1, len(producer)
+    limit = 8 * ops + 64
+    order = np.empty(limit, np.int32)
+    when = np.empty(limit, np.int32)
+    live = np.zeros(buffers, np.bool_)
+    upcoming = use_start[:-1].copy()
+    stack = np.empty(2 * buffers + 2 * ops + 16, np.int32)
+    touched = np.empty(buffers, np.int32)
+    count = 0
+    for base in range(ops):
+        depth, seen = 0, 0
+        for k in range(read_start[base], read_start[base + 1]):
+            if not live[read[k]]:
+                stack[depth] = producer[read[k]]
+                depth += 1
+                while depth > 0:
+                    op = stack[depth - 1]
+                    missing = False
+                    for j in range(read_start[op], read_start[op + 1]):
+                        if not live[read[j]]:
+                            missing = True
+                            if depth >= len(stack) - 1:
+                                return order, when, -1
+                            stack[depth] = producer[read[j]]
+                            depth += 1
+                            break
+                    if missing:
+                        continue
+                    depth -= 1
+                    if not repeatable[op] or op >= base or count >= limit - 2:
+                        return order, when, -1
+                    order[count], when[count] = op, base
+                    count += 1
+                    for j in range(write_start[op], write_start[op + 1]):
+                        if not live[write[j]]:
+                            live[write[j]] = True
+                            touched[seen] = write[j]
+                            seen += 1
+        if count >= limit - 2:
+            return order, when, -1
+        order[count], when[count] = base, base
+        count += 1
+        for k in range(read_start[base], read_start[base + 1]):
+            buffer = read[k]
+            upcoming[buffer] += 1
+            live[buffer] = output[buffer] or (upcoming[buffer] < use_start[buffer + 1] and since[upcoming[buffer]] <= base)
+        for k in range(write_start[base], write_start[base + 1]):
+            buffer = write[k]
+            live[buffer] = output[buffer] or (upcoming[buffer] < use_start[buffer + 1] and since[upcoming[buffer]] <= base)
+        for k in range(seen):
+            buffer = touched[k]
+            live[buffer] = output[buffer] or (upcoming[buffer] < use_start[buffer + 1] and since[upcoming[buffer]] <= base)
+    return order, when, count
+
+
+@njit(cache=True)
+def _replay(
+    seconds, workspace, size, read_start, read, write_start, write, reuse_start, reuse_new, reuse_old, output, resident,
+    order, when, count, budget, memory,
+):  # fmt: skip # pragma: no cover
+    """Bytes during each run of an order. Returns (time, peak, excess); fills `memory` where it is long enough."""
+    needed = output.copy()
+    total = 0
+    for at in range(count):
+        total += read_start[order[at] + 1] - read_start[order[at]] + write_start[order[at] + 1] - write_start[order[at]]
+    flags = np.empty(total, np.bool_)
+    place = total
+    for at in range(count - 1, -1, -1):
+        op = order[at]
+        for k in range(write_start[op + 1] - 1, write_start[op] - 1, -1):
+            place -= 1
+            flags[place] = needed[write[k]]
+            needed[write[k]] = False
+        for k in range(read_start[op + 1] - 1, read_start[op] - 1, -1):
+            place -= 1
+            flags[place] = not needed[read[k]]
+            needed[read[k]] = True
+    dying = np.zeros(len(size), np.bool_)
+    kept = np.zeros(len(size), np.bool_)
+    live = resident
+    time, peak, excess = 0.0, resident, 0.0
+    worst = 0
+    previous = -1
+    for at in range(count):
+        op = order[at]
+        time += seconds[op]
+        gone, come, made = 0, 0, 0
+        for k in range(read_start[op], read_start[op + 1]):
+            dying[read[k]] = flags[place]
+            if flags[place]:
+                gone += size[read[k]]
+            place += 1
+        for k in range(write_start[op], write_start[op + 1]):
+            kept[write[k]] = flags[place]
+            made += size[write[k]]
+            if flags[place]:
+                come += size[write[k]]
+            place += 1
+        for k in range(reuse_start[op], reuse_start[op + 1]):
+            if kept[reuse_new[k]] and dying[reuse_old[k]] and size[reuse_new[k]] == size[reuse_old[k]]:
+                made -= size[reuse_old[k]]
+                break
+        during = live + made + workspace[op]
+        live += come - gone
+        if at < len(memory):
+            memory[at] = during
+        if during > peak:
+            peak = during
+        if when[at] != previous:
+            excess += worst
+            worst = 0
+            previous = when[at]
+        if during - budget > worst:
+            worst = during - budget
+    return time, peak, excess + worst
+
+
+@njit(cache=True)
+def _evaluate(
+    seconds, workspace, size, producer, read_start, read, write_start, write, reuse_start, reuse_new, reuse_old,
+    use_start, use, output, repeatable, resident, since, budget,
+):  # fmt: skip # pragma: no cover
+    """Expand and replay. Returns (time, peak, excess, count)."""
+    order, when, count = _expand(
+        producer, read_start, read, write_start, write, use_start, use, output, repeatable, since
+    )
+    if count < 0:
+        return np.inf, np.int64(2**62), np.inf, count
+    memory = np.empty(0, np.int64)
+    time, peak, excess = _replay(
+        seconds, workspace, size, read_start, read, write_start, write, reuse_start, reuse_new, reuse_old, output,
+        resident, order, when, count, budget, memory,
+    )  # fmt: skip
+    return time, peak, excess, count
