@@ -6,8 +6,8 @@ On Linux a CPU step's peak is what the step adds to the process at its highest (
 size before the step) plus the tensors that were there already. On CUDA it is `max_memory_allocated`. Elsewhere the
 peak is unknown and None.
 
-Peaks want an allocator that gives memory back at once, which doubles the time of a step of small tensors; times want the
-allocator as users have it. So the steps run twice: first for peaks, losses and gradients, then for times.
+Peaks want an allocator that gives memory back at once, which can double the time of a step; times want the allocator
+as users have it. So the steps run twice: first for peaks, losses and gradients, then for times.
 """
 
 import ctypes

@@ -1,1 +1,219 @@
 """The verb: `plan(model, budget)`."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from .cost import Table, apply_costs
+from .errors import BudgetError, MachineError, MemplanError
+from .machine import Machine, load_machine
+from .pipeline import Answer, Planner
+from .plan import Plan, PlanBody, Recipe, assemble
+from .units import parse_bytes
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .capture import Captured
+
+LEVERS = ("reorder", "recompute", "offload", "tile")
+EXISTING = ("recompute",)
+Progress = Callable[[str, float], None]
+
+
+def plan(
+    model: "nn.Module",
+    budget: int | str | None,
+    args: tuple = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    train: bool = True,
+    loss: Callable[[Any], Any] | None = None,
+    optimizer: Any = None,
+    machine: str | Machine | None = None,
+    allow: Iterable[str] | None = None,
+    time_limit: float = 60.0,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Plan:
+    """The fastest step of a model that provably fits a number of bytes, with the same numbers as before.
+
+    Args:
+        model: parameters on cpu, cuda or meta; they are not touched.
+        budget: bytes of physical peak, everything counted: 17179869184, "16GiB", "16GB", "60%" of the unplanned peak;
+            None for the fastest step that the machine holds.
+        args: example inputs: real, fake or meta tensors.
+        kwargs: likewise.
+        train: plan forward and backward; False for inference.
+        loss: from the model's output to a scalar, where the caller computes it; default: the output itself or its `.loss`.
+        optimizer: None, "sgd", "adam", "adamw" or a torch optimizer: its state and its step's temporaries count.
+        machine: a preset's name, a TOML path or a `Machine`; default: the one the model is on, found out and measured.
+        allow: which levers may be used, out of "recompute" (and, once they exist, "reorder", "offload", "tile").
+        time_limit: seconds for measuring and planning together, at most.
+        seed: of the search.
+        progress: is told (stage, fraction of it).
+
+    Returns:
+        A plan that the referee has accepted.
+
+    Raises:
+        BudgetError: no schedule fits; `.minimum` is the smallest budget known to work.
+        CaptureError: the model cannot be traced.
+        MachineError: no such machine.
+
+    Example:
+        >>> import torch, memplan
+        >>> model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(4)))
+        >>> planned = memplan.plan(model, None, (torch.randn(8, 64),), loss=lambda out: out.sum()).apply(model)
+        >>> planned(torch.randn(8, 64)).sum().backward()
+    """
+    return Session(
+        model, args, kwargs, train=train, loss=loss, optimizer=optimizer, machine=machine, allow=allow,
+        time_limit=time_limit, seed=seed, progress=progress,
+    ).plan(budget)  # fmt: skip
+
+
+def sweep(model: "nn.Module", points: int | Iterable[int | str], args: tuple = (), kwargs: Any = None, **options: Any) -> list[Plan]:
+    """Plans for falling budgets, from the unplanned peak to the floor, with one capture.
+
+    Args:
+        model: as in `plan`.
+        points: how many budgets, evenly spaced; or the budgets themselves, of which those that no schedule meets are left out.
+        args: as in `plan`.
+        kwargs: as in `plan`.
+        options: the other arguments of `plan`.
+    """
+    session = Session(model, args, kwargs, **options)
+    top, bottom = session.planner.unplanned.peak, session.planner.floor.peak
+    if isinstance(points, int):
+        budgets: list[int | str] = [top - (top - bottom) * index // max(points - 1, 1) for index in range(points)]
+    else:
+        budgets = list(points)
+    plans = []
+    for budget in budgets:
+        try:
+            plans.append(session.plan(budget))
+        except BudgetError as error:
+            if error.minimum is None:
+                raise
+    return plans
+
+
+class Session:
+    """One model captured once, to be planned for one budget or many. The arguments are those of `plan`."""
+
+    def __init__(
+        self,
+        model: "nn.Module",
+        args: tuple = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        train: bool = True,
+        loss: Callable[[Any], Any] | None = None,
+        optimizer: Any = None,
+        machine: str | Machine | None = None,
+        allow: Iterable[str] | None = None,
+        time_limit: float = 60.0,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ):
+        levers = check_levers(allow)
+        known = machine if isinstance(machine, Machine) else load_machine(machine) if machine not in (None, "local") else None
+        from .capture import capture, describe_inputs, device_of, flatten_call
+
+        if progress is not None:
+            progress("tracing the model", 0.0)
+        began = time.monotonic()
+        self.time_limit = time_limit
+        self.captured: Captured = capture(
+            model, args, dict(kwargs or {}), train=train, loss=loss, optimizer=optimizer, device=traced_device(known)
+        )
+        self.capture_seconds = time.monotonic() - began
+        self.recipe = Recipe(
+            inputs=describe_inputs(self.captured),
+            train=train,
+            loss=loss is not None,
+            optimizer=None if optimizer is None else optimizer if isinstance(optimizer, str) else type(optimizer).__name__,
+        )
+        real = known is None and all(value.device.type != "meta" for value in model.parameters())
+        table = None
+        if known is None:
+            from .local import device_key, local_machine
+
+            known = local_machine(self.captured.program.device)
+            table = Table(device_key(self.captured.program.device))
+            if real:
+                self.measure(known, table, progress)
+        began = time.monotonic()
+        self.machine = known
+        program = apply_costs(self.captured.program, known, table)
+        self.planner = Planner(program, known, "recompute" in levers, seed, progress=progress)
+        self.solve_began = time.monotonic() - began
+        del device_of, flatten_call
+
+    def measure(self, machine: Machine, table: Table, progress: Progress | None) -> None:
+        """Measure the ops that the table of this device lacks."""
+        from ..backends.measure import calibrate
+
+        def tell(done: int, total: int) -> None:
+            if progress is not None:
+                progress("measuring ops", done / max(total, 1))
+
+        calibrate(self.captured.program, machine, table, time_limit=self.time_limit, progress=tell)
+
+    def plan(self, budget: int | str | None) -> Plan:
+        """The plan for one budget."""
+        began = time.monotonic()
+        planner = self.planner
+        planner.deadline = began + self.time_limit
+        unplanned = planner.unplanned
+        capacity = self.machine.tiers[0].capacity
+        asked = None if budget is None else parse_bytes(budget, of=unplanned.peak)
+        answer: Answer = planner.solve(min(asked if asked is not None else capacity, capacity))
+        minimum = min(planner.floor.peak, answer.side.peak)
+        body = PlanBody(
+            program=planner.program,
+            machine=self.machine,
+            recipe=self.recipe,
+            budget=asked,
+            planned=answer.side.schedule,
+            unplanned=unplanned.schedule,
+            bound=answer.bound,
+            minimum=minimum,
+            capture_seconds=self.capture_seconds,
+            solve_seconds=time.monotonic() - began + self.solve_began,
+        )
+        return assemble(body, answer.side, unplanned, self.captured)
+
+
+def traced_device(machine: Machine | None) -> str | None:
+    """The device type to trace for: the machine's, where this process has one; None for where the model is.
+
+    Without a CUDA device torch cannot choose CUDA's attention kernels; cpu's stand in for them, whose saved tensors have
+    the same shapes.
+    """
+    if machine is None or machine.device != "cuda":
+        return None
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_levers(allow: Iterable[str] | None) -> set[str]:
+    """The levers that may be used.
+
+    Raises:
+        MemplanError: a name that is no lever, or one that does not exist yet.
+    """
+    if allow is None:
+        return set(EXISTING)
+    levers = {allow} if isinstance(allow, str) else set(allow)
+    unknown = levers - set(LEVERS)
+    if unknown:
+        raise MemplanError(f"allow={sorted(unknown)[0]!r}: the levers are {', '.join(LEVERS)}")
+    return levers
+
+
+__all__ = ["MachineError", "Session", "msgspec", "plan", "sweep"]

@@ -1,0 +1,246 @@
+"""Program -> schedule: the stages in order, each answer replayed by the referee before it leaves.
+
+    flatten -> segments -> linear bounds -> integer program over the timeline -> annealing -> liveness -> referee
+
+One `Planner` serves many budgets of one program: everything that does not depend on the budget is made once.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from ..passes.liveness import Liveness
+from ..passes.problem import Flat, flatten
+from ..solvers.anneal import anneal, make_space
+from ..solvers.bound import CutModel
+from ..solvers.master import Master, find_slots
+from ..solvers.segments import find_segments
+from ..solvers.timeline import KEEP, order_of, profile, score
+from .errors import BudgetError, InvalidSchedule
+from .machine import Machine
+from .plan import Side, unlimited
+from .program import Program
+from .referee import Report, referee
+from .schedule import Free, Run, Schedule
+from .units import show_bytes
+
+Progress = Callable[[str, float], None]
+GOOD = 0.002  # a gap at which the search stops
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A schedule within a budget, with the referee's report and a lower bound on any schedule's time."""
+
+    side: Side
+    bound: float
+
+
+@dataclass
+class Planner:
+    """Plans one program on one machine for any budget.
+
+    Attributes:
+        program: with its costs filled in.
+        machine: what it runs on.
+        recompute: whether ops may run again.
+        seed: of the search; the same seed, program and budget give the same schedule.
+        effort: simulations per start of the search; by default as many as a few seconds allow.
+    """
+
+    program: Program
+    machine: Machine
+    recompute: bool = True
+    seed: int = 0
+    effort: int | None = None
+    progress: Progress | None = None
+    deadline: float = field(default=float("inf"))
+
+    @cached_property
+    def unplanned(self) -> Side:
+        """The step as eager PyTorch runs it: base order, nothing in place, on a machine that holds it all."""
+        schedule = Liveness(in_place=False)(self.program, range(len(self.program.ops)))
+        return Side(schedule, referee(self.program, unlimited(self.machine), schedule))
+
+    @cached_property
+    def flat(self) -> Flat:
+        """The arrays that the solvers work on."""
+        return flatten(self.program)
+
+    @cached_property
+    def base_seconds(self) -> float:
+        """Time of a step in which nothing is repeated."""
+        return float(self.flat.problem.seconds.sum())
+
+    @cached_property
+    def segments(self):  # noqa: ANN201 - the solvers' own type
+        """The forward pass cut into pieces, equal ones recognised."""
+        return find_segments(self.flat.problem, [op.key for op in self.program.ops])
+
+    @cached_property
+    def master(self) -> Master:
+        """The keep-or-recompute program."""
+        return Master(self.flat.problem, self.segments, find_slots(self.flat.problem))
+
+    @cached_property
+    def space(self):  # noqa: ANN201
+        """The moves of the search."""
+        return make_space(self.flat.problem, self.segments, self.master.slots)
+
+    @cached_property
+    def cuts(self) -> list[CutModel]:
+        """Linear programs at the moments that press most: the worst of each segment opened early, and the worst overall."""
+        problem = self.flat.problem
+        order, _, memory = profile(problem, problem.keep_all())
+        edges = np.unique(self.segments.opened)
+        late = np.flatnonzero(order > problem.boundary)
+        chosen = set(late[np.argsort(-memory[late])[:8]].tolist())
+        for low, high in list(zip(edges[:-1], edges[1:], strict=True))[:12]:
+            inside = np.arange(low, high)
+            chosen.add(int(inside[np.argmax(memory[inside])]))
+        if problem.boundary + 1 < len(order):
+            chosen.add(problem.boundary + 1)
+        return [CutModel(problem, int(at)) for at in sorted(chosen) if at > problem.boundary]
+
+    def bound(self, budget: int) -> float:
+        """A lower bound on the time of any schedule within the budget that keeps the base order; infinite if none is."""
+        if not self.recompute:
+            return self.base_seconds
+        return self.base_seconds + max((cut.solve(budget).seconds for cut in self.cuts), default=0.0)
+
+    def tell(self, stage: str, fraction: float) -> None:
+        """Report progress."""
+        if self.progress is not None:
+            self.progress(stage, fraction)
+
+    def finish(self, since: np.ndarray, budget: int | None) -> Side:
+        """A solution as a schedule that the referee has accepted."""
+        schedule = Liveness()(self.program, order_of(self.flat.problem, since).tolist())
+        machine = self.machine if budget is not None else unlimited(self.machine)
+        return Side(schedule, referee(self.program, machine, schedule, budget))
+
+    @cached_property
+    def kept(self) -> Side:
+        """Nothing repeated, everything freed as soon as it can be."""
+        return self.finish(self.flat.problem.keep_all(), None)
+
+    def starts(self, budget: int) -> list[np.ndarray]:
+        """Where the search begins: answers of the integer program, then simple rules."""
+        slots, segments = self.master.slots, self.segments
+        crosses = segments.crosses[slots.buffer]
+        answers = self.master.iterate(budget, rounds=4, seconds=4.0)[1:]
+        made = [np.where(since[slots.use] == KEEP, 0, np.where(crosses, 3, 2)) for since in answers]
+        made += [np.where(crosses, 0, 2), np.where(crosses, 3, 2), np.full(len(crosses), 3)]
+        return [codes.astype(np.int32) for codes in made]
+
+    @cached_property
+    def steps(self) -> int:
+        """Simulations per start, so that one start takes a second or two whatever the program's size."""
+        return self.effort or int(np.clip(2.4e7 / max(len(self.program.ops), 1), 2000, 40000))
+
+    def search(self, budget: int, bound: float) -> np.ndarray | None:
+        """The best solution found within the budget, or None."""
+        problem = self.flat.problem
+        best, best_time = None, float("inf")
+        starts = self.starts(budget)
+        runners: list[tuple[float, np.ndarray]] = []
+        for number, codes in enumerate(starts):
+            self.tell("searching", number / (len(starts) + 2))
+            if best is not None and time.monotonic() > self.deadline:
+                break
+            found, seconds = anneal(problem, self.space, codes, budget, self.steps // 2, 0.01, self.seed + number)
+            runners.append((seconds, found))
+            if seconds < best_time:
+                best, best_time = found, seconds
+            if best_time <= bound * (1 + GOOD):
+                break
+        for number in range(2):  # polish the best, longer and cooler
+            if best is None or best_time <= bound * (1 + GOOD) or time.monotonic() > self.deadline:
+                break
+            self.tell("polishing", (len(starts) + number) / (len(starts) + 2))
+            found, seconds = anneal(problem, self.space, best, budget, self.steps, 0.003, self.seed + 101 + number)
+            if seconds < best_time:
+                best, best_time = found, seconds
+        return None if best is None else self.space.decode(best, len(problem.use))
+
+    @cached_property
+    def floor(self) -> Side:
+        """The smallest schedule known: the search run for ever smaller budgets until it fails twice."""
+        problem = self.flat.problem
+        if not self.recompute or len(self.master.slots.use) == 0:
+            return self.kept
+        crosses = self.segments.crosses[self.master.slots.buffer]
+        starts = [np.where(crosses, 0, 2), np.where(crosses, 3, 2), np.full(len(crosses), 3), np.ones(len(crosses))]
+        options = [(score(problem, self.space.decode(codes.astype(np.int32), len(problem.use)), 0).peak, number)
+                   for number, codes in enumerate(starts)]  # fmt: skip
+        codes = starts[min(options)[1]].astype(np.int32)
+        peak = min(min(options)[0], self.kept.peak)
+        best = codes if min(options)[0] <= self.kept.peak else np.zeros(len(crosses), np.int32)
+        failures, number, shrink = 0, 0, 0.92
+        while failures < 3 and (time.monotonic() < self.deadline or number == 0):
+            number += 1
+            self.tell("finding the smallest budget", failures / 3)
+            target = int(problem.resident + (peak - problem.resident) * shrink)
+            found, seconds = anneal(problem, self.space, best, target, max(self.steps // 4, 500), 0.02, self.seed + number)
+            if np.isfinite(seconds):
+                best = found
+                peak = score(problem, self.space.decode(found, len(problem.use)), target).peak
+            else:
+                failures += 1
+                shrink = 1 - (1 - shrink) / 2.5
+        return self.finish(self.space.decode(best, len(problem.use)), None)
+
+    def solve(self, budget: int) -> Answer:
+        """The fastest schedule found within a budget.
+
+        Raises:
+            BudgetError: none was found; the message has the smallest budget known to work and what sets it.
+        """
+        if self.kept.peak <= budget:
+            return Answer(self.kept, self.base_seconds)
+        if not self.recompute:
+            raise self.refuse(budget, self.kept)
+        self.tell("bounding", 0.0)
+        bound = self.bound(budget)
+        since = self.search(budget, bound) if np.isfinite(bound) else None
+        if since is None:
+            if self.floor.peak <= budget:
+                return Answer(self.floor, min(bound, self.floor.time))
+            raise self.refuse(budget, self.floor)
+        side = self.finish(since, budget)
+        return Answer(side, min(bound, side.time))
+
+    def refuse(self, budget: int, smallest: Side) -> BudgetError:
+        """The error for a budget below the floor."""
+        heavy = ", ".join(f"{name} {show_bytes(size)}" for name, size in at_peak(self.program, smallest)[:4])
+        return BudgetError(
+            f"no schedule of {self.program.name} fits {show_bytes(budget)} ({budget} bytes): the smallest budget known to "
+            f"work is {show_bytes(smallest.peak)} ({smallest.peak} bytes), of which {show_bytes(self.program.resident_bytes)} "
+            f"are parameters, inputs and optimizer state; at its peak the largest are {heavy}",
+            smallest.peak,
+        )
+
+
+def at_peak(program: Program, side: Side) -> list[tuple[str, int]]:
+    """What is live at a schedule's peak, largest first: (name, bytes), workspace included."""
+    report: Report = side.report
+    worst = int(np.argmax(report.timeline))
+    live = {buffer for buffer, op in enumerate(program.producer) if op < 0}
+    extra = 0
+    for step in side.schedule.instructions[: worst + 1]:
+        if isinstance(step, Run):
+            op = program.ops[step.op]
+            done = side.schedule.instructions[worst] is not step
+            live |= set(step.keep if done else op.writes)
+            live -= {old for _, old in step.reuse}
+            extra = op.workspace
+        elif isinstance(step, Free):
+            live.discard(step.buffer)
+    rows = [(program.buffers[buffer].name, program.buffers[buffer].bytes) for buffer in live]
+    return sorted([*rows, ("workspace", extra)], key=lambda row: -row[1])
+
+
+__all__ = ["Answer", "InvalidSchedule", "Planner", "Schedule"]
