@@ -28,6 +28,8 @@ class Generated:
         arguments: where each element of `inputs` comes from.
         gradients: for each gradient the position in `arguments` of what it belongs to.
         tangents: which outputs the tangents belong to, and how each is laid out.
+        saved: the nodes whose tensors head the list for `backward`; saved generator states follow them.
+        states: how many generator states follow.
     """
 
     source: str
@@ -36,6 +38,8 @@ class Generated:
     arguments: tuple[Source, ...]
     gradients: tuple[int, ...]
     tangents: dict[int, torch.Tensor]
+    saved: tuple[fx.Node, ...] = ()
+    states: int = 0
 
 
 @dataclass
@@ -105,6 +109,8 @@ class _Writer:
             arguments=tuple(source for _, source in placeholders),
             gradients=tuple(order[node] for node, _ in self.traced.gradients),
             tangents={source.index: node.meta["val"] for node, source in tangents},
+            saved=tuple(saved),
+            states=len(states),
         )
 
     def phase(self, step: Run) -> Phase:

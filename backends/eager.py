@@ -42,7 +42,10 @@ def recapture(plan: "Plan", model: nn.Module, loss: Any) -> Captured:
                            "plan.apply(model, loss=...)")  # fmt: skip
     args, kwargs = rebuild_inputs(plan.recipe.inputs)
     recipe = plan.recipe
-    captured = capture(model, args, kwargs, train=recipe.train, loss=loss, optimizer=recipe.optimizer, device=plan.program.device)
+    captured = capture(
+        model, args, kwargs, train=recipe.train, loss=loss, optimizer=recipe.optimizer, device=plan.program.device,
+        runs_on=plan.machine.device,
+    )  # fmt: skip
     if apply_costs(captured.program, plan.machine).digest != plan.program.digest:
         raise PlanMismatch(f"this {type(model).__name__} does not trace to the program that the plan was made for "
                            "(other layers, shapes, modes or versions): plan it again")  # fmt: skip

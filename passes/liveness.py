@@ -59,10 +59,14 @@ def last_reads(program: Program, order: Sequence[int]) -> dict[tuple[int, int], 
     owned = program.producer
     result: dict[tuple[int, int], int] = {}
     current = dict(wanted)
+    first: dict[int, int] = {}
+    for at, index in enumerate(order):
+        first.setdefault(index, at)
     for at in range(end - 1, -1, -1):
         op = program.ops[order[at]]
         for buffer in op.writes:
-            result[at, buffer] = current.pop(buffer, -1)
+            held = buffer in wanted and first[order[at]] != at
+            result[at, buffer] = -1 if held else current.pop(buffer, -1)
         for buffer in op.reads:
             if owned[buffer] >= 0:
                 result[at, buffer] = current.setdefault(buffer, at)

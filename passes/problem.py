@@ -1,5 +1,6 @@
 """Program -> rematerialisation problem: the border between the nouns and the solvers' arrays."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,19 +11,34 @@ from ..solvers.timeline import Problem
 
 @dataclass(frozen=True)
 class Flat:
-    """A problem and the way back: `buffers[i]` is the program's index of the problem's buffer i."""
+    """A problem and the way back.
+
+    Attributes:
+        problem: the arrays.
+        buffers: the program's index of each of the problem's buffers.
+        ops: the program's index of the op at each base time.
+    """
 
     problem: Problem
     buffers: np.ndarray
+    ops: np.ndarray
 
 
-def flatten(program: Program) -> Flat:
-    """The arrays of a program whose costs are filled in; its resident buffers become one sum."""
+def flatten(program: Program, order: Sequence[int] | None = None) -> Flat:
+    """The arrays of a program whose costs are filled in; its resident buffers become one sum.
+
+    Args:
+        program: what is to be planned.
+        order: the base order, as op indices; default: the program's own.
+    """
+    base = list(range(len(program.ops))) if order is None else list(order)
+    ops = [program.ops[index] for index in base]
+    when = {index: time for time, index in enumerate(base)}
     owned = [buffer for buffer, op in enumerate(program.producer) if op >= 0]
     index = {buffer: position for position, buffer in enumerate(owned)}
-    reads = [[index[buffer] for buffer in op.reads if buffer in index] for op in program.ops]
-    writes = [[index[buffer] for buffer in op.writes] for op in program.ops]
-    reuse = [[(index[new], index[old]) for new, old in op.reuse if old in index] for op in program.ops]
+    reads = [[index[buffer] for buffer in op.reads if buffer in index] for op in ops]
+    writes = [[index[buffer] for buffer in op.writes] for op in ops]
+    reuse = [[(index[new], index[old]) for new, old in op.reuse if old in index] for op in ops]
     uses: list[list[int]] = [[] for _ in owned]
     for at, row in enumerate(reads):
         for buffer in row:
@@ -34,10 +50,10 @@ def flatten(program: Program) -> Flat:
     outputs = set(program.outputs)
     return Flat(
         Problem(
-            seconds=np.array([op.seconds for op in program.ops]),
-            workspace=np.array([op.workspace for op in program.ops], np.int64),
+            seconds=np.array([op.seconds for op in ops]),
+            workspace=np.array([op.workspace for op in ops], np.int64),
             size=np.array([program.buffers[buffer].bytes for buffer in owned], np.int64),
-            producer=np.array([program.producer[buffer] for buffer in owned], np.int32),
+            producer=np.array([when[program.producer[buffer]] for buffer in owned], np.int32),
             read_start=read_start,
             read=read,
             write_start=write_start,
@@ -48,11 +64,12 @@ def flatten(program: Program) -> Flat:
             use_start=use_start,
             use=use,
             output=np.array([buffer in outputs for buffer in owned], np.bool_),
-            repeatable=np.array([op.repeatable for op in program.ops], np.bool_),
+            repeatable=np.array([op.repeatable for op in ops], np.bool_),
             resident=program.resident_bytes,
             boundary=program.boundary,
         ),
         np.array(owned, np.int32),
+        np.array(base, np.int32),
     )
 
 

@@ -4,8 +4,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from .cost import Table, apply_costs
 from .errors import BudgetError, MachineError, MemplanError
 from .machine import Machine, load_machine
@@ -19,7 +17,7 @@ if TYPE_CHECKING:
     from .capture import Captured
 
 LEVERS = ("reorder", "recompute", "offload", "tile")
-EXISTING = ("recompute",)
+EXISTING = ("reorder", "recompute")
 Progress = Callable[[str, float], None]
 
 
@@ -50,7 +48,8 @@ def plan(
         loss: from the model's output to a scalar, where the caller computes it; default: the output itself or its `.loss`.
         optimizer: None, "sgd", "adam", "adamw" or a torch optimizer: its state and its step's temporaries count.
         machine: a preset's name, a TOML path or a `Machine`; default: the one the model is on, found out and measured.
-        allow: which levers may be used, out of "recompute" (and, once they exist, "reorder", "offload", "tile").
+        allow: which levers may be used, out of "recompute" and "reorder" (and, once they exist, "offload" and "tile");
+            default: all that exist.
         time_limit: seconds for measuring and planning together, at most.
         seed: of the search.
         progress: is told (stage, fraction of it).
@@ -121,15 +120,16 @@ class Session:
     ):
         levers = check_levers(allow)
         known = machine if isinstance(machine, Machine) else load_machine(machine) if machine not in (None, "local") else None
-        from .capture import capture, describe_inputs, device_of, flatten_call
+        from .capture import capture, describe_inputs
 
         if progress is not None:
             progress("tracing the model", 0.0)
         began = time.monotonic()
         self.time_limit = time_limit
         self.captured: Captured = capture(
-            model, args, dict(kwargs or {}), train=train, loss=loss, optimizer=optimizer, device=traced_device(known)
-        )
+            model, args, dict(kwargs or {}), train=train, loss=loss, optimizer=optimizer, device=traced_device(known),
+            runs_on=None if known is None else known.device,
+        )  # fmt: skip
         self.capture_seconds = time.monotonic() - began
         self.recipe = Recipe(
             inputs=describe_inputs(self.captured),
@@ -149,9 +149,8 @@ class Session:
         began = time.monotonic()
         self.machine = known
         program = apply_costs(self.captured.program, known, table)
-        self.planner = Planner(program, known, "recompute" in levers, seed, progress=progress)
+        self.planner = Planner(program, known, "recompute" in levers, "reorder" in levers, seed, progress=progress)
         self.solve_began = time.monotonic() - began
-        del device_of, flatten_call
 
     def measure(self, machine: Machine, table: Table, progress: Progress | None) -> None:
         """Measure the ops that the table of this device lacks."""
@@ -216,4 +215,4 @@ def check_levers(allow: Iterable[str] | None) -> set[str]:
     return levers
 
 
-__all__ = ["MachineError", "Session", "msgspec", "plan", "sweep"]
+__all__ = ["MachineError", "Session", "plan", "sweep"]

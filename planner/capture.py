@@ -197,6 +197,7 @@ def capture(
     loss: Callable[[Any], torch.Tensor] | None = None,
     optimizer: Any = None,
     device: str | None = None,
+    runs_on: str | None = None,
 ) -> Captured:
     """Trace one step of a model.
 
@@ -208,6 +209,7 @@ def capture(
         loss: from the output to a scalar, where the caller computes it; it is measured, not captured into the program.
         optimizer: None, `sgd`, `adam`, `adamw` or a torch optimizer, whose state and temporaries are counted.
         device: the device type to trace for; by default where the model is, and cpu for a model on meta.
+        runs_on: the device type that the step is for, where it cannot be traced for here; default: `device`.
 
     Raises:
         CaptureError: what cannot be traced, and the line of the model where that is.
@@ -239,6 +241,7 @@ def capture(
             loss=loss_cost,
             optimizer=optimizer,
             trainable={name for name, value in model.named_parameters() if value.requires_grad},
+            runs_on=runs_on or device,
         )
     assert step.output_spec is not None
     return Captured(

@@ -23,6 +23,12 @@ from .program import Buffer, Kind, Op, Phase, Program
 STATISTICS = {"aten._native_batch_norm_legit_functional.default": (3, 4)}
 
 
+# CPU kernels that reduce each row of the last dimension before they write any of it: as safe in place as pointwise ones.
+# Tested bit for bit against the ordinary call in tests/planner/test_in_place.py; CUDA's kernels are not on the list,
+# for nobody has tested them.
+ROWWISE = {"_softmax": 1, "_log_softmax": 1, "_softmax_backward_data": 2, "_log_softmax_backward_data": 2}
+
+
 @dataclass(frozen=True)
 class Source:
     """Where a placeholder's value comes from: `parameter` or `buffer` by name, `input` by leaf, `tangent` by output."""
@@ -80,6 +86,7 @@ def lower(
     loss: fx.GraphModule | None,
     optimizer: Any,
     trainable: set[str],
+    runs_on: str,
 ) -> Traced:
     """Build the program of a joint graph with descriptors.
 
@@ -93,8 +100,9 @@ def lower(
         loss: the graph of the caller's own loss, whose cost lies between the passes.
         optimizer: see `planner.optimizers`.
         trainable: names of the parameters that the optimizer updates.
+        runs_on: the type of device that the optimizer's step runs on, which decides its temporaries.
     """
-    return _Lowering(graph, device, parameter_name, input_leaf).run(name, train, loss, optimizer, trainable)
+    return _Lowering(graph, device, parameter_name, input_leaf).run(name, train, loss, optimizer, trainable, runs_on)
 
 
 class _Lowering:
@@ -118,7 +126,7 @@ class _Lowering:
         self.mutations: dict[int, tuple[Source, fx.Node]] = {}
         self.where = ""
 
-    def run(self, name: str, train: bool, loss: Any, optimizer: Any, trainable: set[str]) -> Traced:
+    def run(self, name: str, train: bool, loss: Any, optimizer: Any, trainable: set[str], runs_on: str) -> Traced:
         """The stages in order."""
         ends = next(node for node in self.graph.graph.nodes if node.op == "output")
         described = [pair for pair in zip(ends.args[0], ends.meta["desc"], strict=True) if pair[1] is not None]
@@ -148,10 +156,10 @@ class _Lowering:
         held = [self.owner[node] for node in outputs if isinstance(node, fx.Node)]
         held += [self.owner[node] for _, node in gradients]
         held += [self.owner[node] for node in tangents]
-        resident = {self.owner[node] for node in self.sources if node not in tangents}
+        resident = {self.owner[node] for node in self.sources if node not in tangents and node in self.owner}
         self.name_kinds(held, {self.owner[node] for _, node in gradients}, len(self.ops))
         if optimizer is not None and train:
-            self.add_update(optimizer, trainable)
+            self.add_update(optimizer, trainable, runs_on)
         program = Program(
             name=name,
             buffers=tuple(self.buffers),
@@ -249,7 +257,7 @@ class _Lowering:
         for operand in tensors:
             form = in_place_form(node, operand, tensors, self.owner) if len(parts) == 1 else None
             if form is not None and operand not in self.sources and (writes[0], self.owner[operand]) not in reuse:
-                if self.owner[operand] not in {self.owner[source] for source in self.sources}:
+                if self.owner[operand] not in {self.owner[source] for source in self.sources if source in self.owner}:
                     reuse.append((writes[0], self.owner[operand]))
                     self.in_place[index, self.owner[operand]] = form
         self.ops.append(
@@ -310,7 +318,7 @@ class _Lowering:
         )
         self.nodes.append(None)
 
-    def add_update(self, optimizer: Any, trainable: set[str]) -> None:
+    def add_update(self, optimizer: Any, trainable: set[str], runs_on: str) -> None:
         """The optimizer's state as resident buffers, and its step as the last op."""
         parameters = {
             self.owner[node]: node.meta["val"]
@@ -318,7 +326,7 @@ class _Lowering:
             if source.kind == "parameter" and source.name in trainable
         }
         gradients = [index for index, buffer in enumerate(self.buffers) if buffer.kind is Kind.GRADIENT]
-        states, op = update_op(optimizer, parameters, gradients, len(self.buffers), self.device)
+        states, op = update_op(optimizer, parameters, gradients, len(self.buffers), runs_on)
         self.buffers.extend(states)
         self.ops.append(op)
         self.nodes.append(None)
@@ -519,9 +527,11 @@ def in_place_form(node: fx.Node, operand: fx.Node, tensors: list[fx.Node], owner
     they have the same layout and fill their storages, and no other operand sees that storage through another layout.
     """
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.pointwise not in target.tags:
+    if not isinstance(target, torch._ops.OpOverload):
         return None
     new, old = node.meta["val"], operand.meta["val"]
+    if torch.Tag.pointwise not in target.tags and not is_rowwise(node):
+        return None
     if not isinstance(new, torch.Tensor) or layout(new) != layout(old) or old.storage_offset():
         return None
     if not span(new) == new.untyped_storage().nbytes() == old.untyped_storage().nbytes():
@@ -539,6 +549,15 @@ def in_place_form(node: fx.Node, operand: fx.Node, tensors: list[fx.Node], owner
         if [(arg.name, str(arg.type)) for arg in overload._schema.arguments] == wanted:
             return InPlace(overload, operand, None)
     return None
+
+
+def is_rowwise(node: fx.Node) -> bool:
+    """Whether the call is one of `ROWWISE` along the last dimension of contiguous CPU tensors."""
+    position = ROWWISE.get(node.target._opname)  # type: ignore[union-attr]
+    value = node.meta["val"]
+    if position is None or not isinstance(value, torch.Tensor) or value.device.type != "cpu" or value.dim() == 0:
+        return False
+    return node.args[position] in (-1, value.dim() - 1) and value.is_contiguous()
 
 
 def layout(value: torch.Tensor) -> tuple:

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..passes.liveness import Liveness
 from ..passes.problem import Flat, flatten
+from ..passes.reorder import Reorder
 from ..solvers.anneal import anneal, make_space
 from ..solvers.bound import CutModel
 from ..solvers.master import Master, find_slots
@@ -29,6 +30,8 @@ from .units import show_bytes
 
 Progress = Callable[[str, float], None]
 GOOD = 0.002  # a gap at which the search stops
+FLOOR_ROUNDS = 16  # searches for a smaller peak
+SMALL = 150  # ops: programs up to this size may also recompute what the backward pass makes
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Planner:
         program: with its costs filled in.
         machine: what it runs on.
         recompute: whether ops may run again.
+        reorder: whether the backward pass may run in another order.
         seed: of the search; the same seed, program and budget give the same schedule.
         effort: simulations per start of the search; by default as many as a few seconds allow.
     """
@@ -54,6 +58,7 @@ class Planner:
     program: Program
     machine: Machine
     recompute: bool = True
+    reorder: bool = True
     seed: int = 0
     effort: int | None = None
     progress: Progress | None = None
@@ -67,8 +72,8 @@ class Planner:
 
     @cached_property
     def flat(self) -> Flat:
-        """The arrays that the solvers work on."""
-        return flatten(self.program)
+        """The arrays that the solvers work on, ops in base order."""
+        return flatten(self.program, Reorder()(self.program) if self.reorder else None)
 
     @cached_property
     def base_seconds(self) -> float:
@@ -78,12 +83,12 @@ class Planner:
     @cached_property
     def segments(self):  # noqa: ANN201 - the solvers' own type
         """The forward pass cut into pieces, equal ones recognised."""
-        return find_segments(self.flat.problem, [op.key for op in self.program.ops])
+        return find_segments(self.flat.problem, [self.program.ops[index].key for index in self.flat.ops])
 
     @cached_property
     def master(self) -> Master:
         """The keep-or-recompute program."""
-        return Master(self.flat.problem, self.segments, find_slots(self.flat.problem))
+        return Master(self.flat.problem, self.segments, find_slots(self.flat.problem, len(self.program.ops) <= SMALL))
 
     @cached_property
     def space(self):  # noqa: ANN201
@@ -116,9 +121,10 @@ class Planner:
         if self.progress is not None:
             self.progress(stage, fraction)
 
-    def finish(self, since: np.ndarray, budget: int | None) -> Side:
+    def finish(self, solution: np.ndarray, budget: int | None) -> Side:
         """A solution as a schedule that the referee has accepted."""
-        schedule = Liveness()(self.program, order_of(self.flat.problem, since).tolist())
+        order = self.flat.ops[order_of(self.flat.problem, solution)]
+        schedule = Liveness()(self.program, order.tolist())
         machine = self.machine if budget is not None else unlimited(self.machine)
         return Side(schedule, referee(self.program, machine, schedule, budget))
 
@@ -127,32 +133,39 @@ class Planner:
         """Nothing repeated, everything freed as soon as it can be."""
         return self.finish(self.flat.problem.keep_all(), None)
 
+    def rules(self) -> list[np.ndarray]:
+        """Solutions that follow one rule for all: per-segment checkpoints; nothing kept and rebuilt once; rebuilt each time."""
+        slots, problem = self.master.slots, self.flat.problem
+        crosses = self.segments.crosses[slots.buffer]
+        own = self.segments.opened[np.maximum(self.segments.of_buffer[slots.buffer], 0)]
+        first = (slots.last == 0) & (slots.before <= problem.boundary)
+        made = []
+        for times in (np.where(crosses, KEEP, own), np.where(crosses, problem.boundary, own),
+                      np.full(len(own), problem.boundary), slots.at):  # fmt: skip
+            solution = problem.keep_all()
+            solution[0, slots.gap[first]] = times[first]
+            made.append(solution)
+        return made
+
     def starts(self, budget: int) -> list[np.ndarray]:
         """Where the search begins: answers of the integer program, then simple rules."""
-        slots, segments = self.master.slots, self.segments
-        crosses = segments.crosses[slots.buffer]
-        answers = self.master.iterate(budget, rounds=4, seconds=4.0)[1:]
-        made = [np.where(since[slots.use] == KEEP, 0, np.where(crosses, 3, 2)) for since in answers]
-        made += [np.where(crosses, 0, 2), np.where(crosses, 3, 2), np.full(len(crosses), 3)]
-        return [codes.astype(np.int32) for codes in made]
+        return [*self.master.iterate(budget, rounds=4, seconds=4.0)[1:], *self.rules()[:3]]
 
     @cached_property
     def steps(self) -> int:
         """Simulations per start, so that one start takes a second or two whatever the program's size."""
-        return self.effort or int(np.clip(2.4e7 / max(len(self.program.ops), 1), 2000, 40000))
+        return self.effort or int(np.clip(2.4e7 / max(len(self.program.ops), 1), 2000, 200000))
 
     def search(self, budget: int, bound: float) -> np.ndarray | None:
         """The best solution found within the budget, or None."""
         problem = self.flat.problem
         best, best_time = None, float("inf")
         starts = self.starts(budget)
-        runners: list[tuple[float, np.ndarray]] = []
-        for number, codes in enumerate(starts):
+        for number, start in enumerate(starts):
             self.tell("searching", number / (len(starts) + 2))
             if best is not None and time.monotonic() > self.deadline:
                 break
-            found, seconds = anneal(problem, self.space, codes, budget, self.steps // 2, 0.01, self.seed + number)
-            runners.append((seconds, found))
+            found, seconds = anneal(problem, self.space, start, budget, self.steps // 2, 0.01, self.seed + number)
             if seconds < best_time:
                 best, best_time = found, seconds
             if best_time <= bound * (1 + GOOD):
@@ -164,34 +177,35 @@ class Planner:
             found, seconds = anneal(problem, self.space, best, budget, self.steps, 0.003, self.seed + 101 + number)
             if seconds < best_time:
                 best, best_time = found, seconds
-        return None if best is None else self.space.decode(best, len(problem.use))
+        return best
 
     @cached_property
     def floor(self) -> Side:
         """The smallest schedule known: the search run for ever smaller budgets until it fails twice."""
         problem = self.flat.problem
-        if not self.recompute or len(self.master.slots.use) == 0:
+        if not self.recompute or self.space.uses == 0:
             return self.kept
-        crosses = self.segments.crosses[self.master.slots.buffer]
-        starts = [np.where(crosses, 0, 2), np.where(crosses, 3, 2), np.full(len(crosses), 3), np.ones(len(crosses))]
-        options = [(score(problem, self.space.decode(codes.astype(np.int32), len(problem.use)), 0).peak, number)
-                   for number, codes in enumerate(starts)]  # fmt: skip
-        codes = starts[min(options)[1]].astype(np.int32)
-        peak = min(min(options)[0], self.kept.peak)
-        best = codes if min(options)[0] <= self.kept.peak else np.zeros(len(crosses), np.int32)
-        failures, number, shrink = 0, 0, 0.92
-        while failures < 3 and (time.monotonic() < self.deadline or number == 0):
-            number += 1
-            self.tell("finding the smallest budget", failures / 3)
+        choices = [problem.keep_all(), *self.rules()]
+        peaks = [score(problem, choice, 0).peak for choice in choices]
+        best, peak = choices[int(np.argmin(peaks))], min(peaks)
+        current, tries, shrink = best, 0, 0.9
+        steps = max(self.steps // 4, 500)
+        for number in range(FLOOR_ROUNDS):
+            if number and time.monotonic() > self.deadline:
+                break
+            self.tell("finding the smallest budget", number / FLOOR_ROUNDS)
             target = int(problem.resident + (peak - problem.resident) * shrink)
-            found, seconds = anneal(problem, self.space, best, target, max(self.steps // 4, 500), 0.02, self.seed + number)
+            found, seconds = anneal(problem, self.space, current, target, steps, 0.01, self.seed + number, care=0.05)
+            current = found  # what comes closest, if nothing fits: the next round goes on from it
             if np.isfinite(seconds):
-                best = found
-                peak = score(problem, self.space.decode(found, len(problem.use)), target).peak
+                best, peak, tries = found, score(problem, found, target).peak, 0
             else:
-                failures += 1
-                shrink = 1 - (1 - shrink) / 2.5
-        return self.finish(self.space.decode(best, len(problem.use)), None)
+                tries += 1
+                if tries == 3:
+                    current, tries, shrink = best, 0, 1 - (1 - shrink) / 2.5
+            if shrink > 0.995:
+                break
+        return self.finish(best, None)
 
     def solve(self, budget: int) -> Answer:
         """The fastest schedule found within a budget.
@@ -205,12 +219,12 @@ class Planner:
             raise self.refuse(budget, self.kept)
         self.tell("bounding", 0.0)
         bound = self.bound(budget)
-        since = self.search(budget, bound) if np.isfinite(bound) else None
-        if since is None:
+        solution = self.search(budget, bound) if np.isfinite(bound) else None
+        if solution is None:
             if self.floor.peak <= budget:
                 return Answer(self.floor, min(bound, self.floor.time))
             raise self.refuse(budget, self.floor)
-        side = self.finish(since, budget)
+        side = self.finish(solution, budget)
         return Answer(side, min(bound, side.time))
 
     def refuse(self, budget: int, smallest: Side) -> BudgetError:

@@ -22,7 +22,8 @@ RULES = {
     "once": "an op that may not be repeated runs once",
     "stale": "nothing reads a resident buffer's old contents after they have been changed",
     "reuse": "bytes are taken over only where the op can, from a buffer the step owns, of the same size",
-    "free": "only a live buffer is freed, never one the caller owns, never one in flight",
+    "random": "ops that draw random numbers run for the first time in base order, for they share one stream",
+    "free": "only a live buffer is freed, never one the caller owns or is given, never one in flight",
     "order": "the loss follows the whole forward pass, the update the whole backward pass",
     "copy": "a copy starts from a live buffer, and is waited for once, where it was started",
     "complete": "every op runs",
@@ -91,6 +92,8 @@ def referee(program: Program, machine: Machine, schedule: Schedule, budget: int 
     moved = [0] * len(machine.links)
     runs = [0] * len(program.ops)
     changed: set[int] = set()
+    given = set(program.outputs)
+    last_draw = -1
     flying: dict[tuple[int, int], float] = {}  # (buffer, link) -> when the copy arrives
     link_free = [0.0] * len(machine.links)
     clock, recompute = 0.0, 0.0
@@ -114,6 +117,9 @@ def referee(program: Program, machine: Machine, schedule: Schedule, budget: int 
                     refuse("stale", f"{op.name} reads {name[buffer]} after it has been changed", at)
             if runs[step.op] and not op.repeatable:
                 refuse("once", f"{op.name} may not be repeated", at)
+            if op.random and not runs[step.op] and last_draw > step.op:
+                refuse("random", f"{op.name} draws after {program.ops[last_draw].name}", at)
+            last_draw = max(last_draw, step.op) if op.random and not runs[step.op] else last_draw
             if op.phase is Phase.LOSS:
                 late = [o.name for o, n in zip(program.ops[: program.boundary], runs, strict=False) if not n]
                 if late:
@@ -129,9 +135,9 @@ def referee(program: Program, machine: Machine, schedule: Schedule, budget: int 
                     refuse("fresh", f"{op.name} makes {name[buffer]}, which is live", at)
             taken: set[int] = set()
             for new, old in step.reuse:
-                if (new, old) not in op.reuse or old in resident or size[new] != size[old]:
+                if (new, old) not in op.reuse or old in resident | given or size[new] != size[old]:
                     refuse("reuse", f"{op.name} cannot write {new} in place of {old}", at)
-                if old not in live[tier] or old in taken or new in live[tier] or old in landing:
+                if new not in step.keep or old not in live[tier] or old in taken or new in live[tier] or old in landing:
                     refuse("reuse", f"{op.name} takes over {name[old]}, which is not free to take", at)
                 if any(buffer == old and link_of_copy(machine, link, tier) for buffer, link in flying):
                     refuse("reuse", f"{op.name} overwrites {name[old]} while it is copied out", at)
@@ -152,8 +158,8 @@ def referee(program: Program, machine: Machine, schedule: Schedule, budget: int 
                 refuse("range", f"buffer {step.buffer} in tier {step.tier} does not exist", at)
             if step.buffer not in live[step.tier]:
                 refuse("free", f"{name[step.buffer]} is not live", at)
-            if step.buffer in resident and step.tier == 0:
-                refuse("free", f"{name[step.buffer]} is not the step's own", at)
+            if step.buffer in resident | given and step.tier == 0:
+                refuse("free", f"{name[step.buffer]} is not the step's to free", at)
             for buffer, link in flying:
                 ends = machine.tier_index(machine.links[link].source), machine.tier_index(machine.links[link].target)
                 if buffer == step.buffer and step.tier in ends:

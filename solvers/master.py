@@ -18,34 +18,44 @@ from .timeline import KEEP, Problem, profile
 
 @dataclass(frozen=True)
 class Slots:
-    """The uses whose `since` is a choice: those that end in the backward pass.
+    """The gaps in which a value need not stay resident: those of repeatable ops' results that reach the backward pass.
 
     Attributes:
-        use: index into `Problem.use`.
-        buffer: whose use it is.
+        gap: index of the gap in a solution.
+        buffer: whose gap it is.
         before: base time of the use before it, or of the buffer's making.
-        at: base time of the use.
+        at: base time of the use that ends it; the number of ops for a last gap.
+        last: gaps that no use ends, in which a value can only be held for recomputations.
     """
 
-    use: np.ndarray
+    gap: np.ndarray
     buffer: np.ndarray
     before: np.ndarray
     at: np.ndarray
+    last: np.ndarray
 
 
-def find_slots(problem: Problem) -> Slots:
-    """Every use in the backward pass of a value that may be made again."""
+def find_slots(problem: Problem, everything: bool) -> Slots:
+    """The gaps that are choices.
+
+    Args:
+        problem: whose gaps.
+        everything: also those of values that the backward pass makes.
+    """
+    ops = len(problem.seconds)
     rows = []
     for buffer in range(len(problem.size)):
         op = int(problem.producer[buffer])
-        if not problem.repeatable[op] or op > problem.boundary:
+        if not problem.repeatable[op] or (op > problem.boundary and not everything):
             continue
         previous = op
         for index in range(problem.use_start[buffer], problem.use_start[buffer + 1]):
             if problem.use[index] > problem.boundary:
-                rows.append((index, buffer, previous, int(problem.use[index])))
+                rows.append((index + buffer, buffer, previous, int(problem.use[index]), 0))
             previous = int(problem.use[index])
-    table = np.array(rows, np.int64).reshape(-1, 4)
+        if not problem.output[buffer]:
+            rows.append((problem.use_start[buffer + 1] + buffer, buffer, previous, ops, 1))
+    table = np.array(rows, np.int64).reshape(-1, 5)
     return Slots(*(np.ascontiguousarray(column) for column in table.T))
 
 
@@ -105,13 +115,17 @@ class Master:
         keep[self.early] = values[ops:]
         return keep
 
-    def since(self, keep: np.ndarray) -> np.ndarray:
+    def solution(self, keep: np.ndarray) -> np.ndarray:
         """The solution that keeps these buffers and recomputes the others when their segment's backward pass opens."""
-        since = self.problem.keep_all()
-        dropped = self.slots.buffer[(keep[self.slots.buffer] < 0.5) & (self.slots.before <= self.problem.boundary)]
-        first = self.slots.use[(keep[self.slots.buffer] < 0.5) & (self.slots.before <= self.problem.boundary)]
-        since[first] = self.opened(dropped)
-        return since
+        slots = self.slots
+        solution = self.problem.keep_all()
+        crossing = (slots.before <= self.problem.boundary) & (slots.buffer < len(keep))
+        dropped = crossing & (keep[slots.buffer] < 0.5) & (slots.last == 0)
+        solution[0, slots.gap[dropped]] = self.opened(slots.buffer[dropped])
+        held = crossing & (keep[slots.buffer] > 0.5) & (slots.last == 1) & (slots.before <= self.problem.boundary)
+        own = self.segments.opened[self.segments.of_buffer[slots.buffer[held]]]
+        solution[1, slots.gap[held]] = np.where(own < len(self.problem.seconds), own + 1, KEEP)
+        return solution
 
     def opened(self, buffers: np.ndarray) -> np.ndarray:
         """From when a recomputed buffer stays: at once where later segments are rebuilt from it, else when its own opens."""
@@ -131,14 +145,17 @@ class Master:
             if answer is None:
                 break
             keep = np.round(answer)
-            since = self.since(keep)
-            found.append(since)
-            moments, used = self.worst(since)
+            solution = self.solution(keep)
+            found.append(solution)
+            moments, used = self.worst(solution)
+            if not len(moments):  # it would have to repeat what may not be repeated
+                found.pop()
+                break
         return found
 
-    def worst(self, since: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def worst(self, solution: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The moment of most bytes in each segment's backward pass and in the forward pass, and how many."""
-        _, when, memory = profile(self.problem, since)
+        _, when, memory = profile(self.problem, solution)
         edges = np.unique(np.concatenate([[0], self.segments.opened, [len(self.problem.seconds)]]))
         moments, used = [], []
         for low, high in zip(edges[:-1], edges[1:], strict=True):

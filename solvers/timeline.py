@@ -1,13 +1,16 @@
 """The rematerialisation problem as flat arrays, and the exact simulation that every solver scores its answers with.
 
-A *base order* of ops is given. A solution is one number for every *use* of a buffer in it: `since`, the base time from
-which the buffer stays resident until that use. `since <= previous use` means kept throughout; a later time means that
-it is dropped after the previous use and, the first time anybody needs it at or after `since`, rematerialised and kept
-from then on. These are the retention intervals of Moccasin (Bartan et al. 2023), started lazily: a value that nobody
-asks for earlier is rematerialised at its use, with whatever of its inputs is missing.
+A *base order* of ops is given. Between the making of a buffer, its uses in that order, and the end lie its *gaps*. A
+solution is two base times for every gap:
 
-From that the order of runs follows, and from the order each buffer's lives and the bytes at every run. Nested
-rematerialisation needs nothing more: what a recomputation needs is recomputed the same way.
+    since   from then on, once somebody has needed the value, it stays resident until the use that ends the gap;
+            a time before the gap means kept throughout
+    hold    until then it stays resident anyway, for the sake of recomputations that read it
+
+These are the retention intervals of Moccasin (Bartan et al. 2023), started lazily: a value that nobody asks for earlier
+is rematerialised at its use, with whatever of its inputs is missing, and what a recomputation needs is recomputed the
+same way, so that nesting needs nothing more. From a solution the order of runs follows, and from the order each
+buffer's lives and the bytes at every run.
 """
 
 from dataclasses import dataclass
@@ -15,7 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 
-KEEP = -1  # a value of `since` that lies before any base time
+KEEP = -1  # a time before any base time: kept throughout, or not held
+NEVER = 2**30  # a time after any base time: the `since` of a buffer's last gap, which no use ends
 
 
 @dataclass(frozen=True)
@@ -63,9 +67,16 @@ class Problem:
             self.repeatable, self.resident,
         )  # fmt: skip
 
+    @property
+    def last_gap(self) -> np.ndarray:
+        """For each buffer the gap that no use ends. Buffer b has the gaps `use_start[b] + b` to this one."""
+        return self.use_start[1:] + np.arange(len(self.size))
+
     def keep_all(self) -> np.ndarray:
-        """The solution that recomputes nothing."""
-        return np.full(len(self.use), KEEP, np.int32)
+        """The solution that recomputes nothing: an int32 array of shape (2, gaps), rows `since` and `hold`."""
+        solution = np.full((2, len(self.use) + len(self.size)), KEEP, np.int32)
+        solution[0, self.last_gap] = NEVER
+        return solution
 
 
 @dataclass(frozen=True)
@@ -83,29 +94,33 @@ class Score:
     excess: float
 
 
-def score(problem: Problem, since: np.ndarray, budget: int) -> Score:
+def score(problem: Problem, solution: np.ndarray, budget: int) -> Score:
     """Simulate a solution."""
-    time, peak, excess, _ = _evaluate(*problem.arrays, since, np.int64(budget))
+    time, peak, excess, _ = _evaluate(*problem.arrays, solution, np.int64(budget))
     return Score(float(time), int(peak), float(excess))
 
 
-def order_of(problem: Problem, since: np.ndarray) -> np.ndarray:
+def order_of(problem: Problem, solution: np.ndarray) -> np.ndarray:
     """The runs of a solution in time order; empty where it needs to repeat what may not be repeated."""
-    order, _, count = _expand(*problem.arrays[3:8], *problem.arrays[11:15], since)
+    order, _, count = _expand(*problem.arrays[3:8], *problem.arrays[11:15], solution)
     return order[: max(count, 0)]
 
 
-def profile(problem: Problem, since: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The order of runs, the base time at which each happens, and the live bytes during each."""
-    order, when, count = _expand(*problem.arrays[3:8], *problem.arrays[11:15], since)
-    memory = np.zeros(max(count, 1), np.int64)
+def profile(problem: Problem, solution: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The order of runs, the base time at which each happens, and the live bytes during each.
+
+    All three are empty where the solution needs to repeat what may not be repeated.
+    """
+    order, when, count = _expand(*problem.arrays[3:8], *problem.arrays[11:15], solution)
+    count = max(count, 0)
+    memory = np.zeros(count, np.int64)
     a = problem.arrays
     _replay(*a[:3], *a[4:11], a[13], a[15], order, when, count, np.int64(2**62), memory)
-    return order[:count], when[:count], memory[:count]
+    return order[:count], when[:count], memory
 
 
 @njit(cache=True)
-def _expand(producer, read_start, read, write_start, write, use_start, use, output, repeatable, since):  # pragma: no cover
+def _expand(producer, read_start, read, write_start, write, use_start, use, output, repeatable, solution):  # pragma: no cover
     """Base order and solution -> runs in time order. Returns (order, base time of each run, count or -1)."""
     ops, buffers = len(read_start) - 1, len(producer)
     limit = 8 * ops + 64
@@ -152,13 +167,19 @@ def _expand(producer, read_start, read, write_start, write, use_start, use, outp
         for k in range(read_start[base], read_start[base + 1]):
             buffer = read[k]
             upcoming[buffer] += 1
-            live[buffer] = output[buffer] or (upcoming[buffer] < use_start[buffer + 1] and since[upcoming[buffer]] <= base)
+            gap = upcoming[buffer] + buffer
+            wanted = solution[0, gap] <= base or base < solution[1, gap]
+            live[buffer] = output[buffer] or wanted
         for k in range(write_start[base], write_start[base + 1]):
             buffer = write[k]
-            live[buffer] = output[buffer] or (upcoming[buffer] < use_start[buffer + 1] and since[upcoming[buffer]] <= base)
+            gap = upcoming[buffer] + buffer
+            wanted = solution[0, gap] <= base or base < solution[1, gap]
+            live[buffer] = output[buffer] or wanted
         for k in range(seen):
             buffer = touched[k]
-            live[buffer] = output[buffer] or (upcoming[buffer] < use_start[buffer + 1] and since[upcoming[buffer]] <= base)
+            gap = upcoming[buffer] + buffer
+            wanted = solution[0, gap] <= base or base < solution[1, gap]
+            live[buffer] = output[buffer] or wanted
     return order, when, count
 
 
@@ -178,6 +199,9 @@ def _replay(
         op = order[at]
         for k in range(write_start[op + 1] - 1, write_start[op] - 1, -1):
             place -= 1
+            if output[write[k]] and when[at] != op:  # the caller holds the first one; a second is dropped at once
+                flags[place] = False
+                continue
             flags[place] = needed[write[k]]
             needed[write[k]] = False
         for k in range(read_start[op + 1] - 1, read_start[op] - 1, -1):
@@ -227,11 +251,11 @@ def _replay(
 @njit(cache=True)
 def _evaluate(
     seconds, workspace, size, producer, read_start, read, write_start, write, reuse_start, reuse_new, reuse_old,
-    use_start, use, output, repeatable, resident, since, budget,
+    use_start, use, output, repeatable, resident, solution, budget,
 ):  # fmt: skip # pragma: no cover
     """Expand and replay. Returns (time, peak, excess, count)."""
     order, when, count = _expand(
-        producer, read_start, read, write_start, write, use_start, use, output, repeatable, since
+        producer, read_start, read, write_start, write, use_start, use, output, repeatable, solution
     )
     if count < 0:
         return np.inf, np.int64(2**62), np.inf, count

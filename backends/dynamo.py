@@ -1,0 +1,683 @@
+"""The `torch.compile` door: `torch.compile(model, backend="memplan", options={"budget": "16GiB"})`.
+
+Dynamo cuts a model at its graph breaks and hands over the pieces one by one. A piece is traced and planned when it is
+first called, with the real arguments before us: so sizes are known, storages can be told apart, and every new shape
+gets a plan of its own. AOTAutograd wires it up (aliases, mutated inputs); the partition is a memplan schedule.
+
+What runs depends on the option `inner`:
+
+    eager       the generated code that `Plan.apply` runs: eager's kernels, the schedule to the letter, the same numbers
+    inductor    two graphs in the schedule's order, recomputation written out, compiled by Inductor. What is saved and
+                what is recomputed is the plan's; temporaries inside are Inductor's, random ops are never repeated, and
+                the peak is a prediction without a guarantee
+
+Pieces share one budget, kept in a `Ledger` that belongs to the `options` object of one `torch.compile` call. At any
+moment one piece runs and the others *hold* what they saved, or the gradients they made. So, with h the bytes that a
+piece holds at most, p its own peak, and R the bytes of all parameters and inputs (each storage once), the step is
+within the budget B if for every run k of a piece in the step
+
+    R + sum of h over the other runs + p(k) <= B
+
+which is checked before each run, for the runs of this step that still hold something (so a piece that runs once per
+layer counts once per layer). What a piece may take:
+
+    it ends the model's call    all that is left
+    more may follow             keeps everything if that takes at most half of what is left, else as little as it can
+    second step and later       all pieces are known: between their least and their most, by one common share, the
+                                largest found that satisfies the rule above
+
+A run that cannot be made to fit raises `BudgetError` naming the piece, and the pieces before it take as little as they
+can from then on. Guaranteed, for inner="eager": the referee's peak of each run, plus what it knows the others to hold,
+is within the budget. Not known here, and not counted: parameters that no piece has seen yet, optimizer state, gradients
+left from an earlier step, and what the code between pieces allocates (the loss, if it is computed outside). A budget in
+percent is each piece's own: that share of its unplanned peak, whatever the others hold. After
+`torch._dynamo.config.recompile_limit` recompilations Dynamo runs the model without us.
+"""
+
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+import torch
+from torch import fx, nn
+from torch._functorch.aot_autograd import aot_module_simplified
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from ..planner.cost import Table, apply_costs
+from ..planner.errors import BudgetError, MachineError, MemplanError
+from ..planner.local import device_key, local_machine
+from ..planner.machine import Machine, load_machine
+from ..planner.pipeline import Planner
+from ..planner.plan import Side
+from ..planner.program import Phase, Program
+from ..planner.schedule import Free, Run, Schedule
+from ..planner.units import parse_bytes, show_bytes
+from .codegen import Generated, generate
+from .partition import Argument, Joint, describe, emit, pack, unpack
+
+SHARES = (1.0, 0.75, 0.5, 0.3, 0.15, 0.05, 0.0)  # of the way from a piece's least to its most, tried in this order
+EVAL_FRAME = os.path.join("torch", "_dynamo", "eval_frame.py")
+NOT_USERS = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep + "backends")
+NAME = re.compile(r"(?:_modules|_parameters|_buffers)\['([^']+)'\]")
+
+
+class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What `options=` may say.
+
+    Attributes:
+        budget: as in `memplan.plan`; None for what the machine holds.
+        machine: a preset's name, a TOML path or a `Machine`; None for the one at hand.
+        inner: what compiles the planned graphs.
+        time_limit: seconds for planning one piece, at most.
+        seed: of the search.
+    """
+
+    budget: int | float | str | None = None
+    machine: Any = None
+    inner: Literal["eager", "inductor"] = "eager"
+    time_limit: float = 60.0
+    seed: int = 0
+
+
+def memplan(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None) -> Callable[..., Any]:
+    """The backend that `torch.compile` calls for each piece of a model.
+
+    Args:
+        gm: the piece.
+        example_inputs: not looked at: the piece is planned at its first call.
+        options: see `Options`. One object is one budget.
+
+    Raises:
+        MemplanError: an option that is unknown or makes no sense. A call of the result raises `BudgetError` or
+            `CaptureError`.
+    """
+    return torch._dynamo.disable(Piece(gm, ledger_of(options)), reason="memplan has planned it")
+
+
+# Options
+
+
+_ledgers: dict[int, "Ledger"] = {}
+
+
+def ledger_of(options: Mapping[str, Any] | None) -> "Ledger":
+    """The ledger of one `torch.compile` call, which hands the same `options` object to each piece."""
+    found = _ledgers.get(id(options)) if options is not None else None
+    if found is not None and found.given is options and found.options == read_options(options):
+        return found
+    ledger = Ledger(read_options(options), options)
+    if options is not None:
+        _ledgers[id(options)] = ledger  # holds `options`, so that its id is not given to another
+    return ledger
+
+
+def read_options(options: Mapping[str, Any] | None) -> Options:
+    """The options, checked.
+
+    Raises:
+        MemplanError: the first that is wrong, and what is allowed.
+    """
+    given = dict(options or {})
+    unknown = sorted(set(given) - set(Options.__struct_fields__), key=str)
+    if unknown:
+        raise MemplanError(f"no option {unknown[0]!r}: the options of backend='memplan' are {', '.join(Options.__struct_fields__)}")
+    if given.get("budget") is not None:
+        parse_bytes(given["budget"], of=1 << 40)
+    machine = given.get("machine")
+    if isinstance(machine, str) and machine != "local":
+        load_machine(machine)
+    elif not (machine is None or isinstance(machine, str | Machine)):
+        raise MachineError(f"machine={machine!r}: give a preset's name, a TOML path or a Machine")
+    if given.get("inner", "eager") not in ("eager", "inductor"):
+        raise MemplanError(f"inner={given['inner']!r}: it is 'eager' or 'inductor'")
+    try:
+        read = msgspec.convert(given, Options)
+    except msgspec.ValidationError as error:
+        raise MemplanError(f"options of backend='memplan': {error}") from None
+    if not read.time_limit > 0:
+        raise MemplanError(f"time_limit={read.time_limit!r}: give a positive number of seconds")
+    return read
+
+
+# The budget
+
+
+class Room(NamedTuple):
+    """What a run may take.
+
+    Attributes:
+        now: bytes of the peak of the piece's own program, its parameters and inputs included.
+        later: bytes of what it leaves behind when its backward has run, while the pieces before it run theirs.
+        held: bytes that others hold, for the message.
+    """
+
+    now: int
+    later: int
+    held: int
+
+
+@dataclass(eq=False)
+class Visit:
+    """One run of a piece, from its forward pass until its backward pass has used up what was saved.
+
+    Attributes:
+        code: what ran.
+        inputs: bytes of each storage that it was given.
+        outputs: bytes of each storage that it returned.
+        saved: the largest storage that it saved; while that lives, the run holds memory.
+    """
+
+    code: "Code"
+    inputs: dict[int, int]
+    outputs: dict[int, int] = field(default_factory=dict)
+    saved: StorageWeakRef | None = None
+
+    @property
+    def holding(self) -> bool:
+        """Whether the backward pass is still to come."""
+        return self.saved is not None and not self.saved.expired()
+
+
+class Ledger:
+    """One budget and all that is held against it.
+
+    Attributes:
+        options: the options.
+        given: the object they were read from.
+        holding: runs of this step that hold something.
+        step: all runs since nothing was held.
+        cautious: a piece found too little left: from now on every piece takes as little as it can.
+    """
+
+    def __init__(self, options: Options, given: Mapping[str, Any] | None):
+        self.options = options
+        self.given = given
+        self.holding: list[Visit] = []
+        self.step: list[Visit] = []
+        self.cautious = False
+        self.parameters: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.machines: dict[str, Machine] = {}
+        self.pieces = 0
+        self.settled: set[tuple[int, ...]] = set()
+
+    def machine(self, device: str) -> Machine:
+        """The machine planned for."""
+        if device not in self.machines:
+            asked = self.options.machine
+            known = load_machine(asked) if isinstance(asked, str) and asked != "local" else asked
+            self.machines[device] = known if isinstance(known, Machine) else local_machine(device)
+        return self.machines[device]
+
+    def budget(self, machine: Machine) -> int | None:
+        """Bytes for all pieces together; None where each piece has its own, in percent."""
+        capacity = machine.tiers[0].capacity
+        asked = self.options.budget
+        if asked is None:
+            return capacity
+        return None if is_percentage(asked) else min(parse_bytes(asked), capacity)
+
+    def enter(self) -> None:
+        """A piece is about to run: see what is still held, and whether a step has ended."""
+        self.holding = [visit for visit in self.holding if visit.holding]
+        if not self.holding and self.step:
+            finished, self.step = self.step, []
+            if len(finished) > 1 and self.options.budget is not None and not is_percentage(self.options.budget):
+                self.settle(finished)
+
+    def room(self, inputs: dict[int, int], budget: int) -> Room:
+        """What a run with these inputs may take."""
+        self.parameters = {key: known for key, known in self.parameters.items() if not known[0].expired()}
+        returned = {key: size for visit in self.holding for key, size in visit.outputs.items()}
+        resident = {key: size for key, (_, size) in self.parameters.items()}
+        for visit in self.holding:
+            resident |= visit.inputs
+        others = sum(size for key, size in resident.items() if key not in returned and key not in inputs)
+        counted_twice = sum(size for key, size in inputs.items() if key in returned)
+        holds = [visit.code.held for visit in self.holding]
+        held = sum(holds) + others - counted_twice
+        everything = held + sum(inputs.values())
+        later = min((budget - (everything - visit.code.held + visit.code.own) for visit in self.holding), default=budget)
+        return Room(budget - held, later, held)
+
+    def settle(self, finished: list[Visit]) -> None:
+        """Share the budget among the pieces of a step that has been seen whole."""
+        codes = list({id(visit.code): visit.code for visit in finished}.values())
+        seen = tuple(id(visit.code.planner) for visit in finished)
+        if seen in self.settled or all(code.side is code.planner.kept for code in codes):
+            return
+        self.settled.add(seen)
+        budget = self.budget(codes[0].planner.machine)
+        assert budget is not None
+        resident: dict[int, int] = {}
+        for visit in finished:
+            resident |= visit.inputs
+        for visit in finished:
+            for key in visit.outputs:
+                resident.pop(key, None)
+        fixed = sum(resident.values())
+        for share in SHARES:
+            sides = {id(code): code.at_share(share) for code in codes}
+            held = {id(code): held_bytes(code.program, sides[id(code)].schedule) for code in codes}
+            total = fixed + sum(held[id(visit.code)] for visit in finished)
+            worst = max(sides[id(code)].peak - code.program.resident_bytes - held[id(code)] for code in codes)
+            if total + worst <= budget:
+                for code in codes:
+                    code.wanted = sides[id(code)]
+                return
+
+    def refuse(self) -> None:
+        """Have every piece that is now held plan for its least from the next step on."""
+        self.cautious = True
+        for visit in self.holding:
+            visit.code.wanted = visit.code.planner.floor
+
+
+def is_percentage(budget: Any) -> bool:
+    """Whether a budget is a share of the unplanned peak."""
+    return isinstance(budget, str) and budget.strip().endswith("%")
+
+
+def held_bytes(program: Program, schedule: Schedule) -> int:
+    """Bytes of its own that a step holds while other pieces run: after its forward pass, or after its backward pass."""
+    live, most = 0, 0
+    for step in schedule.instructions:
+        if isinstance(step, Run):
+            if program.ops[step.op].phase is Phase.LOSS:
+                most = live
+            live += sum(program.buffers[buffer].bytes for buffer in step.keep)
+            live -= sum(program.buffers[old].bytes for _, old in step.reuse)
+        elif isinstance(step, Free):
+            live -= program.buffers[step.buffer].bytes
+    return max(most, live)
+
+
+# Pieces
+
+
+class Piece:
+    """A part of a model between two graph breaks, and the code made for each shape it was called with."""
+
+    def __init__(self, gm: fx.GraphModule, ledger: Ledger):
+        ledger.pieces += 1
+        reason = getattr(gm, "compile_subgraph_reason", None)
+        self.gm = gm
+        self.ledger = ledger
+        self.breaks = bool(getattr(reason, "graph_break", False))
+        self.name = f"piece {ledger.pieces}{where_it_ends(reason)}"
+        self.lifted = [*gm.parameters(), *gm.buffers()]
+        self.sources = [Argument(*kind_and_name(tensor_source(node))) for node in gm.graph.nodes if node.op == "placeholder"]
+        self.codes: dict[Any, Code] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        """Run, planning first where there is no plan for such arguments, or where it does not fit what is left."""
+        ledger = self.ledger
+        tensors = [value for value in (*self.lifted, *args) if isinstance(value, torch.Tensor)]
+        device = next((value.device.type for value in tensors if value.device.type != "cpu"), "cpu")
+        machine = ledger.machine(device)
+        inputs = storages(tensors, machine.tiers[0].rounding)
+        ledger.enter()
+        budget = ledger.budget(machine)
+        room = ledger.room(inputs, budget) if budget is not None else None
+        key = (torch.is_grad_enabled(), tuple(facts(value) for value in args))
+        code = self.codes.get(key)
+        if code is None:
+            last = self.is_last()
+            code = Code.make(self, args, machine, lambda planner: self.choose(planner, room, last), None)
+        elif code.wanted is not code.side and (room is None or code.wanted.peak <= room.now):
+            wanted = code.wanted
+            code = Code.make(self, args, machine, lambda planner: wanted, code.planner)
+        elif room is not None and (code.side.peak > room.now or code.left > room.later):
+            last = self.is_last()
+            code = Code.make(self, args, machine, lambda planner: self.choose(planner, room, last), code.planner)
+        self.codes[key] = code
+        visit = Visit(code, inputs)
+        ledger.parameters |= {value.untyped_storage()._cdata: (StorageWeakRef(value.untyped_storage()), inputs[value.untyped_storage()._cdata])
+                              for value in tensors if isinstance(value, nn.Parameter)}  # fmt: skip
+        result = code.run(args, visit)
+        ledger.step.append(visit)
+        if visit.holding:
+            ledger.holding.append(visit)
+        return result
+
+    def is_last(self) -> bool:
+        """Whether the model's call ends with this piece, as far as Dynamo and the stack of calls tell."""
+        return not self.breaks and not self.ledger.cautious and ends_the_call()
+
+    def choose(self, planner: Planner, room: Room | None, last: bool) -> Side:
+        """The schedule for a run: see the module's rule.
+
+        Raises:
+            BudgetError: none fits what is left of the budget.
+        """
+        planner.deadline = time.monotonic() + self.ledger.options.time_limit
+        if room is None:
+            capacity = planner.machine.tiers[0].capacity
+            return planner.solve(min(parse_bytes(self.ledger.options.budget or 0, of=planner.unplanned.peak), capacity)).side
+        resident = planner.program.resident_bytes
+        try:
+            if left_bytes(planner.program) > room.later:
+                raise BudgetError(f"the gradients of {self.name} do not fit beside what the pieces before it hold", None)
+            if last:
+                return planner.solve(room.now).side
+            if planner.kept.peak <= resident + (room.now - resident) // 2:
+                return planner.kept
+            if planner.floor.peak <= room.now:
+                return planner.floor
+            raise planner.refuse(room.now, planner.floor)
+        except BudgetError as error:
+            if not room.held:
+                raise
+            self.ledger.refuse()
+            minimum = None if error.minimum is None else error.minimum + room.held
+            raise BudgetError(f"{error}; other pieces of the model hold {show_bytes(room.held)} ({room.held} bytes) of the budget "
+                              "and take as little as they can from the next call on", minimum) from None  # fmt: skip
+
+
+def ends_the_call() -> bool:
+    """Whether the frame that runs is the compiled function's own, or a continuation of it after a graph break.
+
+    Where Dynamo gives a frame up, it compiles the functions called from it one by one, and none of them is the last.
+    """
+    frame = sys._getframe(1)
+    user: list[str] = []
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if path.endswith(EVAL_FRAME) and user:
+            break
+        if not path.startswith(NOT_USERS):
+            user.append(frame.f_code.co_name)
+        frame = frame.f_back
+    return all(name.startswith("torch_dynamo_resume_in_") for name in user[:-1])
+
+
+def where_it_ends(reason: Any) -> str:
+    """` (up to file:line)`, where Dynamo says so."""
+    frames = getattr(reason, "user_stack", None) or []
+    return f" (up to {frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno})" if frames else ""
+
+
+def tensor_source(node: fx.Node) -> str:
+    """The expression that an input of Dynamo's graph comes from."""
+    name = getattr(getattr(node, "_dynamo_source", None), "name", "")
+    return str(name() if callable(name) else name)
+
+
+def kind_and_name(source: str) -> tuple[str, str]:
+    """From an expression such as `L['self']._modules['head']._parameters['weight']` to what it is and its name."""
+    name = ".".join(NAME.findall(source))
+    if "_parameters[" in source:
+        return "parameter", name
+    return ("buffer", name) if "_buffers[" in source else ("input", source)
+
+
+def facts(value: Any) -> Any:
+    """What a plan depends on in an argument."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.shape, value.stride(), value.dtype, value.device, value.requires_grad
+
+
+def storages(tensors: Sequence[torch.Tensor], rounding: int) -> dict[int, int]:
+    """Bytes of each storage, as the machine hands them out."""
+    found = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    return {key: -(-size // rounding) * rounding for key, size in found.items()}
+
+
+def left_bytes(program: Program) -> int:
+    """Bytes of its own that are live when a step ends: outputs, tangents and gradients."""
+    return sum(program.buffers[buffer].bytes for buffer in program.outputs)
+
+
+# Code
+
+
+@dataclass(eq=False)
+class Code:
+    """A piece planned and compiled for one set of shapes.
+
+    Attributes:
+        planner: for other schedules of the same program.
+        side: the schedule that runs.
+        wanted: the one that is to run from the next call on.
+        callable: what AOTAutograd made.
+        visit: the run under way, to be told what it returned and saved.
+    """
+
+    planner: Planner
+    side: Side
+    wanted: Side
+    callable: Callable[..., Any]
+    visit: Visit | None = None
+
+    @staticmethod
+    def make(piece: Piece, args: Sequence[Any], machine: Machine, choose: Callable[[Planner], Side], known: Planner | None) -> "Code":
+        """Trace, plan and compile a piece for these arguments."""
+        return _Compilation(piece, machine, choose, known).compile(args)
+
+    @property
+    def program(self) -> Program:
+        """What was planned."""
+        return self.planner.program
+
+    @property
+    def own(self) -> int:
+        """Bytes at the peak, parameters and inputs left out."""
+        return self.side.peak - self.program.resident_bytes
+
+    @property
+    def held(self) -> int:
+        """Bytes held while other pieces run."""
+        return held_bytes(self.program, self.side.schedule)
+
+    @property
+    def left(self) -> int:
+        """Bytes left behind by the backward pass."""
+        return left_bytes(self.program)
+
+    def at_share(self, share: float) -> Side:
+        """A schedule whose peak lies that share of the way from the least to the most; the least where none is found."""
+        least, most = self.planner.floor, self.planner.kept
+        if share >= 1.0 or most.peak <= least.peak:
+            return most
+        if share <= 0.0:
+            return least
+        try:
+            return self.planner.solve(int(least.peak + share * (most.peak - least.peak))).side
+        except BudgetError:
+            return least
+
+    def run(self, args: Sequence[Any], visit: Visit) -> Any:
+        """Call it, filling in the visit."""
+        self.visit = visit
+        try:
+            return self.callable(*args)
+        finally:
+            self.visit = None
+
+    def returned(self, outputs: Sequence[Any], saved: Sequence[Any]) -> None:
+        """The forward pass has ended."""
+        if self.visit is None:
+            return
+        rounding = self.planner.machine.tiers[0].rounding
+        self.visit.outputs = storages([value for value in outputs if isinstance(value, torch.Tensor)], rounding)
+        made = [value.untyped_storage() for value in saved if isinstance(value, torch.Tensor)]
+        made = [storage for storage in made if storage._cdata not in self.visit.inputs and storage._cdata not in self.visit.outputs]
+        if made:
+            self.visit.saved = StorageWeakRef(max(made, key=lambda storage: storage.nbytes()))
+
+
+class _Compilation:
+    """One pass through AOTAutograd: its callbacks share what the partition has found."""
+
+    def __init__(self, piece: Piece, machine: Machine, choose: Callable[[Planner], Side], known: Planner | None):
+        self.piece = piece
+        self.machine = machine
+        self.choose = choose
+        self.known = known
+        self.inductor = piece.ledger.options.inner == "inductor"
+        self.code: Code | None = None
+        self.joint: Joint | None = None
+        self.generated: Generated | None = None
+
+    def compile(self, args: Sequence[Any]) -> Code:
+        """The piece, planned and compiled."""
+        with surroundings(self.inductor):
+            made = aot_module_simplified(
+                self.piece.gm,
+                list(args),
+                fw_compiler=self.compile_forward,
+                bw_compiler=self.compile_backward,
+                inference_compiler=self.compile_inference,
+                partition_fn=self.partition,
+                decompositions=decompositions(self.inductor),
+            )
+        if self.code is None:
+            raise MemplanError(f"AOTAutograd compiled {self.piece.name} without asking for a partition")
+        self.code.callable = made
+        return self.code
+
+    def plan(self, graph: fx.GraphModule, forward_outputs: int) -> None:
+        """Choose a schedule for a graph and write its code."""
+        piece = self.piece
+        lifted = [Argument("parameter" if isinstance(value, nn.Parameter) else "buffer", "") for value in piece.lifted]
+        self.joint = describe(graph, [*lifted, *piece.sources], forward_outputs, piece.name, self.machine.device)
+        program = self.joint.traced.program
+        if self.inductor:  # its random numbers come from seeds of its own, and it decides what is written in place
+            ops = tuple(msgspec.structs.replace(op, reuse=(), repeatable=op.repeatable and not op.random) for op in program.ops)
+            program = msgspec.structs.replace(program, ops=ops)
+        table = Table(device_key(self.machine.device)) if self.machine.name.startswith("local") else None
+        program = apply_costs(program, self.machine, table)
+        if self.known is not None and self.known.program.digest == program.digest:
+            planner = self.known
+        else:
+            planner = Planner(program, self.machine, seed=piece.ledger.options.seed)
+        side = self.choose(planner)
+        self.generated = generate(self.joint.traced, side.schedule)
+        self.code = Code(planner, side, side, no_code)
+
+    def partition(self, graph: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **rest: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """AOTAutograd's question: what is forward, what is backward, and what is saved between them?"""
+        self.plan(graph, num_fwd_outputs)
+        assert self.joint is not None
+        assert self.code is not None
+        assert self.generated is not None
+        return emit(self.joint, self.code.side.schedule, self.generated)
+
+    def compile_forward(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """The forward pass: a list of inputs, which is emptied, to outputs and what is saved."""
+        assert self.code is not None
+        assert self.joint is not None
+        code, count = self.code, len(self.joint.returns)
+        inner = self.inner(graph, inputs, count, False) if self.inductor else self.eager_forward()
+
+        def forward(args: list[Any]) -> Any:
+            results = inner(args)
+            code.returned(results[:count], results[count:])
+            return results
+
+        return boxed(forward)
+
+    def compile_backward(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """The backward pass: a list of saved tensors and tangents, which is emptied, to gradients."""
+        if self.inductor:
+            with surroundings(True):
+                return torch._dynamo.disable(self.inner(graph, inputs, 0, True), reason="memplan has planned it")
+        return torch._dynamo.disable(boxed(self.eager_backward()), reason="memplan has planned it")
+
+    def compile_inference(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """A pass that nothing follows."""
+        ends = next(iter(graph.graph.find_nodes(op="output")))
+        self.plan(graph, len(ends.args[0]))
+        assert self.joint is not None
+        if not self.inductor:
+            return boxed(self.eager_forward())
+        return self.inner(graph, inputs, len(self.joint.returns), False, inference=True)
+
+    def eager_forward(self) -> Callable[[list[Any]], list[Any]]:
+        """Generated code under AOTAutograd's convention."""
+        assert self.generated is not None
+        assert self.joint is not None
+        code, returns = self.generated, self.joint.returns
+        positions = iter(range(len(code.arguments)))
+        fixed = [(None if source.kind == "constant" else next(positions), source.value) for source in code.arguments]
+
+        def forward(args: list[Any]) -> list[Any]:
+            given = [value if place is None else args[place] for place, value in fixed]
+            args.clear()
+            with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
+                made, saved = code.forward(given)
+            tensors = iter(made)
+            outputs = [next(tensors) if isinstance(value, fx.Node) else value for value in returns]
+            return [*outputs, *saved[: len(code.saved)], *(pack(state) for state in saved[len(code.saved) :])]
+
+        return forward
+
+    def eager_backward(self) -> Callable[[list[Any]], list[Any]]:
+        """Generated code under AOTAutograd's convention."""
+        assert self.generated is not None
+        code = self.generated
+        constants = [position for position, source in enumerate(code.arguments) if source.kind == "constant"]
+        inputs = len(code.arguments) - len(constants)
+        places = [place - sum(constant < place for constant in constants) for place in code.gradients]
+        plain, ends = len(code.saved), len(code.saved) + code.states
+
+        def backward(args: list[Any]) -> list[Any]:
+            saved: list[Any] = [*args[:plain], *(unpack(state) for state in args[plain:ends])]
+            tangents = args[ends:]
+            args.clear()
+            with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
+                found = code.backward(saved, tangents)
+            result: list[Any] = [None] * inputs
+            for place, gradient in zip(places, found, strict=True):
+                result[place] = gradient
+            return result
+
+        return backward
+
+    def inner(self, graph: fx.GraphModule, inputs: Sequence[Any], visible: int, backward: bool, inference: bool = False) -> Any:
+        """A graph compiled by Inductor; the first outputs keep the strides that the caller expects."""
+        from torch._inductor.compile_fx import compile_fx_inner
+
+        ends = next(iter(graph.graph.find_nodes(op="output")))
+        ends.meta["user_visible_output_idxs"] = list(range(visible))
+        return compile_fx_inner(graph, list(inputs), is_backward=backward, is_inference=inference)
+
+
+def boxed(function: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
+    """Mark a function as one that empties its list of arguments, so that AOTAutograd holds nothing either."""
+    function._boxed_call = True  # type: ignore[attr-defined]
+    return function
+
+
+def no_code(*args: Any) -> Any:
+    """Stands in until AOTAutograd has returned."""
+    raise MemplanError("the piece is still being compiled")
+
+
+def decompositions(inductor: bool) -> dict[Any, Any]:
+    """Ops to take apart while tracing: none where eager's kernels run, Inductor's own where it compiles."""
+    if not inductor:
+        return {}
+    from torch._inductor.decomposition import select_decomp_table
+
+    return dict(select_decomp_table())
+
+
+@contextmanager
+def surroundings(inductor: bool) -> Iterator[None]:
+    """What Inductor looks for while it compiles: a fake mode, and a context to report strides to."""
+    with ExitStack() as stack:
+        if inductor and torch._guards.TracingContext.try_get() is None:
+            mode = FakeTensorMode(allow_non_fake_inputs=True)
+            stack.enter_context(torch._guards.tracing(torch._guards.TracingContext(mode)))
+        yield
+
+
+__all__ = ["Ledger", "Options", "Piece", "memplan"]

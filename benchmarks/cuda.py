@@ -1,0 +1,304 @@
+"""Training steps on one GPU: memplan, and what people use today.
+
+    python -m memplan.benchmarks.cuda --minutes 8
+
+Each method runs in a fresh process: forward, backward and an AdamW step, warmed up, then timed by events. A method that
+runs out of memory, or fails otherwise, is a row. Rows are kept as they come, in results/cuda.jsonl; a run that its time
+limit cut short goes on where it stopped when it is started again. The methods that matter most come first.
+
+Methods: `eager`; `checkpoint` (block by block); `save-on-cpu` (activations in pinned host memory); `compile` (inductor);
+`compile-budget:R` (inductor with PyTorch's activation_memory_budget); `memplan:BUDGET` (planned, eager kernels) and
+`memplan-compile:BUDGET` (`torch.compile(backend="memplan")`), with a budget as in `memplan.plan`, or `@checkpoint`:
+what checkpointing was measured to take.
+"""
+
+import argparse
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .models import GPU, MODELS, build_gpu, checkpointing, on_cpu
+from .record import RESULTS, Results, Row, answer, ask, header, markdown, mib, note_machine, percent, ratio, say
+
+METHODS = (
+    "eager", "checkpoint", "memplan:@checkpoint", "memplan:none", "memplan:60%", "memplan:40%", "memplan:80%", "memplan:25%",
+    "compile", "save-on-cpu", "memplan-compile:60%", "compile-budget:0.5", "compile-budget:0", "compile-budget:1",
+    "compile-budget:0.25", "compile-budget:0.75",
+)  # fmt: skip
+WARM_UP = 3
+
+
+# In the process of one method
+
+
+def prepare(method: str, model: torch.nn.Module, args: tuple[Any, ...], request: Row) -> tuple[Callable[..., Any], Row]:
+    """What to call for a method, and what is known of its plan."""
+    kind, _, value = method.partition(":")
+    budget: Any = request["budget"]
+    if kind in ("eager", "save-on-cpu"):
+        return model, {}
+    if kind == "checkpoint":
+        checkpointing(model, True)
+        return model, {}
+    if kind in ("compile", "compile-budget"):
+        if value:
+            import torch._functorch.config as config
+
+            config.activation_memory_budget = float(value)
+        return torch.compile(model), {}
+    if kind == "memplan":
+        from ..planner.api import plan
+        from .planning import facts_of
+
+        made = plan(model, budget, args, optimizer=request["optimizer"], time_limit=request["time_limit"])
+        return made.apply(model), {"plan": facts_of(made)}
+    if kind == "memplan-compile":
+
+
+        return torch.compile(model, backend="memplan", options={"budget": budget}), {}
+    raise ValueError(f"unknown method {method}")
+
+
+def serve(request: Row) -> Iterator[Row]:
+    """Measure one method in this process; running out of memory is an answer."""
+    try:
+        yield measure(request)
+    except torch.OutOfMemoryError:
+        yield {"outcome": "out of memory"}
+    except Exception as error:  # one method's failure is a row, whatever it is
+        text = " ".join(str(error).split())
+        memory = "out of memory" in text.lower()
+        yield {"outcome": "out of memory" if memory else f"{type(error).__name__}: {text[:200]}"}
+
+
+def measure(request: Row) -> Row:
+    """Peaks and times of a training step."""
+    device, method = request["device"], request["method"]
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    model, args = build_gpu(request["model"], device, request["scale"])
+    optimizer = None
+    if request["optimizer"] is not None:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    began = time.perf_counter()
+    called, facts = prepare(method, model, args, request)
+
+    def step(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        with on_cpu(method == "save-on-cpu"):
+            loss = called(*args)
+        loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+        model.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    first_loss = step(0).item()
+    first = time.perf_counter() - began
+    for seed in range(1, WARM_UP):
+        step(seed)
+    begin_peak(device)
+    seconds, losses = [], []
+    while len(seconds) < request["steps"] and sum(seconds) < request["seconds"]:
+        clock = Clock(device)
+        losses.append(step(len(seconds)))
+        seconds.append(clock.stop())
+    median = statistics.median(seconds)
+    ordered = sorted(seconds)
+    return {
+        "outcome": "ok",
+        "seconds": median,
+        "p10": ordered[len(ordered) // 10],
+        "p90": ordered[len(ordered) * 9 // 10],
+        "steps": len(seconds),
+        "first": first,
+        "losses": [first_loss.hex(), *(loss.item().hex() for loss in losses[:3])],
+        **peaks(device),
+        **facts,
+        **(flops_of(request) if method == "eager" else {}),
+    }
+
+
+def flops_of(request: Row) -> Row:
+    """Floating-point operations of a step as the model states them, without any recomputation, and the device's peak."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, args = build_gpu(request["model"], request["device"], request["scale"])
+    with FlopCounterMode(display=False) as counter:
+        model(*args).backward()
+    rate = None
+    with contextlib.suppress(Exception):
+        from ..planner.local import local_machine
+
+        rates = local_machine(torch.device(request["device"]).type).units[0].flops
+        rate = rates.get(str(next(model.parameters()).dtype)[6:], rates["default"])
+    return {"flops": counter.get_total_flops(), "rate": rate}
+
+
+class Clock:
+    """Seconds since it was made: by events on a GPU."""
+
+    def __init__(self, device: str):
+        self.device = device
+        if device == "cuda":
+            self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            self.events[0].record()
+        self.began = time.perf_counter()
+
+    def stop(self) -> float:
+        """The seconds."""
+        if self.device != "cuda":
+            return time.perf_counter() - self.began
+        self.events[1].record()
+        self.events[1].synchronize()
+        return self.events[0].elapsed_time(self.events[1]) / 1e3
+
+
+def begin_peak(device: str) -> None:
+    """Start counting anew."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peaks(device: str) -> Row:
+    """What torch allocated and reserved at most, what the driver says is taken, and how often the allocator retried."""
+    if device != "cuda":
+        return {"allocated": None, "reserved": None}
+    free, total = torch.cuda.mem_get_info()
+    return {
+        "allocated": torch.cuda.max_memory_allocated(),
+        "reserved": torch.cuda.max_memory_reserved(),
+        "taken": total - free,
+        "retries": torch.cuda.memory_stats().get("num_alloc_retries", 0),
+    }
+
+
+# The command
+
+
+def budget_of(results: Results, name: str, method: str) -> int | str | None:
+    """The budget in a method's name; what checkpointing took for `@checkpoint`, and None for `none`.
+
+    Raises:
+        LookupError: checkpointing was not measured.
+    """
+    value = method.partition(":")[2]
+    if value == "@checkpoint":
+        row = results.last(task="cuda", model=name, method="checkpoint")
+        if row is None or not row.get("allocated"):
+            raise LookupError
+        return row["allocated"]
+    return None if value == "none" or not method.startswith("memplan") else value
+
+
+def run(results: Results, options: argparse.Namespace) -> None:
+    """Every method of every model that is missing, while there is time."""
+    end = time.monotonic() + 60 * options.minutes
+    for method in options.methods:
+        for name in options.models:
+            if results.last(task="cuda", model=name, method=method):
+                continue
+            left = end - time.monotonic()
+            if left < 15:
+                say("time is up; start again to go on")
+                return
+            try:
+                budget = budget_of(results, name, method)
+            except LookupError:
+                say(f"{name}: {method} skipped, for checkpoint has no figure")
+                continue
+            say(f"{name}: {method}")
+            request = {"model": name, "method": method, "budget": budget, "device": options.device, "steps": options.steps,
+                       "seconds": options.seconds, "scale": options.scale, "time_limit": options.time_limit,
+                       "optimizer": None if options.optimizer == "none" else options.optimizer}  # fmt: skip
+            for row in ask("cuda", request, timeout=min(left, options.timeout)):
+                cut = "failed" in row and left < options.timeout and "took more than" in row["failed"]
+                outcome = {"outcome": row["failed"]} if "failed" in row and not cut else {}
+                results.add({"task": "cuda"} | request | row | outcome)
+                say(f"{name}: {method}: {row.get('outcome', row.get('failed'))}")
+
+
+def render(results: Results, path: Path) -> None:
+    """Write the markdown file."""
+    lines = header("Training steps on one GPU", results)
+    lines += ["Written by `python -m memplan.benchmarks.cuda --render`. Forward, backward and optimizer step; sizes are MiB; MFU",
+              "counts the model's operations, never recomputed ones, against the peak rate of the device's description.", ""]  # fmt: skip
+    heads = ("method", "budget", "predicted", "allocated", "reserved", "step", "p10-p90", "time / eager", "MFU", "first step",
+             "losses equal")  # fmt: skip
+    rows_of: dict[str, dict[str, Row]] = {}
+    for row in results.rows:
+        if row["task"] == "cuda" and "outcome" in row:
+            rows_of.setdefault(row["model"], {})[row["method"]] = row
+    for name, found in rows_of.items():
+        eager = found.get("eager", {})
+        ordered = [method for method in METHODS if method in found] + [method for method in found if method not in METHODS]
+        lines += [f"## {name}", "", *markdown(heads, [cells(found[method], eager) for method in ordered])]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines).rstrip() + "\n")
+
+
+def cells(row: Row, eager: Row) -> tuple[str, ...]:
+    """One row of the table."""
+    if row["outcome"] != "ok":
+        return (row["method"], "", "", row["outcome"].replace("|", "/"), *[""] * 7)
+    plan, base, rate = row.get("plan", {}), eager.get("seconds"), eager.get("rate")
+    mfu = eager["flops"] / row["seconds"] / rate if rate and eager.get("flops") else None
+    same = "-" if not eager.get("losses") else "yes" if row["losses"] == eager["losses"] else "no"
+    return (
+        row["method"], mib(plan.get("budget")) if plan else "", mib(plan.get("peak")) if plan else "", mib(row["allocated"]),
+        mib(row["reserved"]), f"{row['seconds'] * 1e3:.1f} ms", f"{row['p10'] * 1e3:.1f}-{row['p90'] * 1e3:.1f}",
+        ratio(row["seconds"] / base if base else None), percent(mfu), f"{row['first']:.1f} s", same,
+    )  # fmt: skip
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(GPU), metavar="NAME", help=f"of {', '.join(GPU)}")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for all of it")
+    parser.add_argument("--steps", type=int, default=20, help="timed")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of timed steps of each method, at most")
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the batches: 0.25 for a small GPU")
+    parser.add_argument("--optimizer", choices=("adamw", "none"), default="adamw")
+    parser.add_argument("--time-limit", type=float, default=60.0, help="seconds of planning, as in memplan.plan")
+    parser.add_argument("--timeout", type=float, default=240.0, help="seconds for one process")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try the command itself")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of cuda.jsonl and cuda.md")
+    parser.add_argument("--quick", action="store_true", help="a smoke test: one tiny model, three steps, results/quick")
+    parser.add_argument("--fresh", action="store_true", help="forget what was measured of these models")
+    parser.add_argument("--render", action="store_true", help="only write the table")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        return answer(serve)
+    unknown = [name for name in options.models if name not in GPU and name.partition(":")[0] not in MODELS]
+    if unknown:
+        parser.error(f"unknown model {unknown[0]}: choose from {', '.join(GPU)}")
+    if options.device == "cuda" and not options.render and not torch.cuda.is_available():
+        print("no CUDA device here: nothing measured")
+        return None
+    if options.quick:
+        options.models, options.steps = ["gpt2:tiny"], 3
+        options.out = options.out / "quick" if options.out == RESULTS else options.out
+    results = Results(options.out / "cuda.jsonl")
+    if not options.render:
+        if options.fresh:
+            for name in options.models:
+                results.drop(task="cuda", model=name)
+        note_machine(results)
+        run(results, options)
+    render(results, options.out / "cuda.md")
+    print(options.out / "cuda.md")
+    return None
+
+
+if __name__ == "__main__":
+    main()

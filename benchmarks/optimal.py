@@ -1,0 +1,79 @@
+"""How far from the fastest possible: the gap that comes with each plan, at half and at 30 % of the unplanned peak.
+
+    python -m memplan.benchmarks.optimal
+
+A gap of 3 % says that no schedule within the budget that keeps the order of ops is faster by more than 3 %: it is
+`(time - bound) / time`, with a bound from linear relaxations. Costs are those measured on this machine. That plans of
+small graphs are the very best is tested against an exact solver in tests/.
+"""
+
+import argparse
+from pathlib import Path
+
+from .models import FIVE, MODELS
+from .record import RESULTS, Results, ask, header, markdown, mib, note_machine, percent, ratio, say, verdict
+
+BUDGETS = ("50%", "30%")
+GOAL = 0.05
+
+
+def measure(results: Results, name: str, options: argparse.Namespace) -> None:
+    """Plan one model for each budget that is missing."""
+    missing = [budget for budget in options.budgets if not results.last(task="gap", model=name, label=budget)]
+    if not missing:
+        return
+    say(f"{name}: {', '.join(missing)}")
+    request = {"model": name, "folder": str(options.out / "plans" / "gap"), "time_limit": options.time_limit,
+               "budgets": {budget: budget for budget in missing}}  # fmt: skip
+    for row in ask("planning", request, returning=True, timeout=options.timeout):
+        results.add({"task": "gap", "model": name} | row)
+        if "failed" in row:
+            say(f"{name} failed: {row['failed']}")
+
+
+def render(results: Results, path: Path) -> None:
+    """Write the markdown file."""
+    heads = ("model", "budget", "MiB", "predicted peak", "overhead", "gap", "solving", f"gap <= {GOAL:.0%}")
+    rows = []
+    for row in {(row["model"], row["label"]): row for row in results.all(task="gap")}.values():
+        if row.get("infeasible"):
+            rows.append((row["model"], row["label"], "infeasible", f"smallest known {mib(row['minimum'])}", *["-"] * 4))
+            continue
+        rows.append((
+            row["model"], row["label"], mib(row["budget"]), mib(row["peak"]), ratio(row["overhead"]), percent(row["gap"], 2),
+            f"{row['solve_seconds']:.1f} s", verdict(row["gap"] <= GOAL),
+        ))  # fmt: skip
+    lines = header("Gaps to a lower bound", results)
+    lines += ["Written by `python -m memplan.benchmarks.optimal --render`.", "", *markdown(heads, rows)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines).rstrip() + "\n")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(FIVE), metavar="NAME", help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--budgets", nargs="+", default=list(BUDGETS), help="as in memplan.plan")
+    parser.add_argument("--time-limit", type=float, default=60.0, help="seconds of planning for each, at most")
+    parser.add_argument("--timeout", type=float, default=900.0, help="seconds for each model")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of optimal.jsonl and optimal.md")
+    parser.add_argument("--quick", action="store_true", help="a smoke test: one tiny model, results/quick")
+    parser.add_argument("--fresh", action="store_true", help="forget what was found for these models")
+    parser.add_argument("--render", action="store_true", help="only write the table")
+    options = parser.parse_args()
+    if options.quick:
+        options.models = ["gpt2:tiny"]
+        options.out = options.out / "quick" if options.out == RESULTS else options.out
+    results = Results(options.out / "optimal.jsonl")
+    if not options.render:
+        note_machine(results)
+        for name in options.models:
+            if options.fresh:
+                results.drop(task="gap", model=name)
+            measure(results, name, options)
+    render(results, options.out / "optimal.md")
+    print(options.out / "optimal.md")
+
+
+if __name__ == "__main__":
+    main()

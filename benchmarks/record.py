@@ -1,0 +1,183 @@
+"""What the commands share: rows kept as JSON lines, questions to fresh processes, tables in markdown."""
+
+import datetime
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..backends.trial import CHILD
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+MIB = 1 << 20
+GIB = 1 << 30
+Row = dict[str, Any]
+
+
+class Results:
+    """Rows of a file, to which each measurement is added as it is made, so that a run that was cut short can go on."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.rows: list[Row] = []
+        if path.is_file():
+            lines = path.read_text().splitlines()
+            self.rows = [json.loads(line) for line in lines if line.strip()]
+
+    def add(self, row: Row) -> Row:
+        """Append a row, to the file as well."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.rows.append(row)
+        with self.path.open("a") as stream:
+            stream.write(json.dumps(row) + "\n")
+        return row
+
+    def drop(self, **keys: Any) -> None:
+        """Remove the rows with these values."""
+        self.rows = [row for row in self.rows if not matches(row, keys)]
+        if self.path.is_file():
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def all(self, **keys: Any) -> list[Row]:
+        """The rows with these values that did not fail."""
+        return [row for row in self.rows if matches(row, keys) and "failed" not in row]
+
+    def last(self, **keys: Any) -> Row | None:
+        """The latest row with these values that did not fail."""
+        return next(iter(reversed(self.all(**keys))), None)
+
+    def failed(self, **keys: Any) -> Row | None:
+        """The latest row with these values, if it failed."""
+        found = [row for row in self.rows if matches(row, keys)]
+        return found[-1] if found and "failed" in found[-1] else None
+
+
+def matches(row: Row, keys: Row) -> bool:
+    """Whether a row has these values."""
+    return all(row.get(key) == value for key, value in keys.items())
+
+
+# Fresh processes
+
+
+def ask(module: str, request: Row, *, returning: bool = False, timeout: float | None = None) -> Iterator[Row]:
+    """Rows that `python -m memplan.benchmarks.<module>` answers to a request; the last has `failed` if it failed.
+
+    Args:
+        module: serves a request on its standard input, as `answer` does.
+        request: what to do.
+        returning: the process's allocator gives freed memory back at once, so that the resident set follows the tensors.
+        timeout: seconds.
+    """
+    environment = {**os.environ, **(CHILD if returning else {})}
+    command = [sys.executable, "-P", "-m", f"memplan.benchmarks.{module}", "--serve"]
+    text, failed = json.dumps(request), None
+    try:
+        child = subprocess.run(command, input=text, env=environment, capture_output=True, text=True, timeout=timeout)
+        lines, status, errors = child.stdout.splitlines(), child.returncode, child.stderr
+    except subprocess.TimeoutExpired as error:
+        output = error.stdout or b""
+        lines, status = (output.decode() if isinstance(output, bytes) else output).splitlines(), 0
+        failed, errors = f"took more than {timeout:.0f} s", ""
+    for line in lines:
+        if line.startswith("{"):
+            yield json.loads(line)
+    if status:
+        last = errors.strip().splitlines()[-1:] or [f"exit status {status}"]
+        failed = f"killed by signal {-status}" if status < 0 else last[0][:300]
+    if failed:
+        yield {"failed": failed}
+
+
+def answer(serve: Any) -> None:
+    """Read a request from standard input and print the rows that `serve` makes of it, each as soon as it is known."""
+    output = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a model or a compiler prints must not get between the rows
+    for row in serve(json.loads(sys.stdin.read())):
+        output.write(json.dumps(row) + "\n")
+        output.flush()
+
+
+def say(text: str) -> None:
+    """Progress, on standard error, with the time of day."""
+    print(f"{datetime.datetime.now():%H:%M:%S} {text}", file=sys.stderr, flush=True)
+
+
+# Tables
+
+
+def machine_lines() -> Row:
+    """What the measurements were taken on."""
+    import torch
+
+    from .. import __version__
+    from ..planner.local import cpu_name, memory_limit
+
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    return {
+        "task": "machine",
+        "cpu": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory": memory_limit(),
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        "memplan": __version__ + (f" ({git.stdout.strip()})" if git.returncode == 0 else ""),
+        "date": f"{datetime.date.today():%Y-%m-%d}",
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
+    }
+
+
+def note_machine(results: Results) -> None:
+    """Keep what this machine is, unless the last note says the same."""
+    facts = machine_lines()
+    if results.last(task="machine") != facts:
+        results.add(facts)
+
+
+def header(title: str, results: Results) -> list[str]:
+    """The top of a markdown file: the title, and each machine that rows were taken on."""
+    lines = [f"# {title}", ""]
+    for row in results.all(task="machine"):
+        gpu = f"{row['gpu']}, " if "gpu" in row else ""
+        lines.append(
+            f"- {row['date']}: {gpu}{row['cpu']}, {row['cores']} cores, torch on {row['threads']} threads, "
+            f"{row['memory'] / GIB:.1f} GiB, torch {row['torch']}, Python {row['python']}, memplan {row['memplan']}"
+        )
+    return [*lines, ""]
+
+
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A markdown table, figures flush right."""
+    rule = [":--", *["--:"] * (len(heads) - 1)]
+    return ["| " + " | ".join(cells) + " |" for cells in (heads, rule, *rows)] + [""]
+
+
+def mib(size: float | None) -> str:
+    """Bytes in MiB, to a tenth."""
+    return "-" if size is None else f"{size / MIB:.1f}"
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """A share as a percentage."""
+    return "-" if share is None else f"{share:.{digits}%}"
+
+
+def ratio(value: float | None) -> str:
+    """A ratio, to three decimals."""
+    return "-" if value is None else f"{value:.3f}"
+
+
+def verdict(met: bool | None) -> str:
+    """Whether a goal was met; a dash where nothing was measured."""
+    return "-" if met is None else "yes" if met else "**no**"
+
+
+def mean(values: Iterable[float]) -> float | None:
+    """The arithmetic mean, None of nothing."""
+    known = list(values)
+    return sum(known) / len(known) if known else None

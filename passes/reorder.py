@@ -1,0 +1,66 @@
+"""Operator order for peak memory: run at once what frees more than it takes.
+
+List scheduling over the backward pass. Among the ops that are ready, one that leaves fewer bytes live than it found is
+run first (of several the one that frees most); where there is none, the traced order goes on. In a linear layer's
+backward pass this computes the weight's gradient, which ends the life of the layer's input, before the input's
+gradient, which needs new bytes. Independent ops change places; no sum changes its order, so the numbers are the same.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..planner.program import Phase, Program
+
+
+@dataclass(frozen=True)
+class Reorder:
+    """Program -> an order of its ops, to be taken as the base order."""
+
+    name = "reorder"
+
+    def __call__(self, program: Program) -> list[int]:
+        """Op indices in time order: the forward pass as it was, the backward pass rearranged."""
+        ops, made_by = program.ops, program.producer
+        waiting = {index for index, op in enumerate(ops) if op.phase is Phase.BACKWARD}
+        if not waiting:
+            return list(range(len(ops)))
+        readers: dict[int, int] = {}
+        for index in waiting:
+            for buffer in ops[index].reads:
+                readers[buffer] = readers.get(buffer, 0) + 1
+        held = set(program.outputs)
+        size = [buffer.bytes if op >= 0 else 0 for buffer, op in zip(program.buffers, made_by, strict=True)]
+        pending = {index: {made_by[buffer] for buffer in ops[index].reads} & waiting for index in waiting}
+        users: dict[int, list[int]] = {}
+        for index, needs in pending.items():
+            for need in needs:
+                users.setdefault(need, []).append(index)
+        ready = sorted(index for index in waiting if not pending[index])
+
+        def freed(index: int) -> int:
+            """Bytes fewer live after the op than before it."""
+            op = ops[index]
+            dying = sum(size[buffer] for buffer in op.reads if readers[buffer] == 1 and buffer not in held)
+            return dying - sum(size[buffer] for buffer in op.writes if readers.get(buffer) or buffer in held)
+
+        def pick() -> Iterator[int]:
+            while ready:
+                best = max(ready, key=lambda index: (freed(index), -index))
+                chosen = best if freed(best) > 0 else ready[0]
+                ready.remove(chosen)
+                yield chosen
+                for buffer in ops[chosen].reads:
+                    readers[buffer] -= 1
+                fresh = []
+                for user in users.get(chosen, ()):
+                    pending[user].discard(chosen)
+                    if not pending[user]:
+                        fresh.append(user)
+                ready.extend(fresh)
+                ready.sort()
+
+        backward = list(pick())
+        first = next(index for index, op in enumerate(ops) if op.phase is Phase.BACKWARD)
+        early = [index for index in range(len(ops)) if index < first]
+        late = [index for index in range(first, len(ops)) if ops[index].phase is not Phase.BACKWARD]
+        return [*early, *backward, *late]

@@ -1,0 +1,88 @@
+"""The search: the same seed gives the same answer, and what it says fits does."""
+
+import random
+
+import numpy as np
+import pytest
+from memplan.planner.pipeline import Planner
+from memplan.planner.referee import referee
+from memplan.solvers.anneal import anneal
+from memplan.solvers.timeline import score
+from strategies import ROOMY, make_program
+
+
+def planner_of(seed: int) -> Planner:
+    """A planner for a random program that has something to choose."""
+    rng = random.Random(seed)
+    return Planner(make_program(rng, rng.randint(5, 10), repeat=rng.choice([1, 3])), ROOMY, effort=2000)
+
+
+def some_budget(planner: Planner, share: float) -> int:
+    """A budget between the resident bytes and the peak without repetition."""
+    resident = planner.program.resident_bytes
+    return int(resident + (planner.kept.peak - resident) * share)
+
+
+def nothing_chosen(planner: Planner) -> np.ndarray:
+    """The solution that keeps everything."""
+    return planner.flat.problem.keep_all()
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_the_search_says_fits_does(seed):
+    """A finite time comes with a solution whose schedule, replayed by the referee, takes that time and fits the budget."""
+    planner = planner_of(seed)
+    for share in (0.95, 0.8, 0.6, 0.3):
+        budget = some_budget(planner, share)
+        found, seconds = anneal(planner.flat.problem, planner.space, nothing_chosen(planner), budget, 1500, 0.02, seed)
+        if not np.isfinite(seconds):
+            continue
+        assert score(planner.flat.problem, found, budget).time == pytest.approx(seconds)
+        side = planner.finish(found, budget)
+        assert side.peak <= budget
+        assert side.time == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_same_seed_gives_the_same_solution(seed):
+    """Nothing but its arguments decides what the search returns."""
+    planner = planner_of(seed)
+    arguments = (planner.flat.problem, planner.space, nothing_chosen(planner), some_budget(planner, 0.8), 1000, 0.02)
+    (found, seconds), (again, other) = anneal(*arguments, seed), anneal(*arguments, seed)
+
+    assert found.tolist() == again.tolist()
+    assert seconds == other
+
+
+def test_the_start_is_left_as_it_was():
+    """The caller's solution is not written to."""
+    planner = planner_of(3)
+    start = nothing_chosen(planner)
+    anneal(planner.flat.problem, planner.space, start, some_budget(planner, 0.7), 500, 0.02, 0)
+
+    assert (start == nothing_chosen(planner)).all()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_planning_twice_gives_the_same_schedule(seed):
+    """Two planners with one seed and no deadline agree on every instruction."""
+    first, second = planner_of(seed), planner_of(seed)
+    budget = first.floor.peak + (first.kept.peak - first.floor.peak) // 3
+
+    assert first.floor.schedule == second.floor.schedule
+    assert first.solve(budget).side.schedule == second.solve(budget).side.schedule
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_floor_is_feasible_and_more_room_is_never_slower_than_the_floor(seed):
+    """The referee accepts the floor's schedule at its own peak; every larger budget is planned, and no slower."""
+    planner = planner_of(seed)
+    floor = planner.floor
+
+    assert referee(planner.program, ROOMY, floor.schedule, floor.peak).peak[0] == floor.peak
+    for share in (0.0, 0.3, 0.7, 1.0):
+        budget = int(floor.peak + (planner.kept.peak - floor.peak) * share)
+        answer = planner.solve(budget)
+        assert answer.side.peak <= budget
+        assert answer.side.time <= floor.time * (1 + 1e-9)
+        assert answer.bound <= answer.side.time * (1 + 1e-9)

@@ -1,0 +1,54 @@
+"""The keep-or-recompute program over the timeline."""
+
+import random
+
+import numpy as np
+import pytest
+from memplan.planner.pipeline import Planner
+from memplan.solvers.timeline import score
+from strategies import ROOMY, make_program
+
+SEEDS = range(12)
+
+
+def planner_of(seed: int, **options: object) -> Planner:
+    """A planner for a random program."""
+    rng = random.Random(seed)
+    return Planner(make_program(rng, rng.randint(4, 10), repeat=rng.choice([1, 3]), **options), ROOMY)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_slots_are_gaps_that_reach_the_backward_pass(seed):
+    """Each slot is a gap of its own, of a buffer that a repeatable op makes, and ends at a use after the loss or never."""
+    planner = planner_of(seed)
+    problem, slots = planner.flat.problem, planner.master.slots
+
+    assert len(set(slots.gap.tolist())) == len(slots.gap)
+    for gap, buffer, before, at, last in zip(slots.gap, slots.buffer, slots.before, slots.at, slots.last, strict=True):
+        assert problem.use_start[buffer] + buffer <= gap <= problem.last_gap[buffer]
+        assert problem.producer[buffer] <= before < at
+        assert problem.repeatable[problem.producer[buffer]]
+        assert bool(last) == (gap == problem.last_gap[buffer])
+        assert at == len(problem.seconds) if last else problem.use[gap - buffer] == at > problem.boundary
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_with_room_for_everything_everything_is_kept(seed):
+    """A budget of the peak without repetition costs no second."""
+    planner = planner_of(seed)
+    found = planner.master.iterate(planner.kept.peak, rounds=2, seconds=1.0)
+
+    assert found
+    assert score(planner.flat.problem, found[0], planner.kept.peak).time == pytest.approx(planner.base_seconds)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_tighter_budgets_never_break_the_iteration(seed):
+    """Every answer, down to budgets that nothing fits, is a solution the simulator can time, or there is none."""
+    planner = planner_of(seed)
+    problem = planner.flat.problem
+    for share in (0.9, 0.6, 0.3, 0.05):
+        budget = int(problem.resident + (planner.kept.peak - problem.resident) * share)
+        for since in planner.master.iterate(budget, rounds=3, seconds=1.0):
+            found = score(problem, since, budget)
+            assert np.isinf(found.time) or found.time >= planner.base_seconds * (1 - 1e-12)
