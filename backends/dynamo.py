@@ -44,6 +44,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import msgspec
+import numpy as np
 import torch
 from torch import fx, nn
 from torch._functorch.aot_autograd import aot_module_simplified
@@ -276,7 +277,7 @@ class Ledger:
         """Have every piece that is now held plan for its least from the next step on."""
         self.cautious = True
         for visit in self.holding:
-            visit.code.wanted = visit.code.planner.floor
+            visit.code.wanted = visit.code.at_share(0.0)
 
 
 def is_percentage(budget: Any) -> bool:
@@ -296,6 +297,24 @@ def held_bytes(program: Program, schedule: Schedule) -> int:
         elif isinstance(step, Free):
             live -= program.buffers[step.buffer].bytes
     return max(most, live)
+
+
+def small_schedules(planner: Planner) -> list[Side]:
+    """Schedules that take little in one way or another: the smallest peak known, and the simple rules of recomputation.
+
+    A small peak is not all: what a piece holds counts while every other piece runs.
+    """
+    if not planner.recompute or len(planner.master.slots.use) == 0:
+        return [planner.kept]
+    crosses = planner.segments.crosses[planner.master.slots.buffer]
+    rules = [np.where(crosses, 0, 2), np.where(crosses, 3, 2), np.full(len(crosses), 3), np.ones(len(crosses))]
+    uses = len(planner.flat.problem.use)
+    return [planner.kept, planner.floor, *(planner.finish(planner.space.decode(rule.astype(np.int32), uses), None) for rule in rules)]
+
+
+def burden(program: Program, side: Side) -> int:
+    """How much a piece weighs on the others: what it holds, and less so its peak, which passes."""
+    return 2 * held_bytes(program, side.schedule) + side.peak
 
 
 # Pieces
@@ -362,15 +381,18 @@ class Piece:
             return planner.solve(min(parse_bytes(self.ledger.options.budget or 0, of=planner.unplanned.peak), capacity)).side
         resident = planner.program.resident_bytes
         try:
-            if left_bytes(planner.program) > room.later:
-                raise BudgetError(f"the gradients of {self.name} do not fit beside what the pieces before it hold", None)
+            short = left_bytes(planner.program) - room.later
+            if short > 0:
+                raise BudgetError(f"the gradients of {self.name} do not fit beside what the pieces before it need: "
+                                  f"{short} bytes are missing", room.now + short)  # fmt: skip
             if last:
                 return planner.solve(room.now).side
             if planner.kept.peak <= resident + (room.now - resident) // 2:
                 return planner.kept
-            if planner.floor.peak <= room.now:
-                return planner.floor
-            raise planner.refuse(room.now, planner.floor)
+            fitting = [side for side in small_schedules(planner) if side.peak <= room.now]
+            if not fitting:
+                raise planner.refuse(room.now, planner.floor)
+            return min(fitting, key=lambda side: burden(planner.program, side))
         except BudgetError as error:
             if not room.held:
                 raise
@@ -483,10 +505,11 @@ class Code:
 
     def at_share(self, share: float) -> Side:
         """A schedule whose peak lies that share of the way from the least to the most; the least where none is found."""
-        least, most = self.planner.floor, self.planner.kept
-        if share >= 1.0 or most.peak <= least.peak:
+        most = self.planner.kept
+        if share >= 1.0:
             return most
-        if share <= 0.0:
+        least = min(small_schedules(self.planner), key=lambda side: burden(self.program, side))
+        if share <= 0.0 or least.peak >= most.peak:
             return least
         try:
             return self.planner.solve(int(least.peak + share * (most.peak - least.peak))).side

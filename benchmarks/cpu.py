@@ -56,7 +56,8 @@ def peak(results: Results, name: str, key: str, method: str, options: argparse.N
 def plan_all(results: Results, name: str, baselines: list[str], options: argparse.Namespace) -> None:
     """The plans that are missing, made in one process."""
     known = {row["label"] for row in results.all(task="plan", model=name)}
-    request: Row = {"model": name, "folder": str(options.plans / name.replace(":", "-")), "time_limit": options.time_limit}
+    folder = options.plans / name.replace(":", "-")
+    request: Row = {"model": name, "folder": str(folder), "time_limit": options.time_limit}
     budgets: dict[str, int | str] = {"none": "none"}
     for method in baselines:
         found = results.last(task="peak", model=name, method=method)
@@ -107,8 +108,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one process that measures a peak")
     parser.add_argument(
         "--allocator", choices=("returning", "default"), default="returning",
-        help="how times are taken, and what plans are made for: returning, as the peaks are (every freed block of 64 KiB "
-        "goes back to the system); default, as processes run that set nothing",
+        help="how times are taken, and what plans are made for: returning, as the peaks are (every freed block of 64 "
+        "KiB goes back to the system); default, as processes run that set nothing",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of cpu.jsonl, cpu.md and plans")
     parser.add_argument("--quick", action="store_true", help="a smoke test: tiny models, few points, results/quick")

@@ -6,8 +6,9 @@ Each method runs in a fresh process: forward, backward and an AdamW step, warmed
 runs out of memory, or fails otherwise, is a row. Rows are kept as they come, in results/cuda.jsonl; a run that its time
 limit cut short goes on where it stopped when it is started again. The methods that matter most come first.
 
-Methods: `eager`; `checkpoint` (block by block); `save-on-cpu` (activations in pinned host memory); `compile` (inductor);
-`compile-budget:R` (inductor with PyTorch's activation_memory_budget); `memplan:BUDGET` (planned, eager kernels) and
+Methods: `eager`; `checkpoint` (block by block); `save-on-cpu` (activations in pinned host memory); `compile`
+(inductor); `compile-budget:R` (inductor with PyTorch's activation_memory_budget); `memplan:BUDGET` (planned, eager's
+kernels) and
 `memplan-compile:BUDGET` (`torch.compile(backend="memplan")`), with a budget as in `memplan.plan`, or `@checkpoint`:
 what checkpointing was measured to take.
 """
@@ -26,8 +27,8 @@ from .models import GPU, MODELS, build_gpu, checkpointing, on_cpu
 from .record import RESULTS, Results, Row, answer, ask, header, markdown, mib, note_machine, percent, ratio, say
 
 METHODS = (
-    "eager", "checkpoint", "memplan:@checkpoint", "memplan:none", "memplan:60%", "memplan:40%", "memplan:80%", "memplan:25%",
-    "compile", "save-on-cpu", "memplan-compile:60%", "compile-budget:0.5", "compile-budget:0", "compile-budget:1",
+    "eager", "checkpoint", "memplan:@checkpoint", "memplan:none", "memplan:60%", "memplan:40%", "memplan:80%",
+    "memplan:25%", "compile", "save-on-cpu", "memplan-compile:60%", "compile-budget:0.5", "compile-budget:0", "compile-budget:1",
     "compile-budget:0.25", "compile-budget:0.75",
 )  # fmt: skip
 WARM_UP = 3
@@ -120,22 +121,21 @@ def measure(request: Row) -> Row:
         "losses": [first_loss.hex(), *(loss.item().hex() for loss in losses[:3])],
         **peaks(device),
         **facts,
-        **(flops_of(request) if method == "eager" else {}),
+        **(flops_of(model, args, device) if method == "eager" else {}),
     }
 
 
-def flops_of(request: Row) -> Row:
-    """Floating-point operations of a step as the model states them, without any recomputation, and the device's peak."""
+def flops_of(model: torch.nn.Module, args: tuple[Any, ...], device: str) -> Row:
+    """Floating-point operations of an eager step, and the peak rate of the device for the model's type."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    model, args = build_gpu(request["model"], request["device"], request["scale"])
     with FlopCounterMode(display=False) as counter:
         model(*args).backward()
     rate = None
     with contextlib.suppress(Exception):
         from ..planner.local import local_machine
 
-        rates = local_machine(torch.device(request["device"]).type).units[0].flops
+        rates = local_machine(device).units[0].flops
         rate = rates.get(str(next(model.parameters()).dtype)[6:], rates["default"])
     return {"flops": counter.get_total_flops(), "rate": rate}
 
@@ -215,30 +215,43 @@ def run(results: Results, options: argparse.Namespace) -> None:
                 say(f"{name}: {method} skipped, for checkpoint has no figure")
                 continue
             say(f"{name}: {method}")
-            request = {"model": name, "method": method, "budget": budget, "device": options.device, "steps": options.steps,
-                       "seconds": options.seconds, "scale": options.scale, "time_limit": options.time_limit,
-                       "optimizer": None if options.optimizer == "none" else options.optimizer}  # fmt: skip
+            request = {
+                "model": name,
+                "method": method,
+                "budget": budget,
+                "device": options.device,
+                "steps": options.steps,
+                "seconds": options.seconds,
+                "scale": options.scale,
+                "time_limit": options.time_limit,
+                "optimizer": None if options.optimizer == "none" else options.optimizer,
+            }
             for row in ask("cuda", request, timeout=min(left, options.timeout)):
-                cut = "failed" in row and left < options.timeout and "took more than" in row["failed"]
-                outcome = {"outcome": row["failed"]} if "failed" in row and not cut else {}
-                results.add({"task": "cuda"} | request | row | outcome)
-                say(f"{name}: {method}: {row.get('outcome', row.get('failed'))}")
+                why = row.get("failed")
+                if why is not None and not (left < options.timeout and why.startswith("took more than")):
+                    row = {"outcome": why}  # its own doing, not that of the time left: not to be tried again
+                results.add({"task": "cuda"} | request | row)
+                say(f"{name}: {method}: {row.get('outcome', why)}")
 
 
 def render(results: Results, path: Path) -> None:
     """Write the markdown file."""
     lines = header("Training steps on one GPU", results)
-    lines += ["Written by `python -m memplan.benchmarks.cuda --render`. Forward, backward and optimizer step; sizes are MiB; MFU",
-              "counts the model's operations, never recomputed ones, against the peak rate of the device's description.", ""]  # fmt: skip
-    heads = ("method", "budget", "predicted", "allocated", "reserved", "step", "p10-p90", "time / eager", "MFU", "first step",
-             "losses equal")  # fmt: skip
+    lines += [
+        "Written by `python -m memplan.benchmarks.cuda --render`. Forward, backward and optimizer step; sizes are MiB.",
+        "MFU counts the operations of an eager step against the peak rate of the device: what a method recomputes counts",
+        "as time, not as work.",
+        "",
+    ]
+    heads = ("method", "budget", "predicted", "allocated", "reserved", "step", "p10-p90", "time / eager", "MFU",
+             "first step", "losses equal")  # fmt: skip
     rows_of: dict[str, dict[str, Row]] = {}
     for row in results.rows:
         if row["task"] == "cuda" and "outcome" in row:
             rows_of.setdefault(row["model"], {})[row["method"]] = row
     for name, found in rows_of.items():
         eager = found.get("eager", {})
-        ordered = [method for method in METHODS if method in found] + [method for method in found if method not in METHODS]
+        ordered = [*(method for method in METHODS if method in found), *(set(found) - set(METHODS))]
         lines += [f"## {name}", "", *markdown(heads, [cells(found[method], eager) for method in ordered])]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines).rstrip() + "\n")
@@ -252,8 +265,8 @@ def cells(row: Row, eager: Row) -> tuple[str, ...]:
     mfu = eager["flops"] / row["seconds"] / rate if rate and eager.get("flops") else None
     same = "-" if not eager.get("losses") else "yes" if row["losses"] == eager["losses"] else "no"
     return (
-        row["method"], mib(plan.get("budget")) if plan else "", mib(plan.get("peak")) if plan else "", mib(row["allocated"]),
-        mib(row["reserved"]), f"{row['seconds'] * 1e3:.1f} ms", f"{row['p10'] * 1e3:.1f}-{row['p90'] * 1e3:.1f}",
+        row["method"], mib(plan.get("budget")) if plan else "", mib(plan.get("peak")) if plan else "",
+        mib(row["allocated"]), mib(row["reserved"]), f"{row['seconds'] * 1e3:.1f} ms", f"{row['p10'] * 1e3:.1f}-{row['p90'] * 1e3:.1f}",
         ratio(row["seconds"] / base if base else None), percent(mfu), f"{row['first']:.1f} s", same,
     )  # fmt: skip
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 Made = tuple[nn.Module, tuple[Tensor, ...]]
-PLAIN_BLOCKS = ("ResNetBottleNeckLayer", "ConvNextLayer", "UNetBlock")  # checkpointed where transformers does not offer it
+PLAIN_BLOCKS = ("ResNetBottleNeckLayer", "ConvNextLayer", "UNetBlock")  # where transformers has no switch
 
 
 class Scalar(nn.Module):
@@ -122,7 +122,8 @@ def resnet50(batch: int = 8, size: int = 160, classes: int = 100, depths: tuple[
     """ResNet-50, whose BatchNorm changes its buffers."""
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    return images(ResNetForImageClassification(ResNetConfig(num_labels=classes, depths=list(depths))), batch, size, classes)
+    config = ResNetConfig(num_labels=classes, depths=list(depths))
+    return images(ResNetForImageClassification(config), batch, size, classes)
 
 
 def convnext(batch: int = 8, size: int = 160, width: int = 64, depths: tuple[int, ...] = (3, 3, 9, 3)) -> Made:
@@ -229,7 +230,7 @@ GPU: dict[str, tuple[Callable[[int], Made], int, str]] = {
 
 
 def build_gpu(name: str, device: str, scale: float = 1.0) -> Made:
-    """A model of `GPU` on its device; `scale` multiplies the batch. `gpt2:tiny` is a model of `MODELS`, for smoke tests."""
+    """A model of `GPU` on its device; `scale` multiplies the batch. `gpt2:tiny`, of `MODELS`, is for smoke tests."""
     if name in GPU:
         factory, batch, element = GPU[name]
         torch.manual_seed(0)

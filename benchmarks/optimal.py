@@ -40,8 +40,8 @@ def render(results: Results, path: Path) -> None:
             rows.append((row["model"], row["label"], "infeasible", f"smallest known {mib(row['minimum'])}", *["-"] * 4))
             continue
         rows.append((
-            row["model"], row["label"], mib(row["budget"]), mib(row["peak"]), ratio(row["overhead"]), percent(row["gap"], 2),
-            f"{row['solve_seconds']:.1f} s", verdict(row["gap"] <= GOAL),
+            row["model"], row["label"], mib(row["budget"]), mib(row["peak"]), ratio(row["overhead"]),
+            percent(row["gap"], 2), f"{row['solve_seconds']:.1f} s", verdict(row["gap"] <= GOAL),
         ))  # fmt: skip
     lines = header("Gaps to a lower bound", results)
     lines += ["Written by `python -m memplan.benchmarks.optimal --render`.", "", *markdown(heads, rows)]

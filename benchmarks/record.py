@@ -70,7 +70,7 @@ def ask(module: str, request: Row, *, returning: bool = False, timeout: float | 
     Args:
         module: serves a request on its standard input, as `answer` does.
         request: what to do.
-        returning: the process's allocator gives freed memory back at once, so that the resident set follows the tensors.
+        returning: the process's allocator gives freed memory back at once: the resident set follows the tensors.
         timeout: seconds.
     """
     environment = {**os.environ, **(CHILD if returning else {})}

@@ -40,10 +40,10 @@ def step(called: nn.Module, model: nn.Module, x: torch.Tensor) -> tuple[float, t
 
 def main() -> None:
     torch.manual_seed(0)
-    model, x = Tower(3, 64), torch.randn(2048, 64)
+    model, x = Tower(2, 64), torch.randn(2048, 64)
     loss, gradients = step(model, model, x)
     print(f"{'budget':>8}  {'piece':44}  {'unplanned':>10}  {'planned':>10}  {'repeated':>8}  same numbers")
-    for budget in ("64MiB", "24MiB", "20MiB"):
+    for budget in ("64MiB", "16MiB"):
         torch._dynamo.reset()
         options = {"budget": budget, "time_limit": 5.0}
         compiled = torch.compile(model, backend="memplan", options=options)

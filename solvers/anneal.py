@@ -129,7 +129,7 @@ def _draw(slot, since, hold, before, at, last, segment, opened, boundary):  # pr
         if dice < 0.5:
             return since, -1
         if dice < 0.7:
-            return since, opened[own] + 1
+            return since, opened[own]
         if dice < 0.8 and own > 0:
             return since, min(opened[own - 1], high)
         return since, anytime

@@ -124,7 +124,7 @@ class Master:
         solution[0, slots.gap[dropped]] = self.opened(slots.buffer[dropped])
         held = crossing & (keep[slots.buffer] > 0.5) & (slots.last == 1) & (slots.before <= self.problem.boundary)
         own = self.segments.opened[self.segments.of_buffer[slots.buffer[held]]]
-        solution[1, slots.gap[held]] = np.where(own < len(self.problem.seconds), own + 1, KEEP)
+        solution[1, slots.gap[held]] = np.where(own < len(self.problem.seconds), own, KEEP)
         return solution
 
     def opened(self, buffers: np.ndarray) -> np.ndarray:

@@ -120,13 +120,23 @@ def profile(problem: Problem, solution: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 @njit(cache=True)
+def _stays(buffer, base, upcoming, output, solution):  # pragma: no cover
+    """Until when a buffer that is resident at a base time stays so."""
+    gap = upcoming[buffer] + buffer
+    since, hold = solution[0, gap], solution[1, gap]
+    if output[buffer] or since <= max(base, hold):
+        return NEVER
+    return hold if hold > base else -1
+
+
+@njit(cache=True)
 def _expand(producer, read_start, read, write_start, write, use_start, use, output, repeatable, solution):  # pragma: no cover
     """Base order and solution -> runs in time order. Returns (order, base time of each run, count or -1)."""
     ops, buffers = len(read_start) - 1, len(producer)
     limit = 8 * ops + 64
     order = np.empty(limit, np.int32)
     when = np.empty(limit, np.int32)
-    live = np.zeros(buffers, np.bool_)
+    until = np.full(buffers, -1, np.int32)  # the last base time at which each buffer is resident
     upcoming = use_start[:-1].copy()
     stack = np.empty(2 * buffers + 2 * ops + 16, np.int32)
     touched = np.empty(buffers, np.int32)
@@ -134,14 +144,14 @@ def _expand(producer, read_start, read, write_start, write, use_start, use, outp
     for base in range(ops):
         depth, seen = 0, 0
         for k in range(read_start[base], read_start[base + 1]):
-            if not live[read[k]]:
+            if until[read[k]] < base:
                 stack[depth] = producer[read[k]]
                 depth += 1
                 while depth > 0:
                     op = stack[depth - 1]
                     missing = False
                     for j in range(read_start[op], read_start[op + 1]):
-                        if not live[read[j]]:
+                        if until[read[j]] < base:
                             missing = True
                             if depth >= len(stack) - 1:
                                 return order, when, -1
@@ -156,8 +166,8 @@ def _expand(producer, read_start, read, write_start, write, use_start, use, outp
                     order[count], when[count] = op, base
                     count += 1
                     for j in range(write_start[op], write_start[op + 1]):
-                        if not live[write[j]]:
-                            live[write[j]] = True
+                        if until[write[j]] < base:
+                            until[write[j]] = base
                             touched[seen] = write[j]
                             seen += 1
         if count >= limit - 2:
@@ -165,21 +175,12 @@ def _expand(producer, read_start, read, write_start, write, use_start, use, outp
         order[count], when[count] = base, base
         count += 1
         for k in range(read_start[base], read_start[base + 1]):
-            buffer = read[k]
-            upcoming[buffer] += 1
-            gap = upcoming[buffer] + buffer
-            wanted = solution[0, gap] <= base or base < solution[1, gap]
-            live[buffer] = output[buffer] or wanted
+            upcoming[read[k]] += 1
+            until[read[k]] = _stays(read[k], base, upcoming, output, solution)
         for k in range(write_start[base], write_start[base + 1]):
-            buffer = write[k]
-            gap = upcoming[buffer] + buffer
-            wanted = solution[0, gap] <= base or base < solution[1, gap]
-            live[buffer] = output[buffer] or wanted
+            until[write[k]] = _stays(write[k], base, upcoming, output, solution)
         for k in range(seen):
-            buffer = touched[k]
-            gap = upcoming[buffer] + buffer
-            wanted = solution[0, gap] <= base or base < solution[1, gap]
-            live[buffer] = output[buffer] or wanted
+            until[touched[k]] = _stays(touched[k], base, upcoming, output, solution)
     return order, when, count
 
 

@@ -1,0 +1,646 @@
+"""Planned models against eager ones, bit for bit: loss, outputs, gradients, buffers and the stream of random numbers."""
+
+import copy
+import gc
+
+import memplan
+import pytest
+import torch
+from memplan.planner.errors import BudgetError, MemplanError, PlanMismatch
+from torch import nn
+from torch.nn import functional as F
+
+WIDTH = 64
+ROWS = 128
+
+
+def total(output):
+    """A scalar of whatever a model returns, each leaf weighted differently."""
+    leaves = torch.utils._pytree.tree_leaves(output)
+    floating = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+    return sum((leaf.float() * (at + 1)).sin().sum() for at, leaf in enumerate(floating))
+
+
+def layers(*kinds, times: int = 3) -> nn.Sequential:
+    """Linear layers with something between them."""
+    return nn.Sequential(*(part for _ in range(times) for part in (nn.Linear(WIDTH, WIDTH), *(kind() for kind in kinds))))
+
+
+def rows(requires_grad: bool = False) -> torch.Tensor:
+    """A batch."""
+    return torch.randn(ROWS, WIDTH).requires_grad_(requires_grad)
+
+
+class Lambda(nn.Module):
+    """A model of one function over some submodules."""
+
+    def __init__(self, function, **modules: nn.Module):
+        super().__init__()
+        self.function = function
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, *args):
+        return self.function(self, *args)
+
+
+class Keywords(nn.Module):
+    """Optional and keyword arguments, nested inputs, a dict of outputs with None and numbers in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = layers(nn.GELU)
+
+    def forward(self, x, pair=None, *, scale=1.0, flag=True):
+        y = self.body(x) * scale
+        if pair is not None:
+            y = y + pair["left"] - pair["right"][0]
+        return {"loss": y.square().mean(), "nested": [y.sum(0), (y if flag else None, None)], "number": 3, "name": "keywords"}
+
+
+class Tied(nn.Module):
+    """An embedding whose weight is the head's too."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(50, WIDTH)
+        self.body = layers(nn.Tanh)
+        self.head = nn.Linear(WIDTH, 50, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens, labels):
+        logits = self.head(self.body(self.embed(tokens)))
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten()), logits
+
+
+class Attention(nn.Module):
+    """SDPA over heads, with a residual and a mask made on the fly."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        q, k, v = (part.unflatten(-1, (4, -1)).transpose(1, 2) for part in self.qkv(self.norm(x)).chunk(3, dim=-1))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return x + self.out(y.transpose(1, 2).flatten(2))
+
+
+class Views(nn.Module):
+    """Splits, unbinds, expands, slices, transposes and strided pieces of one storage."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = layers(nn.GELU, times=2), layers(nn.SiLU, times=2)
+
+    def forward(self, x):
+        y = self.first(x)
+        a, b = y.split([16, WIDTH - 16], dim=1)
+        c, d = b[:, :32].unbind(0)[:2]
+        e = y.t()[::2].sum(1, keepdim=True).expand(-1, 7)
+        f, g = self.second(y).chunk(2, dim=1)
+        h = f.reshape(-1, 2, 16).permute(1, 0, 2)
+        return a.sum() + (c * d).sum() + e.sin().sum() + (h.cos() * g.reshape(-1, 2, 16).permute(1, 0, 2)).sum()
+
+
+class InPlace(nn.Module):
+    """Operations that overwrite their operand, directly and through views."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x):
+        y = x
+        for part in self.parts:
+            z = part(y).relu_()
+            z += y
+            z[:, :8] *= 0.5
+            z.add_(1.0).clamp_(max=3.0)
+            y = F.silu(z, inplace=False)
+        return y
+
+
+class Checkpointed(nn.Module):
+    """Uses PyTorch's own checkpointing inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList(layers(nn.GELU, times=2) for _ in range(3))
+
+    def forward(self, x):
+        for part in self.parts:
+            x = torch.utils.checkpoint.checkpoint(part, x, use_reentrant=False)
+        return x
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    """The model with every second parameter frozen."""
+    for parameter in list(model.parameters())[::2]:
+        parameter.requires_grad_(False)
+    return model
+
+
+def convolutions(**options) -> nn.Module:
+    """A small convolutional net with BatchNorm."""
+    parts = [(nn.Conv2d(3 if not at else 8, 8, 3, padding=1), nn.BatchNorm2d(8, **options), nn.ReLU(inplace=True)) for at in range(3)]
+    return nn.Sequential(*(part for row in parts for part in row), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 4))
+
+
+def images() -> tuple:
+    """A batch of images."""
+    return (torch.randn(8, 3, 16, 16),)
+
+
+def tokens() -> tuple:
+    """Tokens and labels."""
+    return torch.randint(0, 50, (4, 32)), torch.randint(0, 50, (4, 32))
+
+
+def shared_block(m, x):
+    """One submodule called three times, so that its gradients add up."""
+    for _ in range(3):
+        x = F.dropout(torch.tanh(m.body(x)), 0.2, training=m.training)
+    return x
+
+
+def mixed_dropout(m, x):
+    """Dropout on two branches, Bernoulli noise made in the model, and a dropout on attention."""
+    a, b = F.dropout(m.left(x), 0.3), F.dropout(m.right(x), 0.5)
+    noise = torch.rand_like(a) * 0.1
+    q = (a + noise).view(8, -1, WIDTH)
+    return F.scaled_dot_product_attention(q, b.view(8, -1, WIDTH), q, dropout_p=0.1)
+
+
+# name -> model, its inputs, how the scalar comes about (None: from the model itself)
+MODELS = {
+    "gelu": (lambda: layers(nn.GELU), lambda: (rows(),), total),
+    "tanh then relu in place": (lambda: layers(nn.Tanh, lambda: nn.ReLU(inplace=True)), lambda: (rows(),), total),
+    "tied": (Tied, tokens, lambda out: out[0]),
+    "frozen": (lambda: frozen(layers(nn.GELU)), lambda: (rows(),), total),
+    "first layers frozen": (lambda: nn.Sequential(layers(nn.GELU).requires_grad_(False), layers(nn.GELU)), lambda: (rows(),), total),
+    "batch norm": (convolutions, images, total),
+    "batch norm, cumulative": (lambda: convolutions(momentum=None), images, total),
+    "batch norm, untracked": (lambda: convolutions(track_running_stats=False), images, total),
+    "batch norm, eval": (lambda: convolutions().eval(), images, total),
+    "batch norm called twice": (
+        lambda: Lambda(lambda m, x: m.norm(m.body(m.norm(m.body(x)))), norm=nn.BatchNorm1d(WIDTH), body=layers(nn.GELU, times=1)),
+        lambda: (rows(),),
+        total,
+    ),
+    "dropout": (lambda: layers(nn.GELU, lambda: nn.Dropout(0.3)), lambda: (rows(),), total),
+    "dropout on branches": (
+        lambda: Lambda(mixed_dropout, left=layers(nn.GELU), right=layers(nn.Tanh)),
+        lambda: (rows(),),
+        total,
+    ),
+    "shared block": (lambda: Lambda(shared_block, body=nn.Linear(WIDTH, WIDTH)), lambda: (rows(),), total),
+    "in place": (InPlace, lambda: (rows(),), total),
+    "views": (Views, lambda: (rows(),), None),
+    "attention": (lambda: nn.Sequential(Attention(), Attention()), lambda: (torch.randn(2, 32, WIDTH),), total),
+    "keywords": (Keywords, lambda: (rows(), {"left": rows(), "right": [rows()]}), None),
+    "checkpointed": (Checkpointed, lambda: (rows(),), total),
+    "several outputs": (
+        lambda: Lambda(lambda m, x, y: (m.a(x), [m.b(y), m.a(y).detach()]), a=layers(nn.GELU), b=layers(nn.SiLU)),
+        lambda: (rows(), rows()),
+        total,
+    ),
+    "input requires grad": (lambda: layers(nn.GELU), lambda: (rows(True),), total),
+    "layer norm is the output": (lambda: nn.Sequential(layers(nn.GELU), nn.LayerNorm(WIDTH)), lambda: (rows(),), total),
+    "double": (lambda: layers(nn.GELU).double(), lambda: (rows().double(),), total),
+    "bfloat16": (lambda: layers(nn.GELU).bfloat16(), lambda: (rows().bfloat16(),), total),
+    "lstm": (lambda: Lambda(lambda m, x: m.cell(x)[0], cell=nn.LSTM(16, 16, 2)), lambda: (torch.randn(6, 4, 16),), total),
+    "pooling and cat": (
+        lambda: Lambda(
+            lambda m, x: F.max_pool2d(torch.cat([m.a(x), m.b(x)], 1), 2).amax((2, 3)),
+            a=nn.Conv2d(3, 8, 3),
+            b=nn.Conv2d(3, 8, 3),
+        ),
+        images,
+        total,
+    ),
+    "unused parameter": (lambda: Lambda(lambda m, x: m.a(x), a=layers(nn.GELU), b=nn.Linear(3, 3)), lambda: (rows(),), total),
+    "parameter itself": (lambda: Lambda(lambda m, x: m.a(x) @ m.a[0].weight * m.a[0].bias, a=layers(nn.GELU)), lambda: (rows(),), total),
+    "complex-free fft-like trig": (lambda: Lambda(lambda m, x: (m.a(x).sin() * m.a(x).cos()).cumsum(1), a=layers(nn.Tanh)), lambda: (rows(),), total),
+    "sort and gather": (lambda: Lambda(lambda m, x: m.a(x).sort(1)[0].topk(8)[0], a=layers(nn.GELU)), lambda: (rows(),), total),
+    "prelu and bilinear": (
+        lambda: Lambda(lambda m, x: m.b(m.a(x), x), a=nn.Sequential(layers(nn.GELU), nn.PReLU()), b=nn.Bilinear(WIDTH, WIDTH, 4)),
+        lambda: (rows(),),
+        total,
+    ),
+}  # fmt: skip
+
+
+def build(name: str) -> tuple:
+    """A model, a copy of it, its inputs, and its loss."""
+    torch.manual_seed(0)
+    make, inputs, loss = MODELS[name]
+    model = make()
+    return model, copy.deepcopy(model), inputs(), loss
+
+
+def scalar(output, loss):
+    """The scalar that is differentiated."""
+    if loss is not None:
+        return loss(output)
+    return output["loss"] if isinstance(output, dict) else output
+
+
+def tight(model: nn.Module, args: tuple, loss, kwargs: dict | None = None) -> memplan.Plan:
+    """The plan for the smallest budget known to work, asked for as a user would find it."""
+    options = {"loss": loss, "machine": "h100-80gb", "time_limit": 20.0}
+    try:
+        return memplan.plan(model, 1, args, kwargs, **options)
+    except BudgetError as error:
+        assert error.minimum is not None
+        return memplan.plan(model, error.minimum, args, kwargs, **options)
+
+
+def planned(model: nn.Module, args: tuple, loss, budget: str, kwargs: dict | None = None) -> memplan.Plan:
+    """A plan without a budget, or the tightest."""
+    if budget == "tight":
+        return tight(model, args, loss, kwargs)
+    return memplan.plan(model, None, args, kwargs, loss=loss, machine="h100-80gb", time_limit=20.0)
+
+
+def step(model: nn.Module, args: tuple, loss, seed: int = 7) -> dict:
+    """One step, and everything that a user can see of it."""
+    args = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone().requires_grad_(t.requires_grad), args)
+    torch.manual_seed(seed)
+    output = model(*args)
+    value = scalar(output, loss)
+    between = torch.get_rng_state()
+    value.backward()
+    leaves = [leaf for leaf in torch.utils._pytree.tree_leaves((output, value)) if isinstance(leaf, torch.Tensor)]
+    inputs = [leaf for leaf in torch.utils._pytree.tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+    return {
+        "outputs": [leaf.detach() for leaf in leaves],
+        "grads": {name: parameter.grad for name, parameter in model.named_parameters()},
+        "input grads": [leaf.grad for leaf in inputs],
+        "buffers": dict(model.named_buffers()),
+        "rng": [between, torch.get_rng_state()],
+        "structure": torch.utils._pytree.tree_structure(output),
+    }
+
+
+def same(found, wanted, path: str = "") -> None:
+    """Bitwise equality of two results."""
+    if isinstance(wanted, dict):
+        assert list(found) == list(wanted), path
+        for key in wanted:
+            same(found[key], wanted[key], f"{path}/{key}")
+    elif isinstance(wanted, list):
+        assert len(found) == len(wanted), path
+        for at, (one, other) in enumerate(zip(found, wanted, strict=True)):
+            same(one, other, f"{path}/{at}")
+    elif isinstance(wanted, torch.Tensor):
+        assert found is not None, path
+        assert found.dtype == wanted.dtype, path
+        assert found.shape == wanted.shape, path
+        assert torch.equal(found.nan_to_num(), wanted.nan_to_num()), f"{path}: {(found - wanted).abs().max()}"
+    else:
+        assert found == wanted, path
+
+
+@pytest.mark.parametrize("budget", ["free", "tight"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_planned_step_is_the_eager_step(name, budget):
+    """Loss, outputs, gradients, buffers and random numbers are eager's bit for bit, with and without recomputation."""
+    model, other, args, loss = build(name)
+    plan = planned(model, args, loss, budget)
+    fast = plan.apply(model)
+
+    for seed in (7, 8):  # twice: gradients accumulate, buffers move on
+        same(step(fast, args, loss, seed), step(other, args, loss, seed))
+
+
+def test_most_tight_plans_do_recompute():
+    """The comparisons above would prove little otherwise."""
+    repeated = {}
+    for name in ("gelu", "tied", "batch norm", "dropout", "attention", "in place", "dropout on branches", "checkpointed"):
+        model, _, args, loss = build(name)
+        repeated[name] = tight(model, args, loss).planned.report.repeated
+
+    assert all(repeated.values()), repeated
+
+
+@pytest.mark.parametrize("budget", ["free", "tight"])
+def test_several_optimizer_steps_end_at_the_same_parameters(budget):
+    """Five steps of AdamW, dropout and BatchNorm included, leave eager's very parameters and buffers."""
+    torch.manual_seed(0)
+    model = layers(nn.GELU, lambda: nn.BatchNorm1d(WIDTH), lambda: nn.Dropout(0.2))
+    other = copy.deepcopy(model)
+    args = (rows(),)
+    fast = planned(model, args, total, budget).apply(model)
+    for net in (fast, other):
+        torch.manual_seed(1)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+        for _ in range(5):
+            total(net(torch.randn(ROWS, WIDTH))).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    same(dict(fast.state_dict()), dict(other.state_dict()))
+    assert list(fast.state_dict()) == list(other.state_dict())
+
+
+@pytest.mark.parametrize("budget", ["free", "tight"])
+def test_a_planned_model_under_autocast(budget):
+    """Planned under bf16 autocast it gives autocast's numbers under it, and refuses a call without."""
+    torch.manual_seed(0)
+    model = layers(nn.GELU)
+    other = copy.deepcopy(model)
+    args = (rows(),)
+    with torch.autocast("cpu", torch.bfloat16):
+        fast = planned(model, args, total, budget).apply(model)
+        found, wanted = step(fast, args, total), step(other, args, total)
+    same(found, wanted)
+    assert found["outputs"][0].dtype == torch.bfloat16
+
+    with pytest.raises(PlanMismatch, match="autocast"):
+        fast(*args)
+
+
+@pytest.mark.parametrize("budget", ["free", "tight"])
+def test_the_step_leaves_nothing_behind(budget):
+    """After backward no tensor of the step is alive except gradients and what the caller holds."""
+    torch.manual_seed(0)
+    model = layers(nn.GELU, lambda: nn.Dropout(0.1))
+    args = (rows(),)
+    fast = planned(model, args, total, budget).apply(model)
+    step(fast, args, total)
+    gc.collect()
+    before = sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+    for _ in range(3):
+        step(fast, args, total)
+    gc.collect()
+
+    assert sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()) <= before
+
+
+def test_the_planned_model_is_the_model():
+    """Same class, same parameters, same names; an evaluation without gradients runs the original."""
+    model = Tied()
+    args = tokens()
+    fast = planned(model, args, lambda out: out[0], "free").apply(model)
+
+    assert isinstance(fast, Tied)
+    assert list(fast.state_dict()) == list(model.state_dict())
+    assert all(a is b for a, b in zip(fast.parameters(), model.parameters(), strict=True))
+    with torch.no_grad():
+        same([fast(*args)[1]], [model(*args)[1]])
+        assert fast(torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int64))[1].shape == (1, 3, 50)
+
+
+def test_inference_is_planned_too():
+    """train=False: the forward pass alone, within a budget, gives the same outputs and no graph."""
+    torch.manual_seed(0)
+    model = layers(nn.GELU, times=4).eval()
+    args = (rows(),)
+    plan = memplan.plan(model, None, args, train=False, machine="h100-80gb")
+    output = plan.apply(model)(*args)
+
+    same([output], [model(*args).detach()])
+    assert not output.requires_grad
+
+
+def test_keyword_and_positional_arguments_are_one_call():
+    """However the caller splits them, and refused when their values are others."""
+    torch.manual_seed(0)
+    model = Keywords()
+    x = rows()
+    fast = planned(model, (x,), None, "free", {"scale": 2.0}).apply(model)
+
+    wanted = model(x, scale=2.0)["loss"]
+    same([fast(x, scale=2.0)["loss"].detach(), fast(x=x, scale=2.0)["loss"].detach()], [wanted.detach()] * 2)
+    with pytest.raises(PlanMismatch):
+        fast(x, scale=3.0)
+    with pytest.raises(PlanMismatch):
+        fast(x)
+    with pytest.raises(PlanMismatch, match="arguments do not fit"):
+        fast(x, nonsense=1)
+
+
+def gelu_net() -> tuple:
+    """A planned model and its batch."""
+    torch.manual_seed(0)
+    model = layers(nn.GELU)
+    args = (rows(),)
+    return model, planned(model, args, total, "free").apply(model), args[0]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: x[:-1],
+        lambda x: x.double(),
+        lambda x: x.t().contiguous().t(),
+        lambda x: x[None],
+        lambda x: x.clone().requires_grad_(),
+        lambda x: None,
+        lambda x: 3.0,
+    ],
+    ids=["rows", "dtype", "strides", "rank", "requires grad", "None", "number"],
+)
+def test_a_call_that_was_not_planned_for_is_refused(call):
+    """Shapes, types, strides and gradients of inputs are part of the plan."""
+    _, fast, x = gelu_net()
+
+    with pytest.raises(PlanMismatch):
+        fast(call(x))
+
+
+def unfreeze(model):
+    """Freeze a parameter."""
+    model[0].weight.requires_grad_(False)
+
+
+def reshape(model):
+    """Give a layer another width."""
+    model[0].weight = nn.Parameter(torch.randn(WIDTH, WIDTH + 1))
+
+
+def retype(model):
+    """Turn the model into another type."""
+    model.double()
+
+
+def evaluate(model):
+    """Leave training mode in one place."""
+    model[1].eval()
+
+
+def lose(model):
+    """Remove a bias."""
+    model[2].bias = None
+
+
+@pytest.mark.parametrize("change", [unfreeze, reshape, retype, evaluate, lose])
+@pytest.mark.parametrize("when", ["before apply", "after apply"])
+def test_a_model_that_has_changed_is_refused(change, when):
+    """A plan does not survive other shapes, types, modes, or other wishes for gradients."""
+    torch.manual_seed(0)
+    model = layers(nn.GELU)
+    x = rows()
+    plan = planned(model, (x,), total, "free")
+    if when == "before apply":
+        change(model)
+        with pytest.raises(PlanMismatch):
+            plan.apply(model)(x)
+    else:
+        fast = plan.apply(model)
+        change(model)
+        with pytest.raises(PlanMismatch):
+            fast(x)
+
+
+def test_a_submodule_replaced_after_planning_is_never_ignored():
+    """Either the new module's parameters are used, or the call is refused; the old ones are wrong."""
+    model, fast, x = gelu_net()
+    model[0] = nn.Linear(WIDTH, WIDTH)
+    try:
+        found = fast(x)
+    except PlanMismatch:
+        return
+
+    same([found.detach()], [model(x).detach()])
+
+
+def test_a_hook_of_the_model_runs_once():
+    """A forward hook on the root, which was traced, is not applied to the traced result again."""
+    torch.manual_seed(0)
+    model = layers(nn.GELU)
+    model.register_forward_hook(lambda module, args, out: out * 2)
+    x = rows()
+    fast = planned(model, (x,), total, "free").apply(model)
+
+    same([fast(x).detach()], [model(x).detach()])
+
+
+def test_a_parameter_changed_in_place_between_forward_and_backward_is_an_error():
+    """Eager says so too; a wrong gradient would be worse."""
+    model, fast, x = gelu_net()
+    loss = total(fast(x))
+    with torch.no_grad():
+        model[0].weight.mul_(2.0)
+
+    with pytest.raises(MemplanError, match="changed in place"):
+        loss.backward()
+
+
+def test_backward_twice_is_an_error():
+    """What the first one read is gone."""
+    _, fast, x = gelu_net()
+    loss = total(fast(x))
+    loss.backward(retain_graph=True)
+
+    with pytest.raises(MemplanError, match="backward already"):
+        loss.backward()
+
+
+def test_a_gradient_through_another_output_is_an_error():
+    """With the loss in the model, the other outputs are planned as results, not as ways for gradients."""
+    torch.manual_seed(0)
+    model = Keywords()
+    x = rows()
+    fast = planned(model, (x,), None, "free").apply(model)
+    output = fast(x)
+
+    with pytest.raises((PlanMismatch, RuntimeError)):
+        (output["loss"] + output["nested"][0].sum()).backward()
+
+
+def test_two_forward_passes_before_their_backward_passes():
+    """Two calls in flight do not disturb each other, even with recomputed dropout."""
+    torch.manual_seed(0)
+    model = layers(nn.GELU, lambda: nn.Dropout(0.3))
+    other = copy.deepcopy(model)
+    x, y = rows(), rows()
+    fast = tight(model, (x,), total).apply(model)
+    for net in (fast, other):
+        torch.manual_seed(3)
+        first, second = total(net(x)), total(net(y))
+        first.backward()
+        second.backward()
+
+    same({n: p.grad for n, p in fast.named_parameters()}, {n: p.grad for n, p in other.named_parameters()})
+
+
+def test_a_gradient_hook_and_a_frozen_loss_weight():
+    """Hooks on parameters see the gradient; autograd.grad works as in eager."""
+    torch.manual_seed(0)
+    model = layers(nn.GELU)
+    other = copy.deepcopy(model)
+    x = rows()
+    fast = tight(model, (x,), total).apply(model)
+    seen = []
+    fast[0].weight.register_hook(lambda grad: seen.append(grad.clone()))
+    total(fast(x)).backward()
+    wanted = torch.autograd.grad(total(other(x)), other[0].weight)[0]
+
+    same(seen, [wanted])
+    same([torch.autograd.grad(total(fast(x)), fast[0].weight)[0]], [wanted])
+
+
+def test_models_that_return_their_input_or_a_view_of_it():
+    """Either planned right or refused in words."""
+    for function in (lambda m, x: (m.a(x), x), lambda m, x: (m.a(x), x[:2]), lambda m, x: (y := m.a(x), y.t())):
+        torch.manual_seed(0)
+        model = Lambda(function, a=layers(nn.GELU))
+        x = rows()
+        try:
+            fast = planned(model, (x,), lambda out: total(out[0]), "free").apply(model)
+        except memplan.CaptureError:
+            continue
+        same([leaf.detach() for leaf in fast(x)], [leaf.detach() for leaf in model(x)])
+
+
+def test_a_deep_copy_of_a_planned_model_stands_on_its_own():
+    """A copy computes with its own parameters, not with the original's, or copying is refused."""
+    model, fast, x = gelu_net()
+    twin = copy.deepcopy(fast)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.mul_(0.5)
+    reference = copy.deepcopy(model)
+    reference.load_state_dict(twin.state_dict())
+
+    same([twin(x).detach()], [reference(x).detach()])
+    same([fast(x).detach()], [model(x).detach()])
+
+
+def test_the_peak_of_real_tensors_is_the_one_predicted():
+    """Bytes of live storages, counted while the planned step runs, never exceed the prediction, and tight is tighter."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils.weak import WeakIdKeyDictionary
+
+    class Watch(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.storages = WeakIdKeyDictionary()
+            self.peak = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for leaf in torch.utils._pytree.tree_leaves(out):
+                if isinstance(leaf, torch.Tensor):
+                    self.storages[leaf.untyped_storage()] = None
+            sizes = {storage.data_ptr(): storage.nbytes() for storage in self.storages}
+            self.peak = max(self.peak, sum(sizes.values()))
+            return out
+
+    torch.manual_seed(0)
+    model = layers(nn.GELU, times=5)
+    args = (rows(),)
+    peaks = {}
+    for budget in ("free", "tight"):
+        plan = planned(model, args, lambda out: out.sum(), budget)
+        fast = plan.apply(model)
+        with Watch() as watch:
+            fast(*args).sum().backward()
+        model.zero_grad(set_to_none=True)
+        peaks[budget] = watch.peak
+        assert watch.peak + plan.program.resident_bytes <= plan.peak * 1.02 + 4096
+
+    assert peaks["tight"] < 0.8 * peaks["free"]
