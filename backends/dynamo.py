@@ -41,23 +41,25 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import msgspec
-import numpy as np
 import torch
-from torch import fx, nn
+from torch import _guards, fx, nn
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from ..passes.liveness import Liveness
 from ..planner.cost import Table, apply_costs
 from ..planner.errors import BudgetError, MachineError, MemplanError
 from ..planner.local import device_key, local_machine
 from ..planner.machine import Machine, load_machine
 from ..planner.pipeline import Planner
-from ..planner.plan import Side
+from ..planner.plan import Side, unlimited
 from ..planner.program import Phase, Program
+from ..planner.referee import referee
 from ..planner.schedule import Free, Run, Schedule
 from ..planner.units import parse_bytes, show_bytes
 from .codegen import Generated, generate
@@ -65,7 +67,7 @@ from .partition import Argument, Joint, describe, emit, pack, unpack
 
 SHARES = (1.0, 0.75, 0.5, 0.3, 0.15, 0.05, 0.0)  # of the way from a piece's least to its most, tried in this order
 EVAL_FRAME = os.path.join("torch", "_dynamo", "eval_frame.py")
-NOT_USERS = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep + "backends")
+NOT_USERS = tuple(str(Path(file).resolve().parent) + os.sep for file in (str(torch.__file__), __file__))
 NAME = re.compile(r"(?:_modules|_parameters|_buffers)\['([^']+)'\]")
 
 
@@ -87,7 +89,9 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seed: int = 0
 
 
-def memplan(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None) -> Callable[..., Any]:
+def memplan(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
     """The backend that `torch.compile` calls for each piece of a model.
 
     Args:
@@ -128,7 +132,9 @@ def read_options(options: Mapping[str, Any] | None) -> Options:
     given = dict(options or {})
     unknown = sorted(set(given) - set(Options.__struct_fields__), key=str)
     if unknown:
-        raise MemplanError(f"no option {unknown[0]!r}: the options of backend='memplan' are {', '.join(Options.__struct_fields__)}")
+        raise MemplanError(
+            f"no option {unknown[0]!r}: the options of backend='memplan' are {', '.join(Options.__struct_fields__)}"
+        )
     if given.get("budget") is not None:
         parse_bytes(given["budget"], of=1 << 40)
     machine = given.get("machine")
@@ -244,7 +250,9 @@ class Ledger:
         holds = [visit.code.held for visit in self.holding]
         held = sum(holds) + others - counted_twice
         everything = held + sum(inputs.values())
-        later = min((budget - (everything - visit.code.held + visit.code.own) for visit in self.holding), default=budget)
+        later = min(
+            (budget - (everything - visit.code.held + visit.code.own) for visit in self.holding), default=budget
+        )
         return Room(budget - held, later, held)
 
     def settle(self, finished: list[Visit]) -> None:
@@ -300,16 +308,36 @@ def held_bytes(program: Program, schedule: Schedule) -> int:
 
 
 def small_schedules(planner: Planner) -> list[Side]:
-    """Schedules that take little in one way or another: the smallest peak known, and the simple rules of recomputation.
+    """Schedules that take little in one way or another.
 
-    A small peak is not all: what a piece holds counts while every other piece runs.
+    A small peak is not all: what a piece holds counts while every other piece runs. So besides the smallest peak known,
+    there is the schedule that saves only what it must and computes the rest a second time.
     """
-    if not planner.recompute or len(planner.master.slots.use) == 0:
-        return [planner.kept]
-    crosses = planner.segments.crosses[planner.master.slots.buffer]
-    rules = [np.where(crosses, 0, 2), np.where(crosses, 3, 2), np.full(len(crosses), 3), np.ones(len(crosses))]
-    uses = len(planner.flat.problem.use)
-    return [planner.kept, planner.floor, *(planner.finish(planner.space.decode(rule.astype(np.int32), uses), None) for rule in rules)]
+    if planner.program.boundary == len(planner.program.ops):
+        return [planner.kept, planner.floor]
+    schedule = Liveness()(planner.program, replayed(planner.program))
+    again = Side(schedule, referee(planner.program, unlimited(planner.machine), schedule))
+    return [planner.kept, planner.floor, again]
+
+
+def replayed(program: Program) -> list[int]:
+    """The order in which the forward pass runs again, op by op, when the backward pass first needs its results."""
+    outputs = set(program.outputs)
+    again = [op.repeatable and not outputs & set(op.writes) for op in program.ops[: program.boundary]]
+    order = list(range(program.boundary + 1))
+    done: set[int] = set()
+    for late in range(program.boundary + 1, len(program.ops)):
+        needed: set[int] = set()
+        stack = [late]
+        while stack:
+            for buffer in program.ops[stack.pop()].reads:
+                maker = program.producer[buffer]
+                if 0 <= maker < program.boundary and again[maker] and maker not in done and maker not in needed:
+                    needed.add(maker)
+                    stack.append(maker)
+        order += [*sorted(needed), late]
+        done |= needed
+    return order
 
 
 def burden(program: Program, side: Side) -> int:
@@ -331,7 +359,9 @@ class Piece:
         self.breaks = bool(getattr(reason, "graph_break", False))
         self.name = f"piece {ledger.pieces}{where_it_ends(reason)}"
         self.lifted = [*gm.parameters(), *gm.buffers()]
-        self.sources = [Argument(*kind_and_name(tensor_source(node))) for node in gm.graph.nodes if node.op == "placeholder"]
+        self.sources = [
+            Argument(*kind_and_name(tensor_source(node))) for node in gm.graph.nodes if node.op == "placeholder"
+        ]
         self.codes: dict[Any, Code] = {}
 
     def __call__(self, *args: Any) -> Any:
@@ -378,7 +408,9 @@ class Piece:
         planner.deadline = time.monotonic() + self.ledger.options.time_limit
         if room is None:
             capacity = planner.machine.tiers[0].capacity
-            return planner.solve(min(parse_bytes(self.ledger.options.budget or 0, of=planner.unplanned.peak), capacity)).side
+            return planner.solve(
+                min(parse_bytes(self.ledger.options.budget or 0, of=planner.unplanned.peak), capacity)
+            ).side
         resident = planner.program.resident_bytes
         try:
             short = left_bytes(planner.program) - room.later
@@ -479,7 +511,9 @@ class Code:
     visit: Visit | None = None
 
     @staticmethod
-    def make(piece: Piece, args: Sequence[Any], machine: Machine, choose: Callable[[Planner], Side], known: Planner | None) -> "Code":
+    def make(
+        piece: Piece, args: Sequence[Any], machine: Machine, choose: Callable[[Planner], Side], known: Planner | None
+    ) -> "Code":
         """Trace, plan and compile a piece for these arguments."""
         return _Compilation(piece, machine, choose, known).compile(args)
 
@@ -531,7 +565,11 @@ class Code:
         rounding = self.planner.machine.tiers[0].rounding
         self.visit.outputs = storages([value for value in outputs if isinstance(value, torch.Tensor)], rounding)
         made = [value.untyped_storage() for value in saved if isinstance(value, torch.Tensor)]
-        made = [storage for storage in made if storage._cdata not in self.visit.inputs and storage._cdata not in self.visit.outputs]
+        made = [
+            storage
+            for storage in made
+            if storage._cdata not in self.visit.inputs and storage._cdata not in self.visit.outputs
+        ]
         if made:
             self.visit.saved = StorageWeakRef(max(made, key=lambda storage: storage.nbytes()))
 
@@ -573,7 +611,9 @@ class _Compilation:
         self.joint = describe(graph, [*lifted, *piece.sources], forward_outputs, piece.name, self.machine.device)
         program = self.joint.traced.program
         if self.inductor:  # its random numbers come from seeds of its own, and it decides what is written in place
-            ops = tuple(msgspec.structs.replace(op, reuse=(), repeatable=op.repeatable and not op.random) for op in program.ops)
+            ops = tuple(
+                msgspec.structs.replace(op, reuse=(), repeatable=op.repeatable and not op.random) for op in program.ops
+            )
             program = msgspec.structs.replace(program, ops=ops)
         table = Table(device_key(self.machine.device)) if self.machine.name.startswith("local") else None
         program = apply_costs(program, self.machine, table)
@@ -585,7 +625,9 @@ class _Compilation:
         self.generated = generate(self.joint.traced, side.schedule)
         self.code = Code(planner, side, side, no_code)
 
-    def partition(self, graph: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **rest: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+    def partition(
+        self, graph: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **rest: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """AOTAutograd's question: what is forward, what is backward, and what is saved between them?"""
         self.plan(graph, num_fwd_outputs)
         assert self.joint is not None
@@ -593,12 +635,12 @@ class _Compilation:
         assert self.generated is not None
         return emit(self.joint, self.code.side.schedule, self.generated)
 
-    def compile_forward(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    def compile_forward(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """The forward pass: a list of inputs, which is emptied, to outputs and what is saved."""
         assert self.code is not None
         assert self.joint is not None
         code, count = self.code, len(self.joint.returns)
-        inner = self.inner(graph, inputs, count, False) if self.inductor else self.eager_forward()
+        inner = self.inner(gm, example_inputs, count, False) if self.inductor else self.eager_forward()
 
         def forward(args: list[Any]) -> Any:
             results = inner(args)
@@ -607,21 +649,21 @@ class _Compilation:
 
         return boxed(forward)
 
-    def compile_backward(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    def compile_backward(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """The backward pass: a list of saved tensors and tangents, which is emptied, to gradients."""
         if self.inductor:
             with surroundings(True):
-                return torch._dynamo.disable(self.inner(graph, inputs, 0, True), reason="memplan has planned it")
+                return torch._dynamo.disable(self.inner(gm, example_inputs, 0, True), reason="memplan has planned it")
         return torch._dynamo.disable(boxed(self.eager_backward()), reason="memplan has planned it")
 
-    def compile_inference(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    def compile_inference(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """A pass that nothing follows."""
-        ends = next(iter(graph.graph.find_nodes(op="output")))
-        self.plan(graph, len(ends.args[0]))
+        ends = next(iter(gm.graph.find_nodes(op="output")))
+        self.plan(gm, len(ends.args[0]))
         assert self.joint is not None
         if not self.inductor:
             return boxed(self.eager_forward())
-        return self.inner(graph, inputs, len(self.joint.returns), False, inference=True)
+        return self.inner(gm, example_inputs, len(self.joint.returns), False, inference=True)
 
     def eager_forward(self) -> Callable[[list[Any]], list[Any]]:
         """Generated code under AOTAutograd's convention."""
@@ -664,7 +706,9 @@ class _Compilation:
 
         return backward
 
-    def inner(self, graph: fx.GraphModule, inputs: Sequence[Any], visible: int, backward: bool, inference: bool = False) -> Any:
+    def inner(
+        self, graph: fx.GraphModule, inputs: Sequence[Any], visible: int, backward: bool, inference: bool = False
+    ) -> Any:
         """A graph compiled by Inductor; the first outputs keep the strides that the caller expects."""
         from torch._inductor.compile_fx import compile_fx_inner
 
@@ -697,9 +741,9 @@ def decompositions(inductor: bool) -> dict[Any, Any]:
 def surroundings(inductor: bool) -> Iterator[None]:
     """What Inductor looks for while it compiles: a fake mode, and a context to report strides to."""
     with ExitStack() as stack:
-        if inductor and torch._guards.TracingContext.try_get() is None:
+        if inductor and _guards.TracingContext.try_get() is None:
             mode = FakeTensorMode(allow_non_fake_inputs=True)
-            stack.enter_context(torch._guards.tracing(torch._guards.TracingContext(mode)))
+            stack.enter_context(_guards.tracing(_guards.TracingContext(mode)))
         yield
 
 

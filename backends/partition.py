@@ -55,7 +55,9 @@ class Joint:
     returns: tuple[Any, ...]
 
 
-def describe(graph: fx.GraphModule, arguments: Sequence[Argument], forward_outputs: int, name: str, device: str) -> Joint:
+def describe(
+    graph: fx.GraphModule, arguments: Sequence[Argument], forward_outputs: int, name: str, device: str
+) -> Joint:
     """Lower a graph that AOTAutograd hands to a partitioner or to an inference compiler.
 
     Args:

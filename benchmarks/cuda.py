@@ -28,8 +28,8 @@ from .record import RESULTS, Results, Row, answer, ask, header, markdown, mib, n
 
 METHODS = (
     "eager", "checkpoint", "memplan:@checkpoint", "memplan:none", "memplan:60%", "memplan:40%", "memplan:80%",
-    "memplan:25%", "compile", "save-on-cpu", "memplan-compile:60%", "compile-budget:0.5", "compile-budget:0", "compile-budget:1",
-    "compile-budget:0.25", "compile-budget:0.75",
+    "memplan:25%", "compile", "save-on-cpu", "memplan-compile:60%", "compile-budget:0.5", "compile-budget:0",
+    "compile-budget:1", "compile-budget:0.25", "compile-budget:0.75",
 )  # fmt: skip
 WARM_UP = 3
 
@@ -239,8 +239,8 @@ def render(results: Results, path: Path) -> None:
     lines = header("Training steps on one GPU", results)
     lines += [
         "Written by `python -m memplan.benchmarks.cuda --render`. Forward, backward and optimizer step; sizes are MiB.",
-        "MFU counts the operations of an eager step against the peak rate of the device: what a method recomputes counts",
-        "as time, not as work.",
+        "MFU counts the operations of an eager step against the peak rate of the device: what a method recomputes",
+        "counts as time, not as work.",
         "",
     ]
     heads = ("method", "budget", "predicted", "allocated", "reserved", "step", "p10-p90", "time / eager", "MFU",
@@ -251,7 +251,7 @@ def render(results: Results, path: Path) -> None:
             rows_of.setdefault(row["model"], {})[row["method"]] = row
     for name, found in rows_of.items():
         eager = found.get("eager", {})
-        ordered = [*(method for method in METHODS if method in found), *(set(found) - set(METHODS))]
+        ordered = [*(method for method in METHODS if method in found), *sorted(set(found) - set(METHODS))]
         lines += [f"## {name}", "", *markdown(heads, [cells(found[method], eager) for method in ordered])]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines).rstrip() + "\n")
@@ -266,7 +266,8 @@ def cells(row: Row, eager: Row) -> tuple[str, ...]:
     same = "-" if not eager.get("losses") else "yes" if row["losses"] == eager["losses"] else "no"
     return (
         row["method"], mib(plan.get("budget")) if plan else "", mib(plan.get("peak")) if plan else "",
-        mib(row["allocated"]), mib(row["reserved"]), f"{row['seconds'] * 1e3:.1f} ms", f"{row['p10'] * 1e3:.1f}-{row['p90'] * 1e3:.1f}",
+        mib(row["allocated"]), mib(row["reserved"]), f"{row['seconds'] * 1e3:.1f} ms",
+        f"{row['p10'] * 1e3:.1f}-{row['p90'] * 1e3:.1f}",
         ratio(row["seconds"] / base if base else None), percent(mfu), f"{row['first']:.1f} s", same,
     )  # fmt: skip
 

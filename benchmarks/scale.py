@@ -76,9 +76,9 @@ def render(results: Results, path: Path) -> None:
     lines = header("Planning what does not fit here", results)
     allowances = ", ".join(f"{allowed:.0f} s ({shape})" for shape, (_, _, _, allowed) in SHAPES.items())
     lines += [
-        "Written by `python -m memplan.benchmarks.scale --render`. Sequence 8192, batch 1, bfloat16. Sizes are GiB; times of",
-        f"steps are predictions of the machine's description. Goals: tracing and solving within {allowances}, solving",
-        f"alone within {MOST_SOLVING:.0f} s, in under {MOST_MEMORY / 1e9:.0f} GB.",
+        "Written by `python -m memplan.benchmarks.scale --render`. Sequence 8192, batch 1, bfloat16. Sizes are GiB;",
+        "times of steps are predictions of the machine's description. Goals: tracing and solving within",
+        f"{allowances}, solving alone within {MOST_SOLVING:.0f} s, in under {MOST_MEMORY / 1e9:.0f} GB.",
         "",
         *markdown(heads, rows),
     ]
@@ -91,8 +91,8 @@ def render(results: Results, path: Path) -> None:
     lines += [
         "## Depth",
         "",
-        f"7B's layers, without an optimizer, for half of the unplanned peak, on {DEPTH_MACHINE}. Growth: of tracing and",
-        "solving together, against the row above.",
+        f"7B's layers, without an optimizer, for half of the unplanned peak, on {DEPTH_MACHINE}. Growth: of tracing",
+        "and solving together, against the row above.",
         "",
         *markdown(("layers", *heads[2:-1], "growth"), rows),
     ]

@@ -1,6 +1,6 @@
 """The `torch.compile` door: one budget for a model with a graph break, and eager's numbers under it.
 
-    python examples/compile_door.py
+python examples/compile_door.py
 """
 
 import torch
@@ -19,7 +19,9 @@ class Tower(nn.Module):
 
     @staticmethod
     def layer(width: int) -> nn.Module:
-        return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(0.1))
+        return nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(0.1)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.first(x)

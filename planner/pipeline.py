@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
@@ -29,8 +30,10 @@ from .schedule import Free, Run, Schedule
 from .units import show_bytes
 
 Progress = Callable[[str, float], None]
+CUT_OPS = 30_000  # ops of all linear programs of one bound together
 GOOD = 0.002  # a gap at which the search stops
-FLOOR_ROUNDS = 16  # searches for a smaller peak
+FLOOR_ROUNDS = 16  # searches for a smaller peak; half as many for programs of more than LARGE ops
+LARGE = 2000
 SMALL = 150  # ops: programs up to this size may also recompute what the backward pass makes
 
 
@@ -100,15 +103,15 @@ class Planner:
         """Linear programs at the moments that press most: the worst of each segment opened early, and the worst overall."""
         problem = self.flat.problem
         order, _, memory = profile(problem, problem.keep_all())
-        edges = np.unique(self.segments.opened)
         late = np.flatnonzero(order > problem.boundary)
-        chosen = set(late[np.argsort(-memory[late])[:8]].tolist())
-        for low, high in list(zip(edges[:-1], edges[1:], strict=True))[:12]:
-            inside = np.arange(low, high)
-            chosen.add(int(inside[np.argmax(memory[inside])]))
-        if problem.boundary + 1 < len(order):
-            chosen.add(problem.boundary + 1)
-        return [CutModel(problem, int(at)) for at in sorted(chosen) if at > problem.boundary]
+        if not len(late):
+            return []
+        edges = [*np.unique(self.segments.opened).tolist(), len(order)]
+        worst = [int(low + np.argmax(memory[low:high])) for low, high in pairwise(edges[:13]) if high > low]
+        first = [int(at) for at in late[np.argsort(-memory[late], kind="stable")[:8]]]
+        ranked = dict.fromkeys([first[0], *sorted(worst, key=lambda at: -memory[at]), *first, problem.boundary + 1])
+        chosen = [at for at in ranked if problem.boundary < at < len(order)]
+        return [CutModel(problem, at) for at in chosen[: max(3, CUT_OPS // len(order))]]
 
     def bound(self, budget: int) -> float:
         """A lower bound on the time of any schedule within the budget that keeps the base order; infinite if none is."""
@@ -190,10 +193,11 @@ class Planner:
         best, peak = choices[int(np.argmin(peaks))], min(peaks)
         current, tries, shrink = best, 0, 0.9
         steps = max(self.steps // 4, 500)
-        for number in range(FLOOR_ROUNDS):
+        rounds = FLOOR_ROUNDS if len(self.program.ops) <= LARGE else FLOOR_ROUNDS // 2
+        for number in range(rounds):
             if number and time.monotonic() > self.deadline:
                 break
-            self.tell("finding the smallest budget", number / FLOOR_ROUNDS)
+            self.tell("finding the smallest budget", number / rounds)
             target = int(problem.resident + (peak - problem.resident) * shrink)
             found, seconds = anneal(problem, self.space, current, target, steps, 0.01, self.seed + number, care=0.05)
             current = found  # what comes closest, if nothing fits: the next round goes on from it

@@ -15,7 +15,9 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Figures of its own, so that no test depends on what was measured here; no rounding, so that small tensors differ.
-MACHINE = Machine("toy", "cpu", (Tier("device", 1 << 34, 1e10),), (Unit("core", "device", {"default": 1e10}, launch=1e-6),))
+MACHINE = Machine(
+    "toy", "cpu", (Tier("device", 1 << 34, 1e10),), (Unit("core", "device", {"default": 1e10}, launch=1e-6),)
+)
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +86,7 @@ OPTIONS: dict[int, dict[str, Any]] = {}  # of each compiled model
 
 
 def compiled(model: Any, **options: Any) -> Any:
-    given = {"machine": MACHINE, "time_limit": 5.0, **options}
+    given = {"machine": MACHINE, "time_limit": 2.0, **options}
     called = torch.compile(model, backend="memplan", options=given)
     OPTIONS[id(called)] = given
     return called
@@ -166,7 +168,9 @@ def test_what_the_plan_says_is_what_runs() -> None:
     count = Count()
     watched(called, count)
     (code,) = pieces_of(called)
-    runs = [code.program.ops[step.op].target for step in code.side.schedule.instructions if isinstance(step, dynamo.Run)]
+    runs = [
+        code.program.ops[step.op].target for step in code.side.schedule.instructions if isinstance(step, dynamo.Run)
+    ]
     plan = Counter(target.split(".")[1] for target in runs if "." in target)
     assert code.side.report.repeated > 10
     for name in ("addmm", "native_layer_norm", "native_dropout", "gelu", "mm"):
@@ -181,7 +185,7 @@ def test_bytes_live_stay_within_the_plan() -> None:
     live = Live(model)
     watched(called, live)
     (code,) = pieces_of(called)
-    assert live.peak <= code.own + (16 << 10)  # generator states, and the loss's own tangent
+    assert live.peak <= code.own + (40 << 10)  # six generator states
     assert code.side.peak < 0.501 * code.planner.unplanned.peak
 
 
@@ -301,12 +305,12 @@ def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> No
 
 def test_another_shape_gets_another_plan() -> None:
     model = Gpt(drop=0.0)
-    called = assert_same(model, IDS, IDS[:2], IDS[:3], IDS[:, :10], IDS, budget="55%")
+    called = assert_same(model, IDS, IDS[:12], IDS[:14], IDS, budget="60%")
     (last,) = pieces_of(called)
-    called(IDS[:2]).backward()
+    called(IDS[:12]).backward()
     (other,) = pieces_of(called)
     assert other.planner.unplanned.peak < last.planner.unplanned.peak
-    assert other.side.peak <= 0.55 * other.planner.unplanned.peak
+    assert other.side.peak <= 0.6 * other.planner.unplanned.peak
 
 
 def test_without_gradients() -> None:

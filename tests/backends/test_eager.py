@@ -6,6 +6,7 @@ import gc
 import memplan
 import pytest
 import torch
+from memplan.planner.api import Session
 from memplan.planner.errors import BudgetError, MemplanError, PlanMismatch
 from torch import nn
 from torch.nn import functional as F
@@ -247,21 +248,27 @@ def scalar(output, loss):
     return output["loss"] if isinstance(output, dict) else output
 
 
+def session_of(model: nn.Module, args: tuple, loss, kwargs: dict | None = None) -> Session:
+    """What `memplan.plan` does before it looks at the budget, with a short search."""
+    session = Session(model, args, kwargs, loss=loss, machine="h100-80gb", time_limit=2.0)
+    session.planner.effort = 1500
+    return session
+
+
 def tight(model: nn.Module, args: tuple, loss, kwargs: dict | None = None) -> memplan.Plan:
     """The plan for the smallest budget known to work, asked for as a user would find it."""
-    options = {"loss": loss, "machine": "h100-80gb", "time_limit": 20.0}
-    try:
-        return memplan.plan(model, 1, args, kwargs, **options)
-    except BudgetError as error:
-        assert error.minimum is not None
-        return memplan.plan(model, error.minimum, args, kwargs, **options)
+    session = session_of(model, args, loss, kwargs)
+    with pytest.raises(BudgetError) as caught:
+        session.plan(1)
+    assert caught.value.minimum is not None
+    return session.plan(caught.value.minimum)
 
 
 def planned(model: nn.Module, args: tuple, loss, budget: str, kwargs: dict | None = None) -> memplan.Plan:
     """A plan without a budget, or the tightest."""
     if budget == "tight":
         return tight(model, args, loss, kwargs)
-    return memplan.plan(model, None, args, kwargs, loss=loss, machine="h100-80gb", time_limit=20.0)
+    return session_of(model, args, loss, kwargs).plan(None)
 
 
 def step(model: nn.Module, args: tuple, loss, seed: int = 7) -> dict:
