@@ -35,7 +35,7 @@ _FACE = {
     "MachineError": "errors",
     "PlanMismatch": "errors",
 }
-__all__ = sorted(_FACE)  # noqa: PLE0605
+__all__ = sorted(_FACE)
 __version__ = "0.1.0"
 
 

@@ -76,7 +76,10 @@ class _Writer:
             self.bind(node)
         head = ["def forward(inputs):", *self.unpack([node for node, _ in placeholders], "inputs")]
         steps = self.schedule.instructions
-        cut = next((at for at, step in enumerate(steps) if isinstance(step, Run) and self.phase(step) is Phase.LOSS), len(steps))
+        cut = next(
+            (at for at, step in enumerate(steps) if isinstance(step, Run) and self.phase(step) is Phase.LOSS),
+            len(steps),
+        )
         for step in steps[:cut]:
             self.instruction(step)
         outputs = [self.read(node) for node in self.traced.outputs]
@@ -176,7 +179,7 @@ class _Writer:
         target: Any = node.target
         taken = None
         if step.reuse:
-            new, old = step.reuse[0]
+            _, old = step.reuse[0]
             form = self.traced.in_place[step.op, old]
             target, taken = form.target, old
             if form.out is not None:
@@ -214,7 +217,9 @@ class _Writer:
 
     def drop(self, buffer: int, but: str = "") -> None:
         """Delete every variable that keeps a buffer's storage alive."""
-        names = sorted({self.scope.alive.pop(node) for node in self.scope.of_buffer.pop(buffer, []) if node in self.scope.alive})
+        names = sorted(
+            {self.scope.alive.pop(node) for node in self.scope.of_buffer.pop(buffer, []) if node in self.scope.alive}
+        )
         names = [name for name in names if name != but]
         if names:
             self.line(f"del {', '.join(names)}")

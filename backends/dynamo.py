@@ -250,9 +250,7 @@ class Ledger:
         holds = [visit.code.held for visit in self.holding]
         held = sum(holds) + others - counted_twice
         everything = held + sum(inputs.values())
-        later = min(
-            (budget - (everything - visit.code.held + visit.code.own) for visit in self.holding), default=budget
-        )
+        later = min((budget - (everything - visit.code.held + visit.code.own) for visit in self.holding), default=budget)
         return Room(budget - held, later, held)
 
     def settle(self, finished: list[Visit]) -> None:
@@ -359,9 +357,7 @@ class Piece:
         self.breaks = bool(getattr(reason, "graph_break", False))
         self.name = f"piece {ledger.pieces}{where_it_ends(reason)}"
         self.lifted = [*gm.parameters(), *gm.buffers()]
-        self.sources = [
-            Argument(*kind_and_name(tensor_source(node))) for node in gm.graph.nodes if node.op == "placeholder"
-        ]
+        self.sources = [Argument(*kind_and_name(tensor_source(node))) for node in gm.graph.nodes if node.op == "placeholder"]
         self.codes: dict[Any, Code] = {}
 
     def __call__(self, *args: Any) -> Any:
@@ -387,8 +383,8 @@ class Piece:
             code = Code.make(self, args, machine, lambda planner: self.choose(planner, room, last), code.planner)
         self.codes[key] = code
         visit = Visit(code, inputs)
-        ledger.parameters |= {value.untyped_storage()._cdata: (StorageWeakRef(value.untyped_storage()), inputs[value.untyped_storage()._cdata])
-                              for value in tensors if isinstance(value, nn.Parameter)}  # fmt: skip
+        kept = [value.untyped_storage() for value in tensors if isinstance(value, nn.Parameter)]
+        ledger.parameters |= {place._cdata: (StorageWeakRef(place), inputs[place._cdata]) for place in kept}
         result = code.run(args, visit)
         ledger.step.append(visit)
         if visit.holding:
@@ -408,9 +404,7 @@ class Piece:
         planner.deadline = time.monotonic() + self.ledger.options.time_limit
         if room is None:
             capacity = planner.machine.tiers[0].capacity
-            return planner.solve(
-                min(parse_bytes(self.ledger.options.budget or 0, of=planner.unplanned.peak), capacity)
-            ).side
+            return planner.solve(min(parse_bytes(self.ledger.options.budget or 0, of=planner.unplanned.peak), capacity)).side
         resident = planner.program.resident_bytes
         try:
             short = left_bytes(planner.program) - room.later
@@ -430,7 +424,8 @@ class Piece:
                 raise
             self.ledger.refuse()
             minimum = None if error.minimum is None else error.minimum + room.held
-            raise BudgetError(f"{error}; other pieces of the model hold {show_bytes(room.held)} ({room.held} bytes) of the budget "
+            held = f"{show_bytes(room.held)} ({room.held} bytes)"
+            raise BudgetError(f"{error}; other pieces of the model hold {held} of the budget "
                               "and take as little as they can from the next call on", minimum) from None  # fmt: skip
 
 
@@ -538,7 +533,7 @@ class Code:
         return left_bytes(self.program)
 
     def at_share(self, share: float) -> Side:
-        """A schedule whose peak lies that share of the way from the least to the most; the least where none is found."""
+        """A schedule with a peak that share of the way from the least to the most; the least where none is found."""
         most = self.planner.kept
         if share >= 1.0:
             return most
@@ -566,9 +561,7 @@ class Code:
         self.visit.outputs = storages([value for value in outputs if isinstance(value, torch.Tensor)], rounding)
         made = [value.untyped_storage() for value in saved if isinstance(value, torch.Tensor)]
         made = [
-            storage
-            for storage in made
-            if storage._cdata not in self.visit.inputs and storage._cdata not in self.visit.outputs
+            storage for storage in made if storage._cdata not in self.visit.inputs and storage._cdata not in self.visit.outputs
         ]
         if made:
             self.visit.saved = StorageWeakRef(max(made, key=lambda storage: storage.nbytes()))
@@ -611,9 +604,7 @@ class _Compilation:
         self.joint = describe(graph, [*lifted, *piece.sources], forward_outputs, piece.name, self.machine.device)
         program = self.joint.traced.program
         if self.inductor:  # its random numbers come from seeds of its own, and it decides what is written in place
-            ops = tuple(
-                msgspec.structs.replace(op, reuse=(), repeatable=op.repeatable and not op.random) for op in program.ops
-            )
+            ops = tuple(msgspec.structs.replace(op, reuse=(), repeatable=op.repeatable and not op.random) for op in program.ops)
             program = msgspec.structs.replace(program, ops=ops)
         table = Table(device_key(self.machine.device)) if self.machine.name.startswith("local") else None
         program = apply_costs(program, self.machine, table)
@@ -706,9 +697,7 @@ class _Compilation:
 
         return backward
 
-    def inner(
-        self, graph: fx.GraphModule, inputs: Sequence[Any], visible: int, backward: bool, inference: bool = False
-    ) -> Any:
+    def inner(self, graph: fx.GraphModule, inputs: Sequence[Any], visible: int, backward: bool, inference: bool = False) -> Any:
         """A graph compiled by Inductor; the first outputs keep the strides that the caller expects."""
         from torch._inductor.compile_fx import compile_fx_inner
 

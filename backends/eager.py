@@ -12,7 +12,16 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
-from ..planner.capture import Captured, TensorFacts, autocast_state, capture, facts, flatten_call, named_tensors, rebuild_inputs
+from ..planner.capture import (
+    Captured,
+    TensorFacts,
+    autocast_state,
+    capture,
+    facts,
+    flatten_call,
+    named_tensors,
+    rebuild_inputs,
+)
 from ..planner.cost import apply_costs
 from ..planner.errors import MemplanError, PlanMismatch
 from ..planner.graph import Source
@@ -116,11 +125,15 @@ class _Runner:
         for index, (leaf, known) in enumerate(zip(leaves, signature.inputs, strict=True)):
             now = facts(leaf)
             if type(now) is not type(known) or now != known:
-                raise PlanMismatch(f"input {index} was {known} when the plan was made and is {now} now: plan for it, or call the model itself")
+                raise PlanMismatch(
+                    f"input {index} was {known} when the plan was made and is {now} now: plan for it, or call the model itself"
+                )
         for (name, module), (_, training) in zip(self.modules, signature.training, strict=True):
             if module.training != training:
                 mode = "training" if training else "evaluation"
-                raise PlanMismatch(f"module {name or 'itself'} was in {mode} mode when the plan was made: switch back, or plan again")
+                raise PlanMismatch(
+                    f"module {name or 'itself'} was in {mode} mode when the plan was made: switch back, or plan again"
+                )
         if autocast_state(self.captured.program.device) != signature.autocast:
             raise PlanMismatch("autocast was set otherwise when the plan was made: call under the same autocast, or plan again")
         return leaves
@@ -137,7 +150,7 @@ class _Runner:
             assert source.value is not None
             return source.value
         table, key = slot
-        value = table[key]
+        value: Any = table[key]
         known = self.captured.parameters[source.name]
         same = value is not None and value.requires_grad == known.requires_grad and value.shape == known.shape
         if not same or value.stride() != known.stride or str(value.dtype)[6:] != known.dtype:

@@ -4,8 +4,8 @@
     emit        forward and backward graph in the order of a schedule, recomputation written out in the backward graph
 
 AOTAutograd does the wiring to the caller (aliases, mutated inputs, who gets which gradient); the graphs made here only
-have to keep its conventions: the forward graph returns its outputs and then what it saves, the backward graph takes what
-was saved and then the tangents, and returns one gradient, or None, for each input.
+have to keep its conventions: the forward graph returns its outputs and then what it saves, the backward graph takes
+what was saved and then the tangents, and returns one gradient, or None, for each input.
 """
 
 import dataclasses
@@ -55,9 +55,7 @@ class Joint:
     returns: tuple[Any, ...]
 
 
-def describe(
-    graph: fx.GraphModule, arguments: Sequence[Argument], forward_outputs: int, name: str, device: str
-) -> Joint:
+def describe(graph: fx.GraphModule, arguments: Sequence[Argument], forward_outputs: int, name: str, device: str) -> Joint:
     """Lower a graph that AOTAutograd hands to a partitioner or to an inference compiler.
 
     Args:

@@ -59,8 +59,6 @@ def prepare(method: str, model: torch.nn.Module, args: tuple[Any, ...], request:
         made = plan(model, budget, args, optimizer=request["optimizer"], time_limit=request["time_limit"])
         return made.apply(model), {"plan": facts_of(made)}
     if kind == "memplan-compile":
-
-
         return torch.compile(model, backend="memplan", options={"budget": budget}), {}
     raise ValueError(f"unknown method {method}")
 

@@ -54,8 +54,9 @@ def main() -> None:
         same = found[0] == loss and torch.equal(found[1], gradients)
         for visit in ledger_of(options).step:
             code = visit.code
-            print(f"{budget:>8}  {code.program.name:44}  {show_bytes(code.planner.unplanned.peak):>10}  "
-                  f"{show_bytes(code.side.peak):>10}  {code.side.report.repeated:>8}  {'yes' if same else 'NO'}")  # fmt: skip
+            before, after = show_bytes(code.planner.unplanned.peak), show_bytes(code.side.peak)
+            print(f"{budget:>8}  {code.program.name:44}  {before:>10}  {after:>10}  {code.side.report.repeated:>8}  "
+                  f"{'yes' if same else 'NO'}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -74,7 +74,9 @@ def plan(
     ).plan(budget)  # fmt: skip
 
 
-def sweep(model: "nn.Module", points: int | Iterable[int | str], args: tuple = (), kwargs: Any = None, **options: Any) -> list[Plan]:
+def sweep(
+    model: "nn.Module", points: int | Iterable[int | str], args: tuple = (), kwargs: Any = None, **options: Any
+) -> list[Plan]:
     """Plans for falling budgets, from the unplanned peak to the floor, with one capture.
 
     Args:

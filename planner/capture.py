@@ -334,7 +334,8 @@ def fake_parameters(model: nn.Module, mode: FakeTensorMode, device: str) -> Iter
     undo: list[tuple[dict[str, Any], str, Any]] = []
     try:
         for prefix, module in model.named_modules(remove_duplicate=False):
-            for table in (module._parameters, module._buffers):
+            tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for table in tables:
                 for key, value in list(table.items()):
                     if value is None or isinstance(value, FakeTensor):
                         continue

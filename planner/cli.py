@@ -54,9 +54,7 @@ class Optimizer(StrEnum):
 LEVERS = ("reorder", "recompute", "offload", "tile")
 
 
-def planning(
-    allow: str | None, optimizer: Optimizer | None, time_limit: float, seed: int, **others: Any
-) -> dict[str, Any]:
+def planning(allow: str | None, optimizer: Optimizer | None, time_limit: float, seed: int, **others: Any) -> dict[str, Any]:
     """The options that planning commands share, as the API takes them."""
     chosen = {word.strip() for word in allow.split(",")} if allow is not None else None
     if chosen is not None and not chosen <= set(LEVERS):
@@ -94,9 +92,7 @@ Budget = Annotated[
     str | None,
     typer.Option(help="Bytes, 4GiB, or 60% of the unplanned peak; left out: the fastest.", callback=readable),
 ]
-MachineName = Annotated[
-    str | None, typer.Option("--machine", help="A preset, a TOML file, or local; see `memplan machines`.")
-]
+MachineName = Annotated[str | None, typer.Option("--machine", help="A preset, a TOML file, or local; see `memplan machines`.")]
 Allow = Annotated[str | None, typer.Option(help=f"What the plan may do: a list of {', '.join(LEVERS)}.")]
 Infer = Annotated[bool, typer.Option("--infer", help="Plan the forward pass alone.")]
 Counted = Annotated[Optimizer | None, typer.Option("--optimizer", help="Count this optimizer's state.")]

@@ -357,9 +357,15 @@ def split(graph: fx.Graph, outputs: list[fx.Node]) -> tuple[list[fx.Node], list[
     result). A later node that no tangent reaches is moved to just before its first reader.
     """
     order = {node: index for index, node in enumerate(graph.nodes)}
-    drawn = [node for node in graph.nodes if is_call(node) and is_random(node) and "backward" not in str(node.meta.get("partitioner_tag"))]
+    drawn = [
+        node
+        for node in graph.nodes
+        if is_call(node) and is_random(node) and "backward" not in str(node.meta.get("partitioner_tag"))
+    ]
     early = closure([node for node in [*outputs, *drawn] if isinstance(node, fx.Node)])
-    tangents = [node for node in graph.nodes if node.op == "placeholder" and "TangentAOTInput" in type(node.meta.get("desc")).__name__]
+    tangents = [
+        node for node in graph.nodes if node.op == "placeholder" and "TangentAOTInput" in type(node.meta.get("desc")).__name__
+    ]
     reached = set(tangents)
     for node in graph.nodes:
         if any(arg in reached for arg in node.all_input_nodes):

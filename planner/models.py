@@ -90,9 +90,7 @@ def find_factory(place: str, name: str) -> Callable[[], Any]:
                 raise
     factory = getattr(module, name, None)
     if not callable(factory):
-        functions = [
-            key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")
-        ]
+        functions = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
         raise ModelError(f"{place} has no function {name!r}{suggestion(name, functions)}")
     return factory
 
@@ -117,9 +115,7 @@ def one_line(what: str) -> Iterator[None]:
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         message = " ".join(str(error).split())
-        raise ModelError(
-            f"{what} failed at {last.filename}:{last.lineno}: {type(error).__name__}: {message}"
-        ) from error
+        raise ModelError(f"{what} failed at {last.filename}:{last.lineno}: {type(error).__name__}: {message}") from error
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
@@ -238,9 +234,7 @@ def load_transformers(query: str, *, meta: bool) -> Loaded:
     task = next((task for task in TASKS if name in getattr(tables, task.mapping)), None)
     if task is None:
         raise ModelError(f"hf:{name} is no language or image model with a loss: write a factory in a file instead")
-    ours = Ours(
-        **{key: converted(key, pairs.pop(key), default) for key, default in vars(Ours()).items() if key in pairs}
-    )
+    ours = Ours(**{key: converted(key, pairs.pop(key), default) for key, default in vars(Ours()).items() if key in pairs})
     if min(ours.batch, ours.seq) < 1 or ours.image < 0:
         raise ModelError("batch, seq and image must be positive")
     with one_line(f"hf:{query}"):
@@ -257,14 +251,8 @@ def load_transformers(query: str, *, meta: bool) -> Loaded:
 def configured(config: Any, name: str, overrides: dict[str, str]) -> Any:
     """The configuration with the user's overrides, checked; without the cache that only generation needs."""
     known = {key: value for key, value in config.to_dict().items() if not key.startswith("_")}
-    known |= {
-        alias: getattr(config, alias) for alias in (*config.attribute_map, "num_labels") if hasattr(config, alias)
-    }
-    hints = {
-        key: note
-        for cls in reversed(type(config).__mro__)
-        for key, note in vars(cls).get("__annotations__", {}).items()
-    }
+    known |= {alias: getattr(config, alias) for alias in (*config.attribute_map, "num_labels") if hasattr(config, alias)}
+    hints = {key: note for cls in reversed(type(config).__mro__) for key, note in vars(cls).get("__annotations__", {}).items()}
     for key, text in overrides.items():
         if key not in known:
             own = [*known, *vars(Ours())]

@@ -84,7 +84,7 @@ class Planner:
         return float(self.flat.problem.seconds.sum())
 
     @cached_property
-    def segments(self):  # noqa: ANN201 - the solvers' own type
+    def segments(self):
         """The forward pass cut into pieces, equal ones recognised."""
         return find_segments(self.flat.problem, [self.program.ops[index].key for index in self.flat.ops])
 
@@ -94,7 +94,7 @@ class Planner:
         return Master(self.flat.problem, self.segments, find_slots(self.flat.problem, len(self.program.ops) <= SMALL))
 
     @cached_property
-    def space(self):  # noqa: ANN201
+    def space(self):
         """The moves of the search."""
         return make_space(self.flat.problem, self.segments, self.master.slots)
 

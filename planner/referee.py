@@ -11,7 +11,7 @@ import msgspec
 from .errors import InvalidSchedule
 from .machine import Machine
 from .program import Phase, Program
-from .schedule import Free, Run, Schedule, Start, Wait
+from .schedule import Free, Run, Schedule, Start
 
 RULES = {
     "bound": "the schedule carries the digest of this program",

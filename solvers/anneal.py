@@ -6,6 +6,7 @@ open, so that what is learnt of one layer is tried on all.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -44,7 +45,7 @@ class Space:
     boundary: int
 
     @property
-    def arrays(self) -> tuple:
+    def arrays(self) -> tuple[Any, ...]:
         """The arguments that the compiled search takes, in its order."""
         slots = self.slots
         return (
@@ -86,7 +87,14 @@ def make_space(problem: Problem, segments: Segments, slots: Slots) -> Space:
 
 
 def anneal(
-    problem: Problem, space: Space, solution: np.ndarray, budget: int, steps: int, hot: float, seed: int, care: float = 1.0
+    problem: Problem,
+    space: Space,
+    solution: np.ndarray,
+    budget: int,
+    steps: int,
+    hot: float,
+    seed: int,
+    care: float = 1.0,
 ) -> tuple[np.ndarray, float]:
     """Improve a solution for a number of steps.
 
@@ -156,7 +164,7 @@ def _anneal(
     np.random.seed(seed)
     slots, segments, ops = len(gap), len(kind), len(seconds)
     base = seconds.sum()
-    time, peak, excess, count = _evaluate(
+    time, _, excess, _ = _evaluate(
         seconds, workspace, size, producer, read_start, read, write_start, write, reuse_start, reuse_new, reuse_old,
         use_start, use_list, output, repeatable, resident, solution, budget,
     )  # fmt: skip
@@ -224,7 +232,7 @@ def _anneal(
                         moved += 1
         if not real:
             continue
-        new_time, new_peak, new_excess, count = _evaluate(
+        new_time, _, new_excess, _ = _evaluate(
             seconds, workspace, size, producer, read_start, read, write_start, write, reuse_start, reuse_new,
             reuse_old, use_start, use_list, output, repeatable, resident, solution, budget,
         )  # fmt: skip

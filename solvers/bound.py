@@ -8,6 +8,7 @@ what happens before or after. The largest over several cuts is returned.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import highspy
 import numpy as np
@@ -100,7 +101,7 @@ def highs_model(
 ) -> highspy.Highs:
     """A model with rows `coefficients @ columns >= bound` and one capacity row at the end."""
     counts = [len(columns) for columns, _, _ in rows]
-    lp = highspy.HighsLp()
+    lp: Any = highspy.HighsLp()  # its stubs promise lists, it takes arrays
     lp.num_col_, lp.num_row_ = len(cost), len(rows) + 1
     lp.col_cost_, lp.col_lower_, lp.col_upper_ = cost, lower, upper
     lp.row_lower_ = np.array([bound for _, _, bound in rows] + [-highspy.kHighsInf])

@@ -7,6 +7,7 @@ by the difference; a few rounds of this settle.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import highspy
 import numpy as np
@@ -158,7 +159,7 @@ class Master:
         _, when, memory = profile(self.problem, solution)
         edges = np.unique(np.concatenate([[0], self.segments.opened, [len(self.problem.seconds)]]))
         moments, used = [], []
-        for low, high in zip(edges[:-1], edges[1:], strict=True):
+        for low, high in pairwise(edges):
             inside = np.flatnonzero((when >= low) & (when < high))
             if len(inside):
                 best = inside[np.argmax(memory[inside])]

@@ -14,6 +14,7 @@ buffer's lives and the bytes at every run.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -59,7 +60,7 @@ class Problem:
     boundary: int
 
     @property
-    def arrays(self) -> tuple:
+    def arrays(self) -> tuple[Any, ...]:
         """The arguments that the compiled functions share, in their order."""
         return (
             self.seconds, self.workspace, self.size, self.producer, self.read_start, self.read, self.write_start,
@@ -255,9 +256,7 @@ def _evaluate(
     use_start, use, output, repeatable, resident, solution, budget,
 ):  # fmt: skip # pragma: no cover
     """Expand and replay. Returns (time, peak, excess, count)."""
-    order, when, count = _expand(
-        producer, read_start, read, write_start, write, use_start, use, output, repeatable, solution
-    )
+    order, when, count = _expand(producer, read_start, read, write_start, write, use_start, use, output, repeatable, solution)
     if count < 0:
         return np.inf, np.int64(2**62), np.inf, count
     memory = np.empty(0, np.int64)

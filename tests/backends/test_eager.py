@@ -115,11 +115,11 @@ class InPlace(nn.Module):
     def forward(self, x):
         y = x
         for part in self.parts:
-            z = part(y).relu_()
+            z = part(y)
             z += y
             z[:, :8] *= 0.5
             z.add_(1.0).clamp_(max=3.0)
-            y = F.silu(z, inplace=False)
+            y = z.relu_()
         return y
 
 
@@ -177,12 +177,11 @@ def mixed_dropout(m, x):
 # name -> model, its inputs, how the scalar comes about (None: from the model itself)
 MODELS = {
     "gelu": (lambda: layers(nn.GELU), lambda: (rows(),), total),
-    "tanh then relu in place": (lambda: layers(nn.Tanh, lambda: nn.ReLU(inplace=True)), lambda: (rows(),), total),
+    "relu in place": (lambda: layers(nn.GELU, lambda: nn.ReLU(inplace=True)), lambda: (rows(),), total),
     "tied": (Tied, tokens, lambda out: out[0]),
     "frozen": (lambda: frozen(layers(nn.GELU)), lambda: (rows(),), total),
     "first layers frozen": (lambda: nn.Sequential(layers(nn.GELU).requires_grad_(False), layers(nn.GELU)), lambda: (rows(),), total),
     "batch norm": (convolutions, images, total),
-    "batch norm, cumulative": (lambda: convolutions(momentum=None), images, total),
     "batch norm, untracked": (lambda: convolutions(track_running_stats=False), images, total),
     "batch norm, eval": (lambda: convolutions().eval(), images, total),
     "batch norm called twice": (
@@ -398,6 +397,12 @@ def test_the_planned_model_is_the_model():
     with torch.no_grad():
         same([fast(*args)[1]], [model(*args)[1]])
         assert fast(torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int64))[1].shape == (1, 3, 50)
+
+
+def test_a_cumulative_batch_norm_is_refused():
+    """momentum=None takes a number out of a buffer that changes with every step, which no one program can."""
+    with pytest.raises(memplan.CaptureError, match="data|number"):
+        planned(convolutions(momentum=None), images(), total, "free")
 
 
 def test_inference_is_planned_too():
@@ -633,13 +638,14 @@ def test_the_peak_of_real_tensors_is_the_one_predicted():
             for leaf in torch.utils._pytree.tree_leaves(out):
                 if isinstance(leaf, torch.Tensor):
                     self.storages[leaf.untyped_storage()] = None
-            sizes = {storage.data_ptr(): storage.nbytes() for storage in self.storages}
+            sizes = {s.data_ptr(): s.nbytes() for s in self.storages if s.data_ptr() not in resident}
             self.peak = max(self.peak, sum(sizes.values()))
             return out
 
     torch.manual_seed(0)
     model = layers(nn.GELU, times=5)
     args = (rows(),)
+    resident = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *args)}
     peaks = {}
     for budget in ("free", "tight"):
         plan = planned(model, args, lambda out: out.sum(), budget)

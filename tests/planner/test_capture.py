@@ -1,0 +1,230 @@
+"""What capture refuses, in which words; what it leaves alone; and which budgets are budgets."""
+
+import copy
+
+import memplan
+import pytest
+import torch
+from memplan.planner.capture import capture
+from memplan.planner.errors import BudgetError, CaptureError, MachineError, MemplanError
+from memplan.planner.program import Kind, Phase
+from torch import nn
+
+X = (torch.randn(64, 32),)
+
+
+def net() -> nn.Module:
+    """A small model."""
+    torch.manual_seed(0)
+    return nn.Sequential(*(part for _ in range(3) for part in (nn.Linear(32, 32), nn.GELU())))
+
+
+def total(output: torch.Tensor) -> torch.Tensor:
+    """A loss."""
+    return output.sum()
+
+
+def make(budget, model=None, args=X, **options) -> memplan.Plan:
+    """A plan on the h100's roofline."""
+    return memplan.plan(model or net(), budget, args, **{"loss": total, "machine": "h100-80gb", "time_limit": 5.0, **options})
+
+
+class Says(nn.Module):
+    """A model whose forward is a function."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.layer = nn.Linear(32, 32)
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def branch(model, x):
+    """Control flow that depends on data."""
+    y = model.layer(x)
+    if y.sum() > 0:  # the line that the error must name
+        return y
+    return -y
+
+
+def number(model, x):
+    """A number out of a tensor."""
+    return model.layer(x) * x.max().item()
+
+
+def shape(model, x):
+    """A shape that depends on data."""
+    return model.layer(x)[x[:, 0] > 0]
+
+
+def mismatch(model, x):
+    """Two shapes that do not fit."""
+    return model.layer(x) + x[:, :5]
+
+
+def failing(model, x):
+    """The model's own error."""
+    raise KeyError("missing")
+
+
+@pytest.mark.parametrize("function", [branch, number, shape, mismatch, failing])
+def test_what_cannot_be_traced_names_the_line_of_the_model(function):
+    """File and line of the model, not of torch, and the code there."""
+    with pytest.raises(CaptureError) as caught:
+        make(None, Says(function))
+
+    assert "test_capture.py:" in str(caught.value)
+    line = int(str(caught.value).split("test_capture.py:")[1].split(" ")[0])
+    first = function.__code__.co_firstlineno
+    assert first < line <= first + 5
+
+
+@pytest.mark.parametrize(
+    ("model", "args", "options", "words"),
+    [
+        (lambda x: x, X, {}, "needs an nn.Module, not a function"),
+        (net(), (), {}, "arguments do not fit"),
+        (net(), (*X, *X), {}, "arguments do not fit"),
+        (net(), X, {"kwargs": {"nonsense": 1}}, "arguments do not fit"),
+        (net(), (torch.randn(64, 31),), {}, "trace"),
+        (net(), X, {"loss": None}, "scalar"),
+        (net(), X, {"loss": lambda out: out}, "scalar"),
+        (net(), X, {"loss": lambda out: 3.0}, "scalar"),
+        (net().requires_grad_(False), X, {"loss": None}, "scalar|gradient"),
+        (Says(lambda m, x: {m.layer(x)}), X, {"loss": None}, "."),
+        (Says(lambda m, x: "text"), X, {"loss": None}, "."),
+        (Says(lambda m, x: None), X, {"loss": None}, "."),
+    ],
+)  # fmt: skip
+def test_what_makes_no_sense_is_refused_in_words(model, args, options, words):
+    """One CaptureError each, that says what is wrong."""
+    with pytest.raises(CaptureError, match=words):
+        make(None, model, args, **options)
+
+
+def test_nothing_that_needs_a_gradient():
+    """A frozen model cannot be planned for training, and the message says how else."""
+    with pytest.raises(CaptureError, match="train=False"):
+        make(None, Says(lambda m, x: m.layer(x).sum()).requires_grad_(False), loss=None)
+
+
+@pytest.mark.parametrize("budget", [0, -1, -5.0, "abc", "12 parsecs", float("nan"), float("inf"), True, "", "-3GiB", "0%", [1], 1.5])
+def test_a_nonsense_budget_is_refused(budget):
+    """BudgetError, with no minimum, for what cannot be read."""
+    with pytest.raises(BudgetError) as caught:
+        make(budget)
+
+    assert caught.value.minimum is None
+
+
+@pytest.mark.parametrize("budget", [None, "200%", "100%", "1GiB", 10**12, 5e8])
+def test_a_roomy_budget_repeats_nothing(budget):
+    """More room than the step needs is no error."""
+    plan = make(budget)
+
+    assert plan.planned.report.repeated == 0
+    assert plan.peak <= plan.unplanned.peak
+
+
+def test_below_the_floor_the_error_knows_a_budget_that_works():
+    """Planning at `.minimum` succeeds, and one byte less does not."""
+    with pytest.raises(BudgetError, match="smallest budget known to work") as caught:
+        make(1)
+    minimum = caught.value.minimum
+    plan = make(minimum)
+
+    assert plan.peak <= minimum
+    assert plan.minimum <= minimum
+    assert plan.planned.report.repeated > 0
+    with pytest.raises(BudgetError):
+        make(min(plan.minimum, minimum) - 512)
+
+
+def test_machines_and_levers_are_checked():
+    """Unknown names are refused with the known ones."""
+    with pytest.raises(MachineError, match="h100-80gb"):
+        make(None, machine="h1000")
+    with pytest.raises(MemplanError, match="recompute"):
+        make(None, allow=("recompote",))
+    with pytest.raises(BudgetError):
+        make(1, allow=())
+
+
+def test_a_model_is_left_as_it_was():
+    """Capture changes neither parameters, buffers, gradients, modes, nor the stream of random numbers, even when it fails."""
+    for model in (nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(32), nn.Dropout(0.5)), Says(branch)):
+        before = copy.deepcopy(model.state_dict())
+        objects = [id(tensor) for tensor in (*model.parameters(), *model.buffers())]
+        state = torch.get_rng_state()
+        try:
+            make(None, model)
+        except CaptureError:
+            assert isinstance(model, Says)
+
+        assert [id(tensor) for tensor in (*model.parameters(), *model.buffers())] == objects
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+        assert all(parameter.grad is None for parameter in model.parameters())
+        assert all(module.training for module in model.modules())
+        assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_model_on_meta_is_planned_without_data():
+    """The same program, byte for byte, as of the model with data."""
+    with torch.device("meta"):
+        empty = net()
+    plan = make(None, empty, (torch.empty(64, 32, device="meta"),))
+
+    assert plan.program.digest == make(None).program.digest
+    tight = make(plan.minimum, empty, (torch.empty(64, 32, device="meta"),))
+    assert tight.peak <= plan.minimum < plan.peak
+
+
+def test_capture_is_repeatable():
+    """Two captures of one model are one program."""
+    assert capture(net(), X, loss=total).program == capture(net(), X, loss=total).program
+
+
+def test_phases_and_kinds_are_found():
+    """Forward, loss, backward, update in this order; parameters, state, inputs, activations and gradients by their kind."""
+    program = make(None, optimizer="adamw").program
+    phases = [op.phase for op in program.ops]
+    kinds = {kind: sum(buffer.kind is kind for buffer in program.buffers) for kind in Kind}
+
+    assert phases == sorted(phases, key=list(Phase).index)
+    assert set(phases) == set(Phase)
+    assert kinds[Kind.PARAMETER] == kinds[Kind.GRADIENT] == 6
+    assert kinds[Kind.STATE] >= 12
+    assert kinds[Kind.INPUT] == 1
+    assert kinds[Kind.ACTIVATION] >= 5
+
+
+def test_tied_weights_are_one_buffer():
+    """A parameter with two names is resident once."""
+    model = nn.Sequential(nn.Linear(32, 32, bias=False), nn.GELU(), nn.Linear(32, 32, bias=False))
+    untied = capture(model, X, loss=total).program
+    model[2].weight = model[0].weight
+    tied = capture(model, X, loss=total).program
+
+    assert sum(buffer.kind is Kind.PARAMETER for buffer in untied.buffers) == 2
+    assert sum(buffer.kind is Kind.PARAMETER for buffer in tied.buffers) == 1
+
+
+def test_views_are_no_ops():
+    """Reshapes, transposes and slices share their base's buffer."""
+    plain = capture(Says(lambda m, x: m.layer(x).sin()), X, loss=total).program
+    viewed = capture(Says(lambda m, x: m.layer(x).view(32, 64).t().sin()), X, loss=total).program
+
+    assert len(plain.ops) == len(viewed.ops)
+
+
+def test_programs_and_schedules_read_well(golden):
+    """The printed program and tight schedule of a tiny MLP, as a reviewer sees them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32), nn.Dropout(0.1), nn.Linear(32, 8))
+    plan = make(None, model, (torch.empty(256, 32),))
+    tight = make(plan.minimum, model, (torch.empty(256, 32),))
+    from memplan.planner.text import show_schedule
+
+    assert golden == f"{tight.program}\n{show_schedule(tight.program, tight.schedule)}"
