@@ -5,6 +5,7 @@ tensor is a local variable; views of it are made where they are read, and delete
 exactly where the schedule frees it.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,8 +64,8 @@ class _Writer:
         self.names: dict[fx.Node, str] = {}
         self.scope = _Scope()
         self.holder: dict[int, fx.Node] = {}  # buffer -> node that its variable stands for now
-        runs = [step.op for step in schedule.instructions if isinstance(step, Run)]
-        self.again = {op for op in runs if runs.count(op) > 1} if len(set(runs)) < len(runs) else set()
+        runs = Counter(step.op for step in schedule.instructions if isinstance(step, Run))
+        self.again = {op for op, count in runs.items() if count > 1}
         self.ran: set[int] = set()
         self.states: dict[int, str] = {}
 

@@ -150,10 +150,9 @@ class _Runner:
             assert source.value is not None
             return source.value
         table, key = slot
-        value: Any = table[key]
+        value = table[key]
         known = self.captured.parameters[source.name]
-        same = value is not None and value.requires_grad == known.requires_grad and value.shape == known.shape
-        if not same or value.stride() != known.stride or str(value.dtype)[6:] != known.dtype:
+        if not isinstance(value, torch.Tensor) or TensorFacts.of(value) != known:
             raise PlanMismatch(f"{source.name} was {known} when the plan was made and has changed since: plan again")
         return value
 

@@ -9,6 +9,7 @@ code which looks at their values takes the branch that it takes in eager mode.
 
 import inspect
 import json
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -275,12 +276,18 @@ def trace(step: nn.Module, inputs: list[torch.Tensor], mode: FakeTensorMode, tra
 
 
 def model_line(error: BaseException) -> str:
-    """` at file:line (code)` of the innermost frame that is the user's, or nothing."""
-    ours = ("/torch/", "/memplan/", __file__.rsplit("/", 1)[0] + "/", "<")
-    frames = traceback.extract_tb(error.__traceback__)
-    for frame in reversed(frames):
-        if not any(part in frame.filename for part in ours[:1]) and not frame.filename.startswith(ours[2:]):
-            return f" at {frame.filename}:{frame.lineno} ({(frame.line or '').strip()[:120]})"
+    """` at file:line (code)` of the innermost frame that is the user's, else of torch's own modules, else nothing."""
+    here = __file__.rsplit("/", 1)[0]
+    library = sysconfig.get_paths()["stdlib"]
+    theirs, modules = [], []
+    for frame in traceback.extract_tb(error.__traceback__):
+        if "/torch/nn/modules/" in frame.filename and not frame.filename.endswith("/module.py"):
+            modules.append(frame)
+        standard = frame.filename.startswith((library, "<")) and "site-packages" not in frame.filename
+        if not standard and "/torch/" not in frame.filename and not frame.filename.startswith(here):
+            theirs.append(frame)
+    for frame in (theirs or modules)[-1:]:
+        return f" at {frame.filename}:{frame.lineno} ({(frame.line or '').strip()[:120]})"
     return ""
 
 
@@ -334,7 +341,7 @@ def fake_parameters(model: nn.Module, mode: FakeTensorMode, device: str) -> Iter
     undo: list[tuple[dict[str, Any], str, Any]] = []
     try:
         for prefix, module in model.named_modules(remove_duplicate=False):
-            tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            tables: Any = (module._parameters, module._buffers)
             for table in tables:
                 for key, value in list(table.items()):
                     if value is None or isinstance(value, FakeTensor):
@@ -412,7 +419,7 @@ def rebuild_inputs(text: str) -> tuple[tuple, dict]:
             else:
                 leaves.append(leaf["value"])
         args, kwargs = pytree.tree_unflatten(leaves, pytree.treespec_loads(data["spec"]))
-    except (ValueError, KeyError, TypeError, AttributeError, msgspec.ValidationError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
         raise PlanMismatch(f"the plan file's description of its inputs is broken: {error}") from None
     return args, kwargs
 

@@ -146,12 +146,13 @@ class Program(msgspec.Struct, frozen=True, dict=True):
         Raises:
             ValueError: an index out of range, a buffer written twice or read before it is written.
         """
-        known = {index for index, op in enumerate(self.producer) if op < 0}
         count = len(self.buffers)
         for op in self.ops:
             for buffer in (*op.reads, *op.writes, *op.mutates, *(b for pair in op.reuse for b in pair)):
                 if not 0 <= buffer < count:
                     raise ValueError(f"{op.name} names buffer {buffer} of {count}")
+        known = {index for index, op in enumerate(self.producer) if op < 0}
+        for op in self.ops:
             missing = set(op.reads) - known
             if missing:
                 raise ValueError(f"{op.name} reads {self.buffers[min(missing)].name} before it is written")

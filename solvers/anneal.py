@@ -113,7 +113,8 @@ def anneal(
     """
     if len(space.slots.gap) == 0 or space.uses == 0:
         return solution, float("inf")
-    best, time = _anneal(*problem.arrays, *space.arrays, solution.copy(), np.int64(budget), steps, hot, seed, care)
+    arguments: tuple[Any, ...] = (*problem.arrays, *space.arrays, solution.copy(), np.int64(budget), steps, hot, seed, care)
+    best, time = _anneal(*arguments)
     return best, float(time)
 
 

@@ -97,13 +97,13 @@ class Score:
 
 def score(problem: Problem, solution: np.ndarray, budget: int) -> Score:
     """Simulate a solution."""
-    time, peak, excess, _ = _evaluate(*problem.arrays, solution, np.int64(budget))
+    time, peak, excess, _ = _evaluate(*problem.arrays, solution, np.int64(budget))  # pyright: ignore[reportCallIssue]
     return Score(float(time), int(peak), float(excess))
 
 
 def order_of(problem: Problem, solution: np.ndarray) -> np.ndarray:
     """The runs of a solution in time order; empty where it needs to repeat what may not be repeated."""
-    order, _, count = _expand(*problem.arrays[3:8], *problem.arrays[11:15], solution)
+    order, _, count = _expand(*problem.arrays[3:8], *problem.arrays[11:15], solution)  # pyright: ignore[reportCallIssue]
     return order[: max(count, 0)]
 
 
@@ -112,11 +112,11 @@ def profile(problem: Problem, solution: np.ndarray) -> tuple[np.ndarray, np.ndar
 
     All three are empty where the solution needs to repeat what may not be repeated.
     """
-    order, when, count = _expand(*problem.arrays[3:8], *problem.arrays[11:15], solution)
+    order, when, count = _expand(*problem.arrays[3:8], *problem.arrays[11:15], solution)  # pyright: ignore[reportCallIssue]
     count = max(count, 0)
     memory = np.zeros(count, np.int64)
     a = problem.arrays
-    _replay(*a[:3], *a[4:11], a[13], a[15], order, when, count, np.int64(2**62), memory)
+    _replay(*a[:3], *a[4:11], a[13], a[15], order, when, count, np.int64(2**62), memory)  # pyright: ignore[reportCallIssue]
     return order[:count], when[:count], memory
 
 

@@ -156,7 +156,9 @@ def make_order(rng: random.Random, program: Program, shuffle: bool, repeats: int
         while len(order) < len(program.ops):
             ready = [index for index, op in enumerate(program.ops) if index not in done and set(op.reads) <= known]
             ready = [index for index in ready if index < program.boundary or len(done) >= program.boundary]
-            ready = [i for i in ready if not program.ops[i].random or all(j in done or not program.ops[j].random for j in range(i))]
+            ready = [
+                i for i in ready if not program.ops[i].random or all(j in done or not program.ops[j].random for j in range(i))
+            ]
             index = rng.choice(ready)
             order.append(index)
             done.add(index)

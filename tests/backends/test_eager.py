@@ -145,7 +145,9 @@ def frozen(model: nn.Module) -> nn.Module:
 
 def convolutions(**options) -> nn.Module:
     """A small convolutional net with BatchNorm."""
-    parts = [(nn.Conv2d(3 if not at else 8, 8, 3, padding=1), nn.BatchNorm2d(8, **options), nn.ReLU(inplace=True)) for at in range(3)]
+    parts = [
+        (nn.Conv2d(3 if not at else 8, 8, 3, padding=1), nn.BatchNorm2d(8, **options), nn.ReLU(inplace=True)) for at in range(3)
+    ]
     return nn.Sequential(*(part for row in parts for part in row), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 4))
 
 
@@ -180,12 +182,18 @@ MODELS = {
     "relu in place": (lambda: layers(nn.GELU, lambda: nn.ReLU(inplace=True)), lambda: (rows(),), total),
     "tied": (Tied, tokens, lambda out: out[0]),
     "frozen": (lambda: frozen(layers(nn.GELU)), lambda: (rows(),), total),
-    "first layers frozen": (lambda: nn.Sequential(layers(nn.GELU).requires_grad_(False), layers(nn.GELU)), lambda: (rows(),), total),
+    "first layers frozen": (
+        lambda: nn.Sequential(layers(nn.GELU).requires_grad_(False), layers(nn.GELU)),
+        lambda: (rows(),),
+        total,
+    ),
     "batch norm": (convolutions, images, total),
     "batch norm, untracked": (lambda: convolutions(track_running_stats=False), images, total),
     "batch norm, eval": (lambda: convolutions().eval(), images, total),
     "batch norm called twice": (
-        lambda: Lambda(lambda m, x: m.norm(m.body(m.norm(m.body(x)))), norm=nn.BatchNorm1d(WIDTH), body=layers(nn.GELU, times=1)),
+        lambda: Lambda(
+            lambda m, x: m.norm(m.body(m.norm(m.body(x)))), norm=nn.BatchNorm1d(WIDTH), body=layers(nn.GELU, times=1)
+        ),
         lambda: (rows(),),
         total,
     ),
@@ -221,15 +229,25 @@ MODELS = {
         total,
     ),
     "unused parameter": (lambda: Lambda(lambda m, x: m.a(x), a=layers(nn.GELU), b=nn.Linear(3, 3)), lambda: (rows(),), total),
-    "parameter itself": (lambda: Lambda(lambda m, x: m.a(x) @ m.a[0].weight * m.a[0].bias, a=layers(nn.GELU)), lambda: (rows(),), total),
-    "complex-free fft-like trig": (lambda: Lambda(lambda m, x: (m.a(x).sin() * m.a(x).cos()).cumsum(1), a=layers(nn.Tanh)), lambda: (rows(),), total),
-    "sort and gather": (lambda: Lambda(lambda m, x: m.a(x).sort(1)[0].topk(8)[0], a=layers(nn.GELU)), lambda: (rows(),), total),
-    "prelu and bilinear": (
-        lambda: Lambda(lambda m, x: m.b(m.a(x), x), a=nn.Sequential(layers(nn.GELU), nn.PReLU()), b=nn.Bilinear(WIDTH, WIDTH, 4)),
+    "parameter itself": (
+        lambda: Lambda(lambda m, x: m.a(x) @ m.a[0].weight * m.a[0].bias, a=layers(nn.GELU)),
         lambda: (rows(),),
         total,
     ),
-}  # fmt: skip
+    "complex-free fft-like trig": (
+        lambda: Lambda(lambda m, x: (m.a(x).sin() * m.a(x).cos()).cumsum(1), a=layers(nn.Tanh)),
+        lambda: (rows(),),
+        total,
+    ),
+    "sort and gather": (lambda: Lambda(lambda m, x: m.a(x).sort(1)[0].topk(8)[0], a=layers(nn.GELU)), lambda: (rows(),), total),
+    "prelu and bilinear": (
+        lambda: Lambda(
+            lambda m, x: m.b(m.a(x), x), a=nn.Sequential(layers(nn.GELU), nn.PReLU()), b=nn.Bilinear(WIDTH, WIDTH, 4)
+        ),
+        lambda: (rows(),),
+        total,
+    ),
+}
 
 
 def build(name: str) -> tuple:
@@ -401,7 +419,7 @@ def test_the_planned_model_is_the_model():
 
 def test_a_cumulative_batch_norm_is_refused():
     """momentum=None takes a number out of a buffer that changes with every step, which no one program can."""
-    with pytest.raises(memplan.CaptureError, match="data|number"):
+    with pytest.raises(memplan.CaptureError, match=r"(?i)data"):
         planned(convolutions(momentum=None), images(), total, "free")
 
 

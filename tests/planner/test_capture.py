@@ -110,7 +110,9 @@ def test_nothing_that_needs_a_gradient():
         make(None, Says(lambda m, x: m.layer(x).sum()).requires_grad_(False), loss=None)
 
 
-@pytest.mark.parametrize("budget", [0, -1, -5.0, "abc", "12 parsecs", float("nan"), float("inf"), True, "", "-3GiB", "0%", [1], 1.5])
+@pytest.mark.parametrize(
+    "budget", [0, -1, -5.0, "abc", "12 parsecs", float("nan"), float("inf"), True, "", "-3GiB", "0%", [1], 1.5]
+)
 def test_a_nonsense_budget_is_refused(budget):
     """BudgetError, with no minimum, for what cannot be read."""
     with pytest.raises(BudgetError) as caught:

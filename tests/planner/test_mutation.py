@@ -304,9 +304,7 @@ def test_every_single_change_to_a_planned_model():
     import memplan
     import torch
 
-    model = torch.nn.Sequential(
-        *(torch.nn.Linear(64, 64), torch.nn.Tanh(), torch.nn.Dropout(0.1)) * 3, torch.nn.Linear(64, 64)
-    )
+    model = torch.nn.Sequential(*(torch.nn.Linear(64, 64), torch.nn.Tanh(), torch.nn.Dropout(0.1)) * 3, torch.nn.Linear(64, 64))
     make = lambda budget: memplan.plan(  # noqa: E731
         model, budget, (torch.randn(256, 64),), loss=lambda out: out.sum(), machine="h100-80gb", time_limit=20
     )

@@ -83,7 +83,8 @@ def test_a_loaded_plan_gives_the_same_numbers(text, path):
 
 
 @pytest.mark.parametrize(
-    "model", [lambda: net(16), lambda: net()[:6], lambda: net().eval(), lambda: net().double(), lambda: nn.Sequential(net(), nn.Tanh())]
+    "model",
+    [lambda: net(16), lambda: net()[:6], lambda: net().eval(), lambda: net().double(), lambda: nn.Sequential(net(), nn.Tanh())],
 )
 def test_a_loaded_plan_refuses_another_model(model, text, path):
     """Other widths, depths, modes and types trace to another program."""
@@ -129,7 +130,7 @@ NONSENSE = {
     "object": b"{}",
     "number": b"1",
     "binary": bytes(range(256)),
-    "latin": "{\"format\": \"é\"}".encode("latin-1"),
+    "latin": '{"format": "é"}'.encode("latin-1"),
     "deep list": b"[" * 100_000,
     "deep object": b'{"plan":' * 100_000,
     "deep body": b'{"format":1,"sha256":"","plan":' + b"[" * 5000 + b"]" * 5000 + b"}",

@@ -203,9 +203,19 @@ BROKEN = {
     "leaves a copy behind": ("leak", (*PLAIN, Start(W, 0), Wait(W, 0))),
     "fills the host while in flight": (
         "capacity",
-        (Run(F1, (A,)), Run(F2, (B,)), Start(A, 0), Start(B, 0), Start(M, 0), Start(W, 0), Run(STAT, ()), Run(LOSS, (T,)), Start(T, 0)),
+        (
+            Run(F1, (A,)),
+            Run(F2, (B,)),
+            Start(A, 0),
+            Start(B, 0),
+            Start(M, 0),
+            Start(W, 0),
+            Run(STAT, ()),
+            Run(LOSS, (T,)),
+            Start(T, 0),
+        ),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BROKEN)

@@ -67,7 +67,9 @@ def compare(name: str, program: Program, machine, shares: tuple[float, ...], sec
         except BudgetError:
             planned = float("inf")
         answer = optimum(program, budget, seconds)
-        row = Row(name, len(program.ops), budget, share, planned, answer.time, answer.bound, planner.bound(budget), answer.proven)
+        row = Row(
+            name, len(program.ops), budget, share, planned, answer.time, answer.bound, planner.bound(budget), answer.proven
+        )
         print(row)
         rows.append(row)
     return rows
@@ -77,7 +79,8 @@ def judge(rows: list[Row]) -> None:
     """Print what the table adds up to, and fail on any verdict."""
     gaps = sorted(row.planned / row.best - 1 for row in rows if row.best < float("inf") > row.planned)
     wrong = [row for row in rows if row.verdict]
-    print(f"{len(rows)} budgets, {sum(row.proven for row in rows)} proven; worst gap {max(gaps, default=0):.2%}; {len(wrong)} wrong")
+    proven = sum(row.proven for row in rows)
+    print(f"{len(rows)} budgets, {proven} proven; worst gap {max(gaps, default=0):.2%}; {len(wrong)} wrong")
     if wrong:
         pytest.fail("\n".join(["the planner is not close to optimal:", *map(str, wrong)]))
 
@@ -177,7 +180,9 @@ def test_the_planner_is_close_to_optimal_on_real_models():
         "relu": (nn.Sequential(*(nn.Linear(256, 256), nn.ReLU()) * 5), width),
         "block": (Block(64), torch.empty(4, 128, 64, device="meta")),
         "conv": (
-            nn.Sequential(nn.Conv2d(3, 16, 3), nn.GELU(), nn.Conv2d(16, 16, 3), nn.GELU(), nn.AdaptiveAvgPool2d(4), nn.Flatten()),
+            nn.Sequential(
+                nn.Conv2d(3, 16, 3), nn.GELU(), nn.Conv2d(16, 16, 3), nn.GELU(), nn.AdaptiveAvgPool2d(4), nn.Flatten()
+            ),
             torch.empty(8, 3, 32, 32, device="meta"),
         ),
     }
