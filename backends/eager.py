@@ -94,6 +94,7 @@ class _Runner:
                   for kind, owner, key, name in slots(module)}  # fmt: skip
         self.slots = [places.get(source.name) for source in code.arguments]
         self.modules = [(name, module.get_submodule(name)) for name, _ in captured.signature.training]
+        self.children = [(owner._modules, key, child) for owner in module.modules() for key, child in owner._modules.items()]
         self.changing = {source.name for source, _ in captured.traced.mutations.values()}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -128,6 +129,9 @@ class _Runner:
                 raise PlanMismatch(
                     f"input {index} was {known} when the plan was made and is {now} now: plan for it, or call the model itself"
                 )
+        for table, key, child in self.children:
+            if table.get(key) is not child:
+                raise PlanMismatch(f"submodule {key} has been replaced since the plan was applied: plan again")
         for (name, module), (_, training) in zip(self.modules, signature.training, strict=True):
             if module.training != training:
                 mode = "training" if training else "evaluation"
@@ -172,14 +176,16 @@ class _Planned(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, runner: _Runner, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
         ctx.set_materialize_grads(False)
-        with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
+        # nothing is recorded below autograd, but some kernels (LSTM's on CPU) save what backward needs only if this is on
+        with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
             outputs, saved = runner.code.forward(list(inputs))
         ctx.runner = runner
         ctx.saved = saved
         ctx.watched = [(source, value, value._version) for source, value in zip(runner.code.arguments, inputs, strict=True)]
         ctx.wanted = set(runner.code.tangents)
+        plain = runner.captured.plain
         ctx.mark_non_differentiable(*(value for index, value in enumerate(outputs)
-                                      if index not in ctx.wanted and not value.is_floating_point()))  # fmt: skip
+                                      if index in plain or not value.is_floating_point()))  # fmt: skip
         return tuple(outputs)
 
     @staticmethod

@@ -79,6 +79,7 @@ class Captured:
         output_spec: how the outputs nest.
         loss_leaf: which leaf of the output is the loss; None where the caller computes it.
         train: whether there is a backward pass.
+        plain: indices of traced outputs through which the model itself lets no gradient pass.
     """
 
     program: Program
@@ -89,6 +90,7 @@ class Captured:
     output_spec: pytree.TreeSpec
     loss_leaf: int | None
     train: bool
+    plain: frozenset[int]
 
 
 class _Constants(FakeTensorMode):
@@ -118,16 +120,17 @@ class _Step(nn.Module):
         self.outputs: tuple[Any, ...] = ()
         self.output_spec: pytree.TreeSpec | None = None
         self.loss_leaf: int | None = None
+        self.plain: frozenset[int] = frozenset()
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         spec, fixed, train, own_loss = self.call
         rest = iter(tensors)
         leaves = [fixed[index] if index in fixed else next(rest) for index in range(spec.num_leaves)]
         args, kwargs = pytree.tree_unflatten(leaves, spec)
-        output = self.model(*args, **kwargs)
+        output = self.model.forward(*args, **kwargs)  # not its hooks: they run around the planned forward
         flat, self.output_spec = pytree.tree_flatten(output)
         found: list[torch.Tensor] = []
-        kept = []
+        kept, plain = [], set()
         loss = find_loss(output) if train and not own_loss else None
         self.loss_leaf = None  # AOTAutograd calls this more than once
         for index, leaf in enumerate(flat):
@@ -136,6 +139,8 @@ class _Step(nn.Module):
             elif isinstance(leaf, torch.Tensor) and loss is not None:
                 leaf = leaf.detach()
             if isinstance(leaf, torch.Tensor):
+                if not flat[index].requires_grad:
+                    plain.add(len(found))
                 kept.append(_Leaf(len(found)))
                 found.append(leaf)
             elif leaf is None or isinstance(leaf, bool | int | float | str):
@@ -143,7 +148,7 @@ class _Step(nn.Module):
             else:
                 raise CaptureError(f"the model returns a {type(leaf).__name__}, of which memplan cannot see the tensors; "
                                    "return tensors in tuples, lists, dicts or a registered pytree node")  # fmt: skip
-        self.outputs = tuple(kept)
+        self.outputs, self.plain = tuple(kept), frozenset(plain)
         return tuple(found)
 
 
@@ -259,6 +264,7 @@ def capture(
         output_spec=step.output_spec,
         loss_leaf=step.loss_leaf,
         train=train,
+        plain=step.plain,
     )
 
 
