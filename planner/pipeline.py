@@ -164,30 +164,38 @@ class Planner:
         problem = self.flat.problem
         best, best_time = None, float("inf")
         starts = self.starts(budget)
+        hot = max(0.01, 0.5 / len(self.program.ops))  # where ops are few, each is a large step
         for number, start in enumerate(starts):
             self.tell("searching", number / (len(starts) + 2))
             if best is not None and time.monotonic() > self.deadline:
                 break
-            found, seconds = anneal(problem, self.space, start, budget, self.steps // 2, 0.01, self.seed + number)
+            found, seconds = anneal(problem, self.space, start, budget, self.steps // 2, hot, self.seed + number)
             if seconds < best_time:
                 best, best_time = found, seconds
             if best_time <= bound * (1 + GOOD):
                 break
+        if best is None and self.floor.peak <= budget:
+            best, best_time = self.smallest, self.floor.time
         for number in range(2):  # polish the best, longer and cooler
             if best is None or best_time <= bound * (1 + GOOD) or time.monotonic() > self.deadline:
                 break
             self.tell("polishing", (len(starts) + number) / (len(starts) + 2))
-            found, seconds = anneal(problem, self.space, best, budget, self.steps, 0.003, self.seed + 101 + number)
+            found, seconds = anneal(problem, self.space, best, budget, self.steps, hot / 3, self.seed + 101 + number)
             if seconds < best_time:
                 best, best_time = found, seconds
         return best
 
     @cached_property
     def floor(self) -> Side:
-        """The smallest schedule known: the search run for ever smaller budgets until it fails twice."""
-        problem = self.flat.problem
+        """The smallest schedule known."""
         if not self.recompute or self.space.uses == 0:
             return self.kept
+        return self.finish(self.smallest, None)
+
+    @cached_property
+    def smallest(self) -> np.ndarray:
+        """The solution of smallest peak known: the search run for ever smaller budgets, whatever the time."""
+        problem = self.flat.problem
         choices = [problem.keep_all(), *self.rules()]
         peaks = [score(problem, choice, 0).peak for choice in choices]
         best, peak = choices[int(np.argmin(peaks))], min(peaks)
@@ -209,7 +217,7 @@ class Planner:
                     current, tries, shrink = best, 0, 1 - (1 - shrink) / 2.5
             if shrink > 0.995:
                 break
-        return self.finish(best, None)
+        return best
 
     def solve(self, budget: int) -> Answer:
         """The fastest schedule found within a budget.
@@ -225,8 +233,6 @@ class Planner:
         bound = self.bound(budget)
         solution = self.search(budget, bound) if np.isfinite(bound) else None
         if solution is None:
-            if self.floor.peak <= budget:
-                return Answer(self.floor, min(bound, self.floor.time))
             raise self.refuse(budget, self.floor)
         side = self.finish(solution, budget)
         return Answer(side, min(bound, side.time))

@@ -15,9 +15,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Figures of its own, so that no test depends on what was measured here; no rounding, so that small tensors differ.
-MACHINE = Machine(
-    "toy", "cpu", (Tier("device", 1 << 34, 1e10),), (Unit("core", "device", {"default": 1e10}, launch=1e-6),)
-)
+MACHINE = Machine("toy", "cpu", (Tier("device", 1 << 34, 1e10),), (Unit("core", "device", {"default": 1e10}, launch=1e-6),))
 
 
 @pytest.fixture(autouse=True)
@@ -169,9 +167,7 @@ def test_what_the_plan_says_is_what_runs() -> None:
     count = Count()
     watched(called, count)
     (code,) = pieces_of(called)
-    runs = [
-        code.program.ops[step.op].target for step in code.side.schedule.instructions if isinstance(step, dynamo.Run)
-    ]
+    runs = [code.program.ops[step.op].target for step in code.side.schedule.instructions if isinstance(step, dynamo.Run)]
     plan = Counter(target.split(".")[1] for target in runs if "." in target)
     assert code.side.report.repeated > 10
     for name in ("addmm", "native_layer_norm", "native_dropout", "gelu", "mm"):

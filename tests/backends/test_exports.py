@@ -60,9 +60,7 @@ def plan() -> Plan:
         Side(schedule, referee(program, unlimited(machine), schedule))
         for schedule in (Schedule(program.digest, steps), Schedule(program.digest, plain))
     ]
-    return Plan(
-        program, machine, 6 * MIB, *sides, "feasible", 0.1, 1e-3, 5 * MIB, 0.1, 0.2, Recipe("{}", True, False, None)
-    )
+    return Plan(program, machine, 6 * MIB, *sides, "feasible", 0.1, 1e-3, 5 * MIB, 0.1, 0.2, Recipe("{}", True, False, None))
 
 
 def test_trace_has_each_run_and_copy_where_the_referee_has_it(plan: Plan, tmp_path: Path):
@@ -115,9 +113,7 @@ def test_snapshot_is_what_torchs_tools_read(plan: Plan, tmp_path: Path):
     exports.save_snapshot(plan, tmp_path / "s.pickle")
 
     data = pickle.loads((tmp_path / "s.pickle").read_bytes())
-    for trace, segment, side in zip(
-        data["device_traces"], data["segments"], (plan.planned, plan.unplanned), strict=True
-    ):
+    for trace, segment, side in zip(data["device_traces"], data["segments"], (plan.planned, plan.unplanned), strict=True):
         assert replayed(trace, segment) == side.peak
         assert sum(block["size"] for block in segment["blocks"]) == segment["total_size"]
     assert "total_allocated: 4.0MiB" in _memory_viz.segsum(data)  # a parameter and a gradient, twice

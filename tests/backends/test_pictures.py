@@ -40,9 +40,7 @@ def deep_plan(depth: int, seconds: float = 1e-3, budget: int | None = None) -> P
         Side(schedule, referee(program, unlimited(machine), schedule))
         for schedule in (Schedule(program.digest, tuple(twice)), Schedule(program.digest, tuple(kept)))
     ]
-    return Plan(
-        program, machine, budget, *sides, "feasible", 0.0, 0.0, 4 * MIB, 0.1, 0.2, Recipe("{}", True, False, None)
-    )
+    return Plan(program, machine, budget, *sides, "feasible", 0.0, 0.0, 4 * MIB, 0.1, 0.2, Recipe("{}", True, False, None))
 
 
 def test_timeline_has_two_axes_of_one_scale_the_budget_and_a_legend():
@@ -66,9 +64,7 @@ def test_the_stack_is_as_high_as_the_referees_timeline():
 
     figure = pictures.timeline(plan)
 
-    heights = [
-        float(np.max(collection.get_datalim(ax.transData).y1)) for ax in figure.axes for collection in ax.collections
-    ]
+    heights = [float(np.max(collection.get_datalim(ax.transData).y1)) for ax in figure.axes for collection in ax.collections]
     drawn = max(heights)
     assert drawn == pytest.approx(plan.unplanned.peak)
 

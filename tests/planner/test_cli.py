@@ -30,13 +30,9 @@ def small_plan(budget: int | None = None) -> Plan:
     program = Program("net", tuple(Buffer(name, 1 << 20, kind) for name, kind in kinds), ops, (3,))
     machine = load_machine("h100-80gb")
     plain = Schedule(program.digest, (Run(0, (1,)), Run(1, (2,)), Run(2, (3,)), Free(1), Free(2)))
-    again = Schedule(
-        program.digest, (Run(0, (1,)), Run(1, (2,)), Free(1), Run(0, (1,)), Run(2, (3,)), Free(1), Free(2))
-    )
+    again = Schedule(program.digest, (Run(0, (1,)), Run(1, (2,)), Free(1), Run(0, (1,)), Run(2, (3,)), Free(1), Free(2)))
     sides = [Side(schedule, referee(program, unlimited(machine), schedule)) for schedule in (again, plain)]
-    return Plan(
-        program, machine, budget, *sides, "feasible", 0.25, 3e-3, 4 << 20, 0.1, 0.2, Recipe("{}", True, False, None)
-    )
+    return Plan(program, machine, budget, *sides, "feasible", 0.25, 3e-3, 4 << 20, 0.1, 0.2, Recipe("{}", True, False, None))
 
 
 @pytest.fixture
@@ -159,9 +155,7 @@ def test_usage_is_status_2_without_loading_the_model(capsys, monkeypatch, words)
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize(
-    "words", [["plan", "no.py:f"], ["plan", "hf:lama"], ["check", "none.json"], ["show", "none.json"]]
-)
+@pytest.mark.parametrize("words", [["plan", "no.py:f"], ["plan", "hf:lama"], ["check", "none.json"], ["show", "none.json"]])
 def test_what_is_not_there_is_status_1(capsys, words):
     status, out, err = call(capsys, *words)
 
