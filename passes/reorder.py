@@ -1,7 +1,7 @@
 """Operator order for peak memory: run at once what frees more than it takes.
 
 List scheduling over the backward pass. Among the ops that are ready, one that leaves fewer bytes live than it found is
-run first (of several the one that frees most); where there is none, the traced order goes on. In a linear layer's
+run first (of several the one that needs the fewest new bytes); where there is none, the traced order goes on. In a linear layer's
 backward pass this computes the weight's gradient, which ends the life of the layer's input, before the input's
 gradient, which needs new bytes. Independent ops change places; no sum changes its order, so the numbers are the same.
 """
@@ -37,16 +37,20 @@ class Reorder:
                 users.setdefault(need, []).append(index)
         ready = sorted(index for index in waiting if not pending[index])
 
-        def freed(index: int) -> int:
-            """Bytes fewer live after the op than before it."""
+        def effect(index: int) -> tuple[int, int]:
+            """Bytes that the op makes, and bytes fewer live after it than before it."""
             op = ops[index]
             dying = sum(size[buffer] for buffer in op.reads if readers[buffer] == 1 and buffer not in held)
-            return dying - sum(size[buffer] for buffer in op.writes if readers.get(buffer) or buffer in held)
+            return (
+                sum(size[buffer] for buffer in op.writes) + op.workspace,
+                dying - sum(size[buffer] for buffer in op.writes if readers.get(buffer) or buffer in held),
+            )
 
         def pick() -> Iterator[int]:
             while ready:
-                best = max(ready, key=lambda index: (freed(index), -index))
-                chosen = best if freed(best) > 0 else ready[0]
+                effects = {index: effect(index) for index in ready}
+                freeing = [index for index in ready if effects[index][1] > 0]
+                chosen = min(freeing, key=lambda index: (effects[index][0], -effects[index][1]), default=ready[0])
                 ready.remove(chosen)
                 yield chosen
                 for buffer in ops[chosen].reads:

@@ -75,8 +75,13 @@ class Planner:
 
     @cached_property
     def flat(self) -> Flat:
-        """The arrays that the solvers work on, ops in base order."""
-        return flatten(self.program, Reorder()(self.program) if self.reorder else None)
+        """The arrays that the solvers work on, ops in base order: the rearranged one where its peak is no higher."""
+        traced = flatten(self.program)
+        if not self.reorder:
+            return traced
+        moved = flatten(self.program, Reorder()(self.program))
+        peaks = [score(flat.problem, flat.problem.keep_all(), 0).peak for flat in (traced, moved)]
+        return moved if peaks[1] <= peaks[0] else traced
 
     @cached_property
     def base_seconds(self) -> float:
