@@ -1,9 +1,10 @@
 """Operator order for peak memory: run at once what frees more than it takes.
 
 List scheduling over the backward pass. Among the ops that are ready, one that leaves fewer bytes live than it found is
-run first (of several the one that needs the fewest new bytes); where there is none, the traced order goes on. In a linear layer's
-backward pass this computes the weight's gradient, which ends the life of the layer's input, before the input's
-gradient, which needs new bytes. Independent ops change places; no sum changes its order, so the numbers are the same.
+run first (of several the one that needs the fewest new bytes); where there is none, the traced order goes on. In a
+linear layer's backward pass this computes the weight's gradient, which ends the life of the layer's input, before the
+input's gradient, which needs new bytes. Independent ops change places; no sum changes its order, so the numbers are
+the same.
 """
 
 from collections.abc import Iterator
