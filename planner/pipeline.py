@@ -6,10 +6,12 @@ One `Planner` serves many budgets of one program: everything that does not depen
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +22,7 @@ from ..solvers.anneal import anneal, make_space
 from ..solvers.bound import CutModel
 from ..solvers.master import Master, find_slots
 from ..solvers.segments import find_segments
-from ..solvers.timeline import KEEP, order_of, profile, score
+from ..solvers.timeline import KEEP, SINCE, order_of, profile, score
 from .errors import BudgetError, InvalidSchedule
 from .machine import Machine
 from .plan import Side, unlimited
@@ -35,6 +37,9 @@ GOOD = 0.002  # a gap at which the search stops
 FLOOR_ROUNDS = 16  # searches for a smaller peak; half as many for programs of more than LARGE ops
 LARGE = 2000
 SMALL = 150  # ops: programs up to this size may also recompute what the backward pass makes
+TINY = 64  # ops: programs up to this size are searched from more starts
+HEATS = (0.02, 0.06, 0.2)
+TOGETHER = 2  # searches at once; fixed, so that answers do not depend on the number of cores
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,14 @@ class Answer:
 
     side: Side
     bound: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one search found: a solution and its time, infinite where it does not fit."""
+
+    solution: Any
+    seconds: float
 
 
 @dataclass
@@ -146,12 +159,12 @@ class Planner:
         slots, problem = self.master.slots, self.flat.problem
         crosses = self.segments.crosses[slots.buffer]
         own = self.segments.opened[np.maximum(self.segments.of_buffer[slots.buffer], 0)]
-        first = (slots.last == 0) & (slots.before <= problem.boundary)
+        first = (slots.last == 0) & (slots.before <= problem.boundary) & (slots.at > problem.boundary)
         made = []
         for times in (np.where(crosses, KEEP, own), np.where(crosses, problem.boundary, own),
                       np.full(len(own), problem.boundary), slots.at):  # fmt: skip
             solution = problem.keep_all()
-            solution[0, slots.gap[first]] = times[first]
+            solution[SINCE, slots.gap[first]] = times[first]
             made.append(solution)
         return made
 
@@ -161,34 +174,47 @@ class Planner:
 
     @cached_property
     def steps(self) -> int:
-        """Simulations per start, so that one start takes a second or two whatever the program's size."""
-        return self.effort or int(np.clip(2.4e7 / max(len(self.program.ops), 1), 2000, 200000))
+        """Simulations per start: more for larger programs, as long as one start takes no more than a second or two."""
+        ops = max(len(self.program.ops), 1)
+        return self.effort or int(max(min(10_000 * ops, 2.4e7 / ops), 2000))
+
+    def improve(self, tries: Sequence[tuple[np.ndarray, int, float]], budget: int, seed: int, care: float = 1.0) -> list[Found]:
+        """The search from several (solution, steps, heat) at once, in threads: what each found, in their order."""
+        problem, space = self.flat.problem, self.space
+
+        def one(number: int) -> Found:
+            start, steps, hot = tries[number]
+            return Found(*anneal(problem, space, start, budget, steps, hot, self.seed + seed + number, care))
+
+        with ThreadPoolExecutor(TOGETHER) as pool:
+            return list(pool.map(one, range(len(tries))))
 
     def search(self, budget: int, bound: float) -> np.ndarray | None:
-        """The best solution found within the budget, or None."""
-        problem = self.flat.problem
-        best, best_time = None, float("inf")
-        starts = self.starts(budget)
-        hot = max(0.01, 0.5 / len(self.program.ops))  # where ops are few, each is a large step
-        for number, start in enumerate(starts):
-            self.tell("searching", number / (len(starts) + 2))
-            if best is not None and time.monotonic() > self.deadline:
+        """The best solution found within the budget, or None.
+
+        From every start; then, for programs so small that each op is a large step, several times more from nothing
+        chosen at different heats; then twice from the best, longer and cooler.
+        """
+        hot = max(0.01, 0.5 / len(self.program.ops))
+        nothing = self.flat.problem.keep_all()
+        tries = [(start, self.steps // 2, hot) for start in self.starts(budget)]
+        if len(self.program.ops) <= TINY:
+            tries += [(nothing, self.steps, heat) for heat in HEATS * 3]
+        best = Found(None, float("inf"))
+        for number in range(0, len(tries) + TOGETHER, TOGETHER):
+            if best.solution is not None and (best.seconds <= bound * (1 + GOOD) or time.monotonic() > self.deadline):
                 break
-            found, seconds = anneal(problem, self.space, start, budget, self.steps // 2, hot, self.seed + number)
-            if seconds < best_time:
-                best, best_time = found, seconds
-            if best_time <= bound * (1 + GOOD):
-                break
-        if best is None and self.floor.peak <= budget:
-            best, best_time = self.smallest, self.floor.time
-        for number in range(2):  # polish the best, longer and cooler
-            if best is None or best_time <= bound * (1 + GOOD) or time.monotonic() > self.deadline:
-                break
-            self.tell("polishing", (len(starts) + number) / (len(starts) + 2))
-            found, seconds = anneal(problem, self.space, best, budget, self.steps, hot / 3, self.seed + 101 + number)
-            if seconds < best_time:
-                best, best_time = found, seconds
-        return best
+            self.tell("searching", number / (len(tries) + TOGETHER))
+            batch = tries[number : number + TOGETHER]
+            if not batch:
+                if best.solution is None and self.floor.peak <= budget:
+                    best = Found(self.smallest, self.floor.time)
+                if best.solution is None:
+                    break
+                batch = [(best.solution, self.steps, hot / 3)] * TOGETHER
+            found = [each for each in self.improve(batch, budget, number) if np.isfinite(each.seconds)]
+            best = min([best, *found], key=lambda each: each.seconds)
+        return best.solution
 
     @cached_property
     def floor(self) -> Side:
@@ -212,10 +238,11 @@ class Planner:
                 break
             self.tell("finding the smallest budget", number / rounds)
             target = int(problem.resident + (peak - problem.resident) * shrink)
-            found, seconds = anneal(problem, self.space, current, target, steps, 0.01, self.seed + number, care=0.05)
-            current = found  # what comes closest, if nothing fits: the next round goes on from it
-            if np.isfinite(seconds):
-                best, peak, tries = found, score(problem, found, target).peak, 0
+            answers = self.improve([(current, steps, heat) for heat in (0.01, 0.03)], target, 2 * number, care=0.05)
+            found = min(answers, key=lambda each: (each.seconds, score(problem, each.solution, target).excess))
+            current = found.solution  # what comes closest, if nothing fits: the next round goes on from it
+            if np.isfinite(found.seconds):
+                best, peak, tries = current, score(problem, current, target).peak, 0
             else:
                 tries += 1
                 if tries == 3:

@@ -13,7 +13,11 @@ from numba import njit
 
 from .master import Slots
 from .segments import Segments
-from .timeline import Problem, _evaluate
+from .timeline import BEGIN, EAGER, HOLD, NEVER, SINCE, Problem, _evaluate
+
+TOGETHER = 4  # gaps that one move changes, beside the moves on layers
+
+FEW = 150  # ops: programs up to this size are searched for eager starts and middle intervals more
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Space:
         uses: number of slots that a use ends; they come first in `draw_from`.
         draw_from: slots, those that a use ends first.
         boundary: base time of the loss.
+        slot_of: slot of each gap, else -1.
     """
 
     slots: Slots
@@ -43,6 +48,7 @@ class Space:
     uses: int
     draw_from: np.ndarray
     boundary: int
+    slot_of: np.ndarray
 
     @property
     def arrays(self) -> tuple[Any, ...]:
@@ -50,7 +56,7 @@ class Space:
         slots = self.slots
         return (
             slots.gap, slots.before, slots.at, slots.last, self.segment, self.opened, self.group_start, self.group,
-            self.place_start, self.place, self.kind, self.uses, self.draw_from, self.boundary,
+            self.place_start, self.place, self.kind, self.uses, self.draw_from, self.boundary, slots.buffer, self.slot_of,
         )  # fmt: skip
 
 
@@ -70,6 +76,8 @@ def make_space(problem: Problem, segments: Segments, slots: Slots) -> Space:
         places[segment[slot]].append(slot)
         shapes[segment[slot]].append(name)
     groups = list(label.values())
+    slot_of = np.full(len(problem.use) + len(problem.size), -1, np.int64)
+    slot_of[slots.gap] = np.arange(len(slots.gap))
     signature: dict[tuple, int] = {}
     return Space(
         slots=slots,
@@ -83,6 +91,7 @@ def make_space(problem: Problem, segments: Segments, slots: Slots) -> Space:
         uses=int((slots.last == 0).sum()),
         draw_from=np.argsort(slots.last, kind="stable"),
         boundary=problem.boundary,
+        slot_of=slot_of,
     )
 
 
@@ -111,9 +120,21 @@ def anneal(
     Returns:
         The best solution that fits the budget, and its time; infinite (and the solution of least excess) where none did.
     """
+    fine = 0.25 if len(problem.seconds) <= FEW else 0.02
     if len(space.slots.gap) == 0 or space.uses == 0:
         return solution, float("inf")
-    arguments: tuple[Any, ...] = (*problem.arrays, *space.arrays, solution.copy(), np.int64(budget), steps, hot, seed, care)
+    arguments: tuple[Any, ...] = (
+        *problem.arrays,
+        *space.arrays,
+        solution.copy(),
+        np.int64(budget),
+        steps,
+        hot,
+        seed,
+        care,
+        fine,
+        0.8 if fine > 0.1 else 0.35,
+    )
     best, time = _anneal(*arguments)
     return best, float(time)
 
@@ -127,40 +148,99 @@ def _shifted(time, source, target, opened, boundary, ops):  # pragma: no cover
 
 
 @njit(cache=True)
-def _draw(slot, since, hold, before, at, last, segment, opened, boundary):  # pragma: no cover
-    """New (since, hold) for a slot, out of its old ones."""
+def _draw(fresh, slot, before, at, last, segment, opened, boundary, fine):  # pragma: no cover
+    """Change a slot's times in place."""
     own = segment[slot]
     low, high = max(before[slot], boundary), at[slot]
+    if high <= low:
+        low = before[slot]
     anytime = low + 1 + np.random.randint(max(high - low, 1))
     dice = np.random.random()
     if last[slot] or dice > 0.9:
         dice = np.random.random()
+        fresh[BEGIN] = -1
+        fresh[EAGER] &= 1
+        if dice < fine:
+            other = low + 1 + np.random.randint(max(high - low, 1))
+            fresh[BEGIN], fresh[HOLD] = min(anytime, other), max(anytime, other)
+            if np.random.random() < 0.5:
+                fresh[EAGER] |= 2
+            return
+        dice = np.random.random()
         if dice < 0.5:
-            return since, -1
-        if dice < 0.7:
-            return since, opened[own]
-        if dice < 0.8 and own > 0:
-            return since, min(opened[own - 1], high)
-        return since, anytime
+            fresh[HOLD] = -1
+        elif dice < 0.7:
+            fresh[HOLD] = opened[own]
+        elif dice < 0.8 and own > 0:
+            fresh[HOLD] = min(opened[own - 1], high)
+        else:
+            fresh[HOLD] = anytime
+        return
+    fresh[EAGER] &= 2
     if dice < 0.3:
-        return -1, -1
-    if dice < 0.45:
-        return at[slot], -1
-    if dice < 0.65:
-        return opened[own], -1
-    if dice < 0.75:
-        return boundary, -1
-    if dice < 0.83:
-        return opened[min(own + 1 + np.random.randint(8), len(opened) - 1)], -1
-    return anytime, hold
+        fresh[SINCE] = -1
+    elif dice < 0.45:
+        fresh[SINCE] = at[slot]
+    elif dice < 0.65:
+        fresh[SINCE] = opened[own]
+    elif dice < 0.75:
+        fresh[SINCE] = boundary
+    elif dice < 0.83:
+        fresh[SINCE] = opened[min(own + 1 + np.random.randint(8), len(opened) - 1)]
+    else:
+        fresh[SINCE] = anytime
+        if np.random.random() < 2.0 * fine:
+            fresh[EAGER] |= 1
+        return
+    if np.random.random() > fine:  # a middle interval is worth keeping where it was hard to find
+        fresh[BEGIN], fresh[HOLD], fresh[EAGER] = -1, -1, 0
 
 
 @njit(cache=True)
+def _place(solution, former, changed, moved, fresh, source, slot, target, gap, at, segment, opened, boundary, ops):
+    """Write one slot's times, moved to where the target is, into the solution. Returns whether that changes anything."""
+    changed[moved] = target
+    real = False
+    for row in range(4):
+        value = fresh[row]
+        if row == SINCE and value == at[slot]:
+            value = at[target]
+        elif row != EAGER:
+            value = _shifted(value, source, segment[target], opened, boundary, ops)
+        former[row, moved] = solution[row, gap[target]]
+        real |= former[row, moved] != value
+        solution[row, gap[target]] = value
+    return real
+
+
+@njit(cache=True)
+def _relative(slot, fresh, owner, slot_of, use_start, use, producer, read_start, read, write_start, write):
+    """A slot that a slot's new times concern: of another output, or of an input, of the op that is to run then; or -1."""
+    now = fresh[SINCE] if fresh[SINCE] < NEVER else fresh[HOLD]
+    op = producer[owner[slot]]
+    if now < 0:
+        return -1
+    dice = np.random.randint(3)
+    if dice == 0 and write_start[op + 1] - write_start[op] > 1:
+        buffer = write[write_start[op] + np.random.randint(write_start[op + 1] - write_start[op])]
+        if buffer == owner[slot]:
+            return -1
+    elif dice == 1 and read_start[op + 1] > read_start[op]:
+        buffer = read[read_start[op] + np.random.randint(read_start[op + 1] - read_start[op])]
+    else:
+        return -1
+    index = use_start[buffer]
+    while index < use_start[buffer + 1] and use[index] < now:
+        index += 1
+    return slot_of[index + buffer]
+
+
+@njit(cache=True, nogil=True)
 def _anneal(
     seconds, workspace, size, producer, read_start, read, write_start, write, reuse_start, reuse_new, reuse_old,
     use_start, use_list, output, repeatable, resident,
     gap, before, at, last, segment, opened, group_start, group, place_start, place, kind, uses, draw_from, boundary,
-    solution, budget, steps, hot, seed, care,
+    owner, slot_of, solution, budget, steps, hot, seed, care, fine, single,
 ):  # fmt: skip # pragma: no cover
     np.random.seed(seed)
     slots, segments, ops = len(gap), len(kind), len(seconds)
@@ -170,8 +250,8 @@ def _anneal(
         use_start, use_list, output, repeatable, resident, solution, budget,
     )  # fmt: skip
     best, best_time, best_excess = solution.copy(), np.inf, np.inf
-    changed = np.empty(slots, np.int64)
-    former = np.empty((2, slots), np.int32)
+    changed = np.empty(slots + 4, np.int64)
+    former, fresh = np.empty((4, slots + TOGETHER), np.int32), np.empty(4, np.int32)
     for step in range(steps):
         progress = step / steps
         heat = hot * (1.0 - progress) ** 2 + 1e-9
@@ -181,55 +261,53 @@ def _anneal(
         moved = 0
         real = False
         dice = np.random.random()
-        if dice < 0.75:
-            pool = slots if np.random.random() < 0.15 else uses
-            slot = draw_from[np.random.randint(pool)]
-            since, hold = _draw(
-                slot, solution[0, gap[slot]], solution[1, gap[slot]], before, at, last, segment, opened, boundary
-            )
-            first, final, g = 0, 0, 0
-            if dice > 0.35:  # the same gap in a range of layers
-                g = np.random.randint(len(group_start) - 1)
-                low, high = group_start[g], group_start[g + 1]
-                pick = low + np.random.randint(high - low)
-                slot = group[pick]
-                since, hold = _draw(
-                    slot, solution[0, gap[slot]], solution[1, gap[slot]], before, at, last, segment, opened, boundary
+        if dice < single:  # one gap, or a few together
+            slot, linked = draw_from[np.random.randint(slots if np.random.random() < 0.15 else uses)], False
+            while moved < TOGETHER:
+                if not linked:
+                    fresh[:] = solution[:, gap[slot]]
+                    _draw(fresh, slot, before, at, last, segment, opened, boundary, fine)
+                real |= _place(
+                    solution, former, changed, moved, fresh, segment[slot], slot, slot, gap, at, segment, opened,
+                    boundary, ops,
+                )  # fmt: skip
+                moved += 1
+                if np.random.random() > 0.5:
+                    break
+                follow = _relative(
+                    slot, fresh, owner, slot_of, use_start, use_list, producer, read_start, read, write_start, write
                 )
-                other = low + np.random.randint(high - low)
-                first, final = min(pick, other), max(pick, other)
-                if np.random.random() < 0.3:
-                    first, final = low, high - 1
-            for k in range(first, final + 1):
-                target = slot if dice <= 0.35 else group[k]
-                new_since = _shifted(since, segment[slot], segment[target], opened, boundary, ops)
-                if since == at[slot]:
-                    new_since = at[target]
-                new_hold = _shifted(hold, segment[slot], segment[target], opened, boundary, ops)
-                changed[moved] = target
-                former[0, moved], former[1, moved] = solution[0, gap[target]], solution[1, gap[target]]
-                if solution[0, gap[target]] != new_since or solution[1, gap[target]] != new_hold:
-                    solution[0, gap[target]], solution[1, gap[target]] = new_since, new_hold
-                    real = True
+                linked = follow >= 0
+                slot = follow if linked else draw_from[np.random.randint(uses)]
+                if linked and producer[owner[slot]] != producer[owner[changed[moved - 1]]]:
+                    now = fresh[SINCE] if fresh[SINCE] < NEVER else fresh[HOLD]
+                    fresh[:] = solution[:, gap[slot]]
+                    fresh[BEGIN], fresh[HOLD], fresh[EAGER] = -1, now, fresh[EAGER] & 1
+        elif dice < 0.5 + single / 2:  # the same gap in a range of layers
+            g = np.random.randint(len(group_start) - 1)
+            low, high = group_start[g], group_start[g + 1]
+            pick, other = low + np.random.randint(high - low), low + np.random.randint(high - low)
+            slot = group[pick]
+            fresh[:] = solution[:, gap[slot]]
+            _draw(fresh, slot, before, at, last, segment, opened, boundary, fine)
+            whole = np.random.random() < 0.3
+            for k in range(low if whole else min(pick, other), high if whole else max(pick, other) + 1):
+                real |= _place(
+                    solution, former, changed, moved, fresh, segment[slot], slot, group[k], gap, at, segment, opened,
+                    boundary, ops,
+                )  # fmt: skip
                 moved += 1
         else:  # a layer's times to a range of layers like it
-            source = np.random.randint(segments)
-            goal = np.random.randint(segments)
-            length = place_start[source + 1] - place_start[source]
+            source, goal = np.random.randint(segments), np.random.randint(segments)
             for s in range(min(source, goal), max(source, goal) + 1):
                 if s != source and kind[s] == kind[source]:
-                    for k in range(length):
+                    for k in range(place_start[source + 1] - place_start[source]):
                         slot, target = place[place_start[source] + k], place[place_start[s] + k]
-                        changed[moved] = target
-                        former[0, moved], former[1, moved] = solution[0, gap[target]], solution[1, gap[target]]
-                        since, hold = solution[0, gap[slot]], solution[1, gap[slot]]
-                        new_since = _shifted(since, source, s, opened, boundary, ops)
-                        if since == at[slot]:
-                            new_since = at[target]
-                        new_hold = _shifted(hold, source, s, opened, boundary, ops)
-                        if former[0, moved] != new_since or former[1, moved] != new_hold:
-                            solution[0, gap[target]], solution[1, gap[target]] = new_since, new_hold
-                            real = True
+                        fresh[:] = solution[:, gap[slot]]
+                        real |= _place(
+                            solution, former, changed, moved, fresh, source, slot, target, gap, at, segment, opened,
+                            boundary, ops,
+                        )  # fmt: skip
                         moved += 1
         if not real:
             continue
@@ -248,5 +326,5 @@ def _anneal(
                 best_excess = excess
         else:
             for k in range(moved - 1, -1, -1):
-                solution[0, gap[changed[k]]], solution[1, gap[changed[k]]] = former[0, k], former[1, k]
+                solution[:, gap[changed[k]]] = former[:, k]
     return best, best_time

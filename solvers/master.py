@@ -14,12 +14,12 @@ import numpy as np
 
 from .bound import highs_model, used_from
 from .segments import Segments
-from .timeline import KEEP, Problem, profile
+from .timeline import HOLD, KEEP, SINCE, Problem, profile
 
 
 @dataclass(frozen=True)
 class Slots:
-    """The gaps in which a value need not stay resident: those of repeatable ops' results that reach the backward pass.
+    """The gaps that leave a choice: where a value need not stay resident, or might though no use follows.
 
     Attributes:
         gap: index of the gap in a solution.
@@ -47,11 +47,11 @@ def find_slots(problem: Problem, everything: bool) -> Slots:
     rows = []
     for buffer in range(len(problem.size)):
         op = int(problem.producer[buffer])
-        if not problem.repeatable[op] or (op > problem.boundary and not everything):
+        if op > problem.boundary and not everything:
             continue
         previous = op
         for index in range(problem.use_start[buffer], problem.use_start[buffer + 1]):
-            if problem.use[index] > problem.boundary:
+            if problem.repeatable[op] and (problem.use[index] > problem.boundary or everything):
                 rows.append((index + buffer, buffer, previous, int(problem.use[index]), 0))
             previous = int(problem.use[index])
         if not problem.output[buffer]:
@@ -120,12 +120,12 @@ class Master:
         """The solution that keeps these buffers and recomputes the others when their segment's backward pass opens."""
         slots = self.slots
         solution = self.problem.keep_all()
-        crossing = (slots.before <= self.problem.boundary) & (slots.buffer < len(keep))
+        crossing = (slots.before <= self.problem.boundary) & (slots.at > self.problem.boundary)
         dropped = crossing & (keep[slots.buffer] < 0.5) & (slots.last == 0)
-        solution[0, slots.gap[dropped]] = self.opened(slots.buffer[dropped])
-        held = crossing & (keep[slots.buffer] > 0.5) & (slots.last == 1) & (slots.before <= self.problem.boundary)
+        solution[SINCE, slots.gap[dropped]] = self.opened(slots.buffer[dropped])
+        held = crossing & (keep[slots.buffer] > 0.5) & (slots.last == 1)
         own = self.segments.opened[self.segments.of_buffer[slots.buffer[held]]]
-        solution[1, slots.gap[held]] = np.where(own < len(self.problem.seconds), own, KEEP)
+        solution[HOLD, slots.gap[held]] = np.where(own < len(self.problem.seconds), own, KEEP)
         return solution
 
     def opened(self, buffers: np.ndarray) -> np.ndarray:

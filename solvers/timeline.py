@@ -1,16 +1,20 @@
 """The rematerialisation problem as flat arrays, and the exact simulation that every solver scores its answers with.
 
 A *base order* of ops is given. Between the making of a buffer, its uses in that order, and the end lie its *gaps*. A
-solution is two base times for every gap:
+solution has four numbers for every gap, the rows of an int32 array:
 
-    since   from then on, once somebody has needed the value, it stays resident until the use that ends the gap;
-            a time before the gap means kept throughout
-    hold    until then it stays resident anyway, for the sake of recomputations that read it
+    SINCE   the base time from which the value stays resident until the use that ends the gap; a time before the gap
+            means kept throughout
+    BEGIN   and from this base time,
+    HOLD    until this one, it is resident as well, for the sake of recomputations that read it; a BEGIN before the gap
+            means from the use or making that opens the gap
+    EAGER   whether the value is made at SINCE (bit 1) or at BEGIN (bit 2) though nobody needs it then; otherwise the
+            interval starts when somebody first does
 
-These are the retention intervals of Moccasin (Bartan et al. 2023), started lazily: a value that nobody asks for earlier
-is rematerialised at its use, with whatever of its inputs is missing, and what a recomputation needs is recomputed the
-same way, so that nesting needs nothing more. From a solution the order of runs follows, and from the order each
-buffer's lives and the bytes at every run.
+These are the retention intervals of Moccasin (Bartan et al. 2023), at most three a gap. A value that is missing where it
+is needed is rematerialised there, with whatever of its inputs is missing, so that nesting needs nothing more. Eager
+starts are for values that are smaller than the inputs they are made of. From a solution the order of runs follows, and
+from the order each buffer's lives and the bytes at every run.
 """
 
 from dataclasses import dataclass
@@ -19,6 +23,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+SINCE, BEGIN, HOLD, EAGER = range(4)  # rows of a solution
 KEEP = -1  # a time before any base time: kept throughout, or not held
 NEVER = 2**30  # a time after any base time: the `since` of a buffer's last gap, which no use ends
 
@@ -74,9 +79,10 @@ class Problem:
         return self.use_start[1:] + np.arange(len(self.size))
 
     def keep_all(self) -> np.ndarray:
-        """The solution that recomputes nothing: an int32 array of shape (2, gaps), rows `since` and `hold`."""
-        solution = np.full((2, len(self.use) + len(self.size)), KEEP, np.int32)
-        solution[0, self.last_gap] = NEVER
+        """The solution that recomputes nothing: an int32 array of shape (4, gaps)."""
+        solution = np.full((4, len(self.use) + len(self.size)), KEEP, np.int32)
+        solution[SINCE, self.last_gap] = NEVER
+        solution[EAGER] = 0
         return solution
 
 
@@ -124,10 +130,33 @@ def profile(problem: Problem, solution: np.ndarray) -> tuple[np.ndarray, np.ndar
 def _stays(buffer, base, upcoming, output, solution):  # pragma: no cover
     """Until when a buffer that is resident at a base time stays so."""
     gap = upcoming[buffer] + buffer
-    since, hold = solution[0, gap], solution[1, gap]
-    if output[buffer] or since <= max(base, hold):
+    since, hold = solution[SINCE, gap], solution[HOLD, gap]
+    if output[buffer] or since <= base:
         return NEVER
-    return hold if hold > base else -1
+    if solution[BEGIN, gap] <= base < hold:
+        return NEVER if since <= hold else hold
+    return -1
+
+
+@njit(cache=True)
+def _starts(ops, use_start, solution):  # pragma: no cover
+    """What is made though nobody needs it, as linked lists: (first of each base time, next of each, buffer, gap)."""
+    count = 0
+    for gap in range(solution.shape[1]):
+        count += (solution[EAGER, gap] & 1) + (solution[EAGER, gap] >> 1)
+    first = np.full(ops if count else 0, -1, np.int32)
+    following, owner, place = np.empty(count, np.int32), np.empty(count, np.int32), np.empty(count, np.int32)
+    if count:
+        count = 0
+        for buffer in range(len(use_start) - 1):
+            for gap in range(use_start[buffer] + buffer, use_start[buffer + 1] + buffer + 1):
+                for bit in range(2):
+                    at = solution[SINCE if bit == 0 else BEGIN, gap]
+                    if solution[EAGER, gap] >> bit & 1 and 0 <= at < ops:
+                        owner[count], place[count] = buffer, gap
+                        following[count], first[at] = first[at], count
+                        count += 1
+    return first, following, owner, place
 
 
 @njit(cache=True)
@@ -141,36 +170,49 @@ def _expand(producer, read_start, read, write_start, write, use_start, use, outp
     upcoming = use_start[:-1].copy()
     stack = np.empty(2 * buffers + 2 * ops + 16, np.int32)
     touched = np.empty(buffers, np.int32)
+    first, following, owner, place = _starts(ops, use_start, solution)
     count = 0
     for base in range(ops):
-        depth, seen = 0, 0
-        for k in range(read_start[base], read_start[base + 1]):
-            if until[read[k]] < base:
-                stack[depth] = producer[read[k]]
-                depth += 1
-                while depth > 0:
-                    op = stack[depth - 1]
-                    missing = False
-                    for j in range(read_start[op], read_start[op + 1]):
-                        if until[read[j]] < base:
-                            missing = True
-                            if depth >= len(stack) - 1:
-                                return order, when, -1
-                            stack[depth] = producer[read[j]]
-                            depth += 1
-                            break
-                    if missing:
-                        continue
-                    depth -= 1
-                    if not repeatable[op] or op >= base or count >= limit - 2:
-                        return order, when, -1
-                    order[count], when[count] = op, base
-                    count += 1
-                    for j in range(write_start[op], write_start[op + 1]):
-                        if until[write[j]] < base:
-                            until[write[j]] = base
-                            touched[seen] = write[j]
-                            seen += 1
+        seen = 0
+        early = first[base] if len(first) else -1
+        k = read_start[base]
+        while early >= 0 or k < read_start[base + 1]:
+            if early >= 0:
+                wanted = owner[early]
+                due = place[early] == upcoming[wanted] + wanted and producer[wanted] < base
+                early = following[early]
+                if not due:
+                    continue
+            else:
+                wanted = read[k]
+                k += 1
+            if until[wanted] >= base:
+                continue
+            stack[0] = producer[wanted]
+            depth = 1
+            while depth > 0:
+                op = stack[depth - 1]
+                missing = False
+                for j in range(read_start[op], read_start[op + 1]):
+                    if until[read[j]] < base:
+                        missing = True
+                        if depth >= len(stack) - 1:
+                            return order, when, -1
+                        stack[depth] = producer[read[j]]
+                        depth += 1
+                        break
+                if missing:
+                    continue
+                depth -= 1
+                if not repeatable[op] or op >= base or count >= limit - 2:
+                    return order, when, -1
+                order[count], when[count] = op, base
+                count += 1
+                for j in range(write_start[op], write_start[op + 1]):
+                    if until[write[j]] < base:
+                        until[write[j]] = base
+                        touched[seen] = write[j]
+                        seen += 1
         if count >= limit - 2:
             return order, when, -1
         order[count], when[count] = base, base

@@ -14,7 +14,7 @@ from memplan.planner.machine import Link, Machine, Tier, Unit
 from memplan.planner.program import Buffer, Kind, Op, Phase, Program
 from memplan.planner.referee import RULES, referee
 from memplan.planner.schedule import Free, Placement, Run, Schedule, Start, Wait
-from memplan.solvers.timeline import order_of, profile, score
+from memplan.solvers.timeline import BEGIN, EAGER, HOLD, SINCE, order_of, profile, score
 from strategies import ROOMY, make_program, planned_orders
 
 W, A, B, M, T, GB, GW = range(7)  # the buffers of `step`
@@ -356,9 +356,11 @@ def test_simulator_and_referee_agree(seed, forward, repeated, share):
     problem = flat.problem
     solution = problem.keep_all()
     for gap in range(solution.shape[1]):
-        for row in (0, 1):
+        for row in (SINCE, BEGIN, HOLD):
             if rng.random() < share:
                 solution[row, gap] = rng.randint(-1, len(program.ops))
+        if rng.random() < share:
+            solution[EAGER, gap] = rng.randint(0, 3)
     found = score(problem, solution, 10**9)
     order = order_of(problem, solution)
     runs, _, memory = profile(problem, solution)

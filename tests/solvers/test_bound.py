@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from memplan.passes.liveness import Liveness
 from memplan.planner.pipeline import Planner
 from memplan.planner.referee import referee
-from memplan.solvers.timeline import order_of, score
+from memplan.solvers.timeline import EAGER, HOLD, SINCE, order_of, score
 from strategies import ROOMY, make_order, make_program
 
 
@@ -41,9 +41,10 @@ def test_no_random_solution_beats_the_bound(seed, forward, share):
         for buffer, gap in enumerate(problem.last_gap):
             for index in range(problem.use_start[buffer], problem.use_start[buffer + 1]):
                 if rng.random() < share:
-                    solution[0, index + buffer] = problem.use[index]
+                    solution[SINCE, index + buffer] = rng.randint(int(problem.producer[buffer]), int(problem.use[index]))
+                    solution[EAGER, index + buffer] = rng.randint(0, 1)
             if rng.random() < share / 4:
-                solution[1, gap] = rng.randint(0, len(program.ops))
+                solution[HOLD, gap] = rng.randint(0, len(program.ops))
         found = score(problem, solution, 0)
         if np.isfinite(found.time) and len(order_of(problem, solution)):
             assert planner.bound(found.peak) <= found.time * (1 + 1e-9)
