@@ -1,7 +1,7 @@
 """Simulated annealing over retention intervals, with moves that act on every layer of a kind at once.
 
-A move draws new times for one gap, for the same gap in a range of layers, or copies a layer's times to a range of
-layers. From layer to layer times are translated by the distance between the moments at which their backward passes
+A move draws new times for one gap (and may go on to gaps of the same op's other results and of its inputs), for the
+same gap in a range of layers, or copies a layer's times to a range of layers. From layer to layer times are translated by the distance between the moments at which their backward passes
 open, so that what is learnt of one layer is tried on all.
 """
 
@@ -15,8 +15,7 @@ from .master import Slots
 from .segments import Segments
 from .timeline import BEGIN, EAGER, HOLD, NEVER, SINCE, Problem, _evaluate
 
-TOGETHER = 4  # gaps that one move changes, beside the moves on layers
-
+RELATED = 4  # at most so many gaps change in one move, beside the moves on layers
 FEW = 150  # ops: programs up to this size are searched for eager starts and middle intervals more
 
 
@@ -120,22 +119,12 @@ def anneal(
     Returns:
         The best solution that fits the budget, and its time; infinite (and the solution of least excess) where none did.
     """
-    fine = 0.25 if len(problem.seconds) <= FEW else 0.02
     if len(space.slots.gap) == 0 or space.uses == 0:
         return solution, float("inf")
-    arguments: tuple[Any, ...] = (
-        *problem.arrays,
-        *space.arrays,
-        solution.copy(),
-        np.int64(budget),
-        steps,
-        hot,
-        seed,
-        care,
-        fine,
-        0.8 if fine > 0.1 else 0.35,
-    )
-    best, time = _anneal(*arguments)
+    few = len(problem.seconds) <= FEW
+    single, fine = (0.8, 0.25) if few else (0.35, 0.02)
+    arguments: tuple[Any, ...] = (*problem.arrays, *space.arrays, solution.copy(), np.int64(budget), steps, hot, seed, care)
+    best, time = _anneal(*arguments, single, fine)
     return best, float(time)
 
 
@@ -240,7 +229,7 @@ def _anneal(
     seconds, workspace, size, producer, read_start, read, write_start, write, reuse_start, reuse_new, reuse_old,
     use_start, use_list, output, repeatable, resident,
     gap, before, at, last, segment, opened, group_start, group, place_start, place, kind, uses, draw_from, boundary,
-    owner, slot_of, solution, budget, steps, hot, seed, care, fine, single,
+    owner, slot_of, solution, budget, steps, hot, seed, care, single, fine,
 ):  # fmt: skip # pragma: no cover
     np.random.seed(seed)
     slots, segments, ops = len(gap), len(kind), len(seconds)
@@ -251,7 +240,7 @@ def _anneal(
     )  # fmt: skip
     best, best_time, best_excess = solution.copy(), np.inf, np.inf
     changed = np.empty(slots + 4, np.int64)
-    former, fresh = np.empty((4, slots + TOGETHER), np.int32), np.empty(4, np.int32)
+    former, fresh = np.empty((4, slots + RELATED), np.int32), np.empty(4, np.int32)
     for step in range(steps):
         progress = step / steps
         heat = hot * (1.0 - progress) ** 2 + 1e-9
@@ -263,7 +252,7 @@ def _anneal(
         dice = np.random.random()
         if dice < single:  # one gap, or a few together
             slot, linked = draw_from[np.random.randint(slots if np.random.random() < 0.15 else uses)], False
-            while moved < TOGETHER:
+            while moved < RELATED:
                 if not linked:
                     fresh[:] = solution[:, gap[slot]]
                     _draw(fresh, slot, before, at, last, segment, opened, boundary, fine)
