@@ -53,9 +53,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..passes.liveness import Liveness
 from ..planner.cost import Table, apply_costs
-from ..planner.errors import BudgetError, MachineError, MemplanError
+from ..planner.errors import BudgetError, MemplanError
 from ..planner.local import device_key, local_machine
-from ..planner.machine import Machine, load_machine
+from ..planner.machine import Machine, named_machine
 from ..planner.pipeline import Planner
 from ..planner.plan import Side, unlimited
 from ..planner.program import Phase, Program
@@ -137,11 +137,7 @@ def read_options(options: Mapping[str, Any] | None) -> Options:
         )
     if given.get("budget") is not None:
         parse_bytes(given["budget"], of=1 << 40)
-    machine = given.get("machine")
-    if isinstance(machine, str) and machine != "local":
-        load_machine(machine)
-    elif not (machine is None or isinstance(machine, str | Machine)):
-        raise MachineError(f"machine={machine!r}: give a preset's name, a TOML path or a Machine")
+    named_machine(given.get("machine"))
     if given.get("inner", "eager") not in ("eager", "inductor"):
         raise MemplanError(f"inner={given['inner']!r}: it is 'eager' or 'inductor'")
     try:
@@ -217,9 +213,7 @@ class Ledger:
     def machine(self, device: str) -> Machine:
         """The machine planned for."""
         if device not in self.machines:
-            asked = self.options.machine
-            known = load_machine(asked) if isinstance(asked, str) and asked != "local" else asked
-            self.machines[device] = known if isinstance(known, Machine) else local_machine(device)
+            self.machines[device] = named_machine(self.options.machine) or local_machine(device)
         return self.machines[device]
 
     def budget(self, machine: Machine) -> int | None:

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from .cost import Table, apply_costs
 from .errors import BudgetError, MachineError, MemplanError
-from .machine import Machine, load_machine
+from .machine import Machine, named_machine
 from .pipeline import Answer, Planner
 from .plan import Plan, PlanBody, Recipe, assemble
+from .schedule import LEVERS
 from .units import parse_bytes
 
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
     from .capture import Captured
 
-LEVERS = ("reorder", "recompute", "offload", "tile")
 EXISTING = ("reorder", "recompute")
 Progress = Callable[[str, float], None]
 
@@ -121,7 +121,7 @@ class Session:
         progress: Progress | None = None,
     ):
         levers = check_levers(allow)
-        known = machine if isinstance(machine, Machine) else load_machine(machine) if machine not in (None, "local") else None
+        known = named_machine(machine)
         from .capture import capture, describe_inputs
 
         if progress is not None:
@@ -145,6 +145,8 @@ class Session:
             from .local import device_key, local_machine
 
             known = local_machine(self.captured.program.device)
+            if machine not in (None, "local", known.name):
+                raise MachineError(f"machine={machine!r}, but the model is on {known.device}: move it, or ask for 'local'")
             table = Table(device_key(self.captured.program.device))
             if real:
                 self.measure(known, table, progress)
@@ -206,7 +208,7 @@ def check_levers(allow: Iterable[str] | None) -> set[str]:
     """The levers that may be used.
 
     Raises:
-        MemplanError: a name that is no lever, or one that does not exist yet.
+        MemplanError: a name that is no lever. Those that do not exist yet change nothing.
     """
     if allow is None:
         return set(EXISTING)

@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .errors import BudgetError, InvalidSchedule, MachineError, MemplanError
+from .schedule import LEVERS
 from .units import parse_bytes, show_bytes, show_seconds
 
 # torch and matplotlib take seconds to import: the commands that need them import them inside.
@@ -49,9 +50,6 @@ class Optimizer(StrEnum):
     SGD = "sgd"
     ADAM = "adam"
     ADAMW = "adamw"
-
-
-LEVERS = ("reorder", "recompute", "offload", "tile")
 
 
 def planning(allow: str | None, optimizer: Optimizer | None, time_limit: float, seed: int, **others: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import msgspec
 from .errors import MachineError
 
 PRESETS = Path(__file__).parent / "machines"
+LOCAL = ("local", "local-cpu", "local-cuda")
 
 
 class Tier(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -103,6 +104,19 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.toml"))
 
 
+def named_machine(asked: "str | Machine | None") -> "Machine | None":
+    """The machine that a user names, or None for this host's own.
+
+    Raises:
+        MachineError: as `load_machine`.
+    """
+    if asked is None or (isinstance(asked, str) and asked in LOCAL):
+        return None
+    if not isinstance(asked, str | Machine):
+        raise MachineError(f"machine={asked!r}: give a preset's name, a TOML path or a Machine")
+    return asked if isinstance(asked, Machine) else load_machine(asked)
+
+
 def load_machine(name: str) -> Machine:
     """A machine by preset name or TOML path.
 
@@ -111,7 +125,7 @@ def load_machine(name: str) -> Machine:
     """
     path = Path(name) if name.endswith(".toml") else PRESETS / f"{name}.toml"
     if not path.is_file():
-        known = ", ".join(["local", *preset_names()])
+        known = ", ".join([*LOCAL, *preset_names()])
         raise MachineError(f"no machine {name!r}: give a TOML path or one of {known}")
     try:
         machine = msgspec.convert(tomllib.loads(path.read_text()), Machine)

@@ -11,6 +11,8 @@ from typing import Literal
 
 import msgspec
 
+LEVERS = ("reorder", "recompute", "offload", "tile")  # what a plan may do to a step
+
 
 class Run(msgspec.Struct, frozen=True, tag="run", array_like=True):
     """Run an op.

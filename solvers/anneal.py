@@ -1,8 +1,9 @@
 """Simulated annealing over retention intervals, with moves that act on every layer of a kind at once.
 
 A move draws new times for one gap (and may go on to gaps of the same op's other results and of its inputs), for the
-same gap in a range of layers, or copies a layer's times to a range of layers. From layer to layer times are translated by the distance between the moments at which their backward passes
-open, so that what is learnt of one layer is tried on all.
+same gap in a range of layers, or copies a layer's times to a range of layers. From layer to layer times are translated
+by the distance between the moments at which their backward passes open, so that what is learnt of one layer is tried
+on all.
 """
 
 from dataclasses import dataclass
@@ -123,8 +124,9 @@ def anneal(
         return solution, float("inf")
     few = len(problem.seconds) <= FEW
     single, fine = (0.8, 0.25) if few else (0.35, 0.02)
-    arguments: tuple[Any, ...] = (*problem.arrays, *space.arrays, solution.copy(), np.int64(budget), steps, hot, seed, care)
-    best, time = _anneal(*arguments, single, fine)
+    how = (solution.copy(), np.int64(budget), steps, hot, seed, care, single, fine)
+    arguments: tuple[Any, ...] = (*problem.arrays, *space.arrays, *how)
+    best, time = _anneal(*arguments)
     return best, float(time)
 
 
