@@ -308,7 +308,7 @@ def small_schedules(planner: Planner) -> list[Side]:
     if planner.program.boundary == len(planner.program.ops):
         return [planner.kept, planner.floor]
     schedule = Liveness()(planner.program, replayed(planner.program))
-    again = Side(schedule, referee(planner.program, unlimited(planner.machine), schedule))
+    again = Side(planner.program, schedule, referee(planner.program, unlimited(planner.machine), schedule))
     return [planner.kept, planner.floor, again]
 
 

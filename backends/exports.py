@@ -36,7 +36,7 @@ def save_trace(plan: "Plan", path: str | Path) -> None:
 
 def trace_events(plan: "Plan", side: "Side") -> Iterator[Event]:
     """One schedule's tracks: phases, one for each unit and link, and the counter of live bytes by kind."""
-    program, machine = plan.program, plan.machine
+    program, machine = side.program, plan.machine
     ends = {PHASE_TRACK: "phase"}
     ends |= {UNIT_TRACK + index: f"unit {unit.name}" for index, unit in enumerate(machine.units)}
     ends |= {LINK_TRACK + index: f"{link.source} to {link.target}" for index, link in enumerate(machine.links)}
@@ -112,7 +112,7 @@ def memory_of(plan: "Plan", side: "Side", device: int) -> tuple[Event, list[Even
 
     What is live before the step has no event and stands in the segment, as memory allocated before recording does.
     """
-    everything = [life for life in lives(plan.program, plan.machine, side.schedule) if life.bytes]
+    everything = [life for life in lives(side.program, plan.machine, side.schedule) if life.bytes]
     places, total = addresses(everything, side.schedule)
     moments: list[tuple[int, int, Life]] = []
     for life in everything:
@@ -127,7 +127,7 @@ def memory_of(plan: "Plan", side: "Side", device: int) -> tuple[Event, list[Even
             "addr": places[life],
             "size": life.bytes,
             "stream": 0,
-            "frames": frames(plan.program, side.schedule, life),
+            "frames": frames(side.program, side.schedule, life),
             "time_us": int(1e6 * moment),
         }
         # A free is asked for and completed: the visualiser folds the two, its Python tools want both.
@@ -137,7 +137,7 @@ def memory_of(plan: "Plan", side: "Side", device: int) -> tuple[Event, list[Even
     blocks, here = [], BASE
     for address, life in final:
         blocks += [block(here, address - here, "inactive", [])] if address > here else []
-        blocks.append(block(address, life.bytes, "active_allocated", frames(plan.program, side.schedule, life)))
+        blocks.append(block(address, life.bytes, "active_allocated", frames(side.program, side.schedule, life)))
         here = address + life.bytes
     blocks += [block(here, BASE + total - here, "inactive", [])] if BASE + total > here else []
     allocated = sum(life.bytes for _, life in final)

@@ -47,7 +47,7 @@ def timeline(plan: "Plan") -> Figure:
     used: set[str] = set()
     sides = [("planned", plan.planned), ("unplanned", plan.unplanned)]
     for ax, (title, side) in zip(axes, sides, strict=True):
-        used |= draw_side(ax, plan.program, plan.machine, side)
+        used |= draw_side(ax, side.program, plan.machine, side)
         ax.set_title(f"{title}: {show_bytes(side.peak)}, {show_seconds(side.time)}", loc="left", fontsize=10, color=INK)
     top = 1.12 * max(side.peak for _, side in sides)
     longest = max(span(side)[1] for _, side in sides)

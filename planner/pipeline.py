@@ -25,7 +25,7 @@ from ..solvers.segments import find_segments
 from ..solvers.timeline import KEEP, SINCE, order_of, profile, score
 from .errors import BudgetError, InvalidSchedule
 from .machine import Machine
-from .plan import Side, unlimited
+from .plan import Side, as_eager, unlimited
 from .program import Program
 from .referee import Report, referee
 from .schedule import Free, Run, Schedule
@@ -83,8 +83,9 @@ class Planner:
     @cached_property
     def unplanned(self) -> Side:
         """The step as eager PyTorch runs it: base order, nothing in place, on a machine that holds it all."""
-        schedule = Liveness(in_place=False)(self.program, range(len(self.program.ops)))
-        return Side(schedule, referee(self.program, unlimited(self.machine), schedule))
+        eager = as_eager(self.program)
+        schedule = Liveness(in_place=False)(eager, range(len(eager.ops)))
+        return Side(eager, schedule, referee(eager, unlimited(self.machine), schedule))
 
     @cached_property
     def flat(self) -> Flat:
@@ -147,7 +148,7 @@ class Planner:
         order = self.flat.ops[order_of(self.flat.problem, solution)]
         schedule = Liveness()(self.program, order.tolist())
         machine = self.machine if budget is not None else unlimited(self.machine)
-        return Side(schedule, referee(self.program, machine, schedule, budget))
+        return Side(self.program, schedule, referee(self.program, machine, schedule, budget))
 
     @cached_property
     def kept(self) -> Side:

@@ -48,8 +48,15 @@ class Counts(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Side:
-    """One schedule's figures: peak bytes and seconds, as the referee predicts them."""
+    """One schedule's figures: peak bytes and seconds, as the referee predicts them.
 
+    Attributes:
+        program: what is scheduled; for the unplanned step, the program as eager PyTorch runs it.
+        schedule: of that program.
+        report: the referee's.
+    """
+
+    program: Program
     schedule: Schedule
     report: Report
 
@@ -217,8 +224,9 @@ def load(path: str | Path) -> Plan:
         body.machine.verify()
     except (msgspec.MsgspecError, KeyError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise PlanMismatch(f"{path} is not a plan, or only a part of one: {error}") from None
-    planned = Side(body.planned, referee(body.program, body.machine, body.planned, body.budget))
-    unplanned = Side(body.unplanned, referee(body.program, unlimited(body.machine), body.unplanned))
+    eager = as_eager(body.program)
+    planned = Side(body.program, body.planned, referee(body.program, body.machine, body.planned, body.budget))
+    unplanned = Side(eager, body.unplanned, referee(eager, unlimited(body.machine), body.unplanned))
     return assemble(body, planned, unplanned)
 
 
@@ -240,6 +248,24 @@ def assemble(body: PlanBody, planned: Side, unplanned: Side, captured: "Captured
         recipe=body.recipe,
         captured=captured,
     )
+
+
+def as_eager(program: Program) -> Program:
+    """The program as eager PyTorch runs it, where that differs.
+
+    Dropout on a CPU: eager keeps a mask of the input's type, and that is all it allocates (ATen, Dropout.cpp: only fused
+    kernels, which the CPU lacks, take a bool mask). The captured operator, `native_dropout`, draws the same numbers, makes
+    such a mask on the way, and keeps one byte an element.
+    """
+    if program.device != "cpu":
+        return program
+    buffers, ops = list(program.buffers), list(program.ops)
+    for index, op in enumerate(ops):
+        if op.target == "aten.native_dropout.default" and len(op.writes) == 2:
+            result, mask = op.writes
+            buffers[mask] = msgspec.structs.replace(buffers[mask], bytes=buffers[result].bytes)
+            ops[index] = msgspec.structs.replace(op, workspace=0)
+    return msgspec.structs.replace(program, buffers=tuple(buffers), ops=tuple(ops))
 
 
 def unlimited(machine: Machine) -> Machine:

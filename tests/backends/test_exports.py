@@ -57,7 +57,7 @@ def plan() -> Plan:
     plain = (Run(0, (1,)), Run(1, (2,)), Run(2, (3,)), Run(3, (4,)), Free(1), Free(2), Free(3))
     machine = load_machine("h100-80gb")
     sides = [
-        Side(schedule, referee(program, unlimited(machine), schedule))
+        Side(program, schedule, referee(program, unlimited(machine), schedule))
         for schedule in (Schedule(program.digest, steps), Schedule(program.digest, plain))
     ]
     return Plan(program, machine, 6 * MIB, *sides, "feasible", 0.1, 1e-3, 5 * MIB, 0.1, 0.2, Recipe("{}", True, False, None))
@@ -123,7 +123,7 @@ def test_snapshot_is_what_torchs_tools_read(plan: Plan, tmp_path: Path):
 
 def test_snapshot_keeps_planned_addresses(plan: Plan):
     places = (Placement(0, 0, 0, 0, 15), Placement(1, 0, 4 * MIB, 0, 3))
-    side = Side(msgspec.structs.replace(plan.schedule, placements=places), plan.planned.report)
+    side = Side(plan.program, msgspec.structs.replace(plan.schedule, placements=places), plan.planned.report)
 
     data = exports.snapshot(replace(plan, planned=side))
 

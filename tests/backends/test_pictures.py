@@ -37,7 +37,7 @@ def deep_plan(depth: int, seconds: float = 1e-3, budget: int | None = None) -> P
     twice += [step for i in range(depth) for step in (runs[i], back[i], Free(i + 1))] + [Free(depth + 1)]
     machine = load_machine("rtx4090")
     sides = [
-        Side(schedule, referee(program, unlimited(machine), schedule))
+        Side(program, schedule, referee(program, unlimited(machine), schedule))
         for schedule in (Schedule(program.digest, tuple(twice)), Schedule(program.digest, tuple(kept)))
     ]
     return Plan(program, machine, budget, *sides, "feasible", 0.0, 0.0, 4 * MIB, 0.1, 0.2, Recipe("{}", True, False, None))

@@ -89,7 +89,7 @@ def tiny_plan(depth: int = 6, stride: int = 3, budget: int | None = None) -> Pla
     """A plan of the chain that the referee accepts."""
     program, machine = chain(depth), load_machine("h100-80gb")
     sides = [
-        Side(schedule, referee(program, unlimited(machine), schedule))
+        Side(program, schedule, referee(program, unlimited(machine), schedule))
         for schedule in (scheduled(program, stride), scheduled(program))
     ]
     return Plan(

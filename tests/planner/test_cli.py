@@ -31,7 +31,7 @@ def small_plan(budget: int | None = None) -> Plan:
     machine = load_machine("h100-80gb")
     plain = Schedule(program.digest, (Run(0, (1,)), Run(1, (2,)), Run(2, (3,)), Free(1), Free(2)))
     again = Schedule(program.digest, (Run(0, (1,)), Run(1, (2,)), Free(1), Run(0, (1,)), Run(2, (3,)), Free(1), Free(2)))
-    sides = [Side(schedule, referee(program, unlimited(machine), schedule)) for schedule in (again, plain)]
+    sides = [Side(program, schedule, referee(program, unlimited(machine), schedule)) for schedule in (again, plain)]
     return Plan(program, machine, budget, *sides, "feasible", 0.25, 3e-3, 4 << 20, 0.1, 0.2, Recipe("{}", True, False, None))
 
 
@@ -187,7 +187,7 @@ def test_check_refuses_a_damaged_file(capsys, saved, damage):
 def test_check_names_the_rule_that_a_schedule_breaks(capsys, tmp_path):
     plan = small_plan()
     broken = Schedule(plan.program.digest, plan.schedule.instructions[:-1])
-    plan = Plan(**{**vars(plan), "planned": Side(broken, plan.planned.report)})
+    plan = Plan(**{**vars(plan), "planned": Side(plan.program, broken, plan.planned.report)})
     plan.save(tmp_path / "leaky.json")
 
     status, out, err = call(capsys, "check", tmp_path / "leaky.json", "--json")
