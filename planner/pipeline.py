@@ -194,13 +194,13 @@ class Planner:
         """The best solution found within the budget, or None.
 
         From every start; then, for programs so small that each op is a large step, several times more from nothing
-        chosen at different heats; then twice from the best, longer and cooler.
+        chosen and from the smallest schedule, at different heats; then twice from the best, longer and cooler.
         """
         hot = max(0.01, 0.5 / len(self.program.ops))
         nothing = self.flat.problem.keep_all()
         tries = [(start, self.steps // 2, hot) for start in self.starts(budget)]
         if len(self.program.ops) <= TINY:
-            tries += [(nothing, self.steps, heat) for heat in HEATS * 3]
+            tries += [(start, self.steps, heat) for start in (nothing, self.smallest, nothing) for heat in HEATS]
         best = Found(None, float("inf"))
         for number in range(0, len(tries) + TOGETHER, TOGETHER):
             if best.solution is not None and (best.seconds <= bound * (1 + GOOD) or time.monotonic() > self.deadline):
@@ -232,7 +232,7 @@ class Planner:
         peaks = [score(problem, choice, 0).peak for choice in choices]
         best, peak = choices[int(np.argmin(peaks))], min(peaks)
         current, tries, shrink = best, 0, 0.9
-        steps = max(self.steps // 4, 500)
+        steps = max(min(self.steps // 4, 40_000), 500)
         rounds = FLOOR_ROUNDS if len(self.program.ops) <= LARGE else FLOOR_ROUNDS // 2
         for number in range(rounds):
             if number and time.monotonic() > self.deadline:

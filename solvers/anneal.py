@@ -188,7 +188,9 @@ def _draw(fresh, slot, before, at, last, segment, opened, boundary, fine):  # pr
 
 
 @njit(cache=True)
-def _place(solution, former, changed, moved, fresh, source, slot, target, gap, at, segment, opened, boundary, ops):
+def _place(
+    solution, former, changed, moved, fresh, source, slot, target, gap, at, segment, opened, boundary, ops
+):  # pragma: no cover
     """Write one slot's times, moved to where the target is, into the solution. Returns whether that changes anything."""
     changed[moved] = target
     real = False
@@ -205,7 +207,7 @@ def _place(solution, former, changed, moved, fresh, source, slot, target, gap, a
 
 
 @njit(cache=True)
-def _relative(slot, fresh, owner, slot_of, use_start, use, producer, read_start, read, write_start, write):
+def _relative(slot, fresh, owner, slot_of, use_start, use, producer, read_start, read, write_start, write):  # pragma: no cover
     """A slot that a slot's new times concern: of another output, or of an input, of the op that is to run then; or -1."""
     now = fresh[SINCE] if fresh[SINCE] < NEVER else fresh[HOLD]
     op = producer[owner[slot]]
@@ -241,7 +243,7 @@ def _anneal(
         use_start, use_list, output, repeatable, resident, solution, budget,
     )  # fmt: skip
     best, best_time, best_excess = solution.copy(), np.inf, np.inf
-    changed = np.empty(slots + 4, np.int64)
+    changed = np.empty(slots + RELATED, np.int64)
     former, fresh = np.empty((4, slots + RELATED), np.int32), np.empty(4, np.int32)
     for step in range(steps):
         progress = step / steps
