@@ -169,7 +169,7 @@ def test_what_the_plan_says_is_what_runs() -> None:
     (code,) = pieces_of(called)
     runs = [code.program.ops[step.op].target for step in code.side.schedule.instructions if isinstance(step, dynamo.Run)]
     plan = Counter(target.split(".")[1] for target in runs if "." in target)
-    assert code.side.report.repeated > 10
+    assert code.side.report.repeated > 4
     for name in ("addmm", "native_layer_norm", "native_dropout", "gelu", "mm"):
         assert count.calls[name] + count.calls[name + "_"] == plan[name], name
 
