@@ -4,7 +4,7 @@ python examples/compile_door.py
 """
 
 import torch
-from memplan.backends.dynamo import ledger_of
+from memplan.backends.ledger import ledger_of
 from memplan.planner.units import show_bytes
 from torch import nn
 

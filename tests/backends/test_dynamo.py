@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from memplan.backends import dynamo
+from memplan.backends import dynamo, ledger
+from memplan.backends.ledger import Ledger, Visit
 from memplan.planner.errors import BudgetError, MemplanError
 from memplan.planner.machine import Machine, Tier, Unit
+from memplan.planner.schedule import Run
 from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -91,8 +93,8 @@ def compiled(model: Any, **options: Any) -> Any:
     return called
 
 
-def ledger_of(called: Any) -> dynamo.Ledger:
-    return dynamo.ledger_of(OPTIONS[id(called)])
+def ledger_of(called: Any) -> Ledger:
+    return ledger.ledger_of(OPTIONS[id(called)])
 
 
 def pieces_of(called: Any) -> list[dynamo.Code]:
@@ -129,7 +131,7 @@ def watched(called: Any, mode: TorchDispatchMode) -> None:
     """A step under a mode, which is put on inside, for Dynamo runs nothing of ours under one."""
     run = dynamo.Code.run
 
-    def under(code: dynamo.Code, args: Any, visit: dynamo.Visit) -> Any:
+    def under(code: dynamo.Code, args: Any, visit: Visit) -> Any:
         with mode:
             return run(code, args, visit)
 
@@ -167,7 +169,7 @@ def test_what_the_plan_says_is_what_runs() -> None:
     count = Count()
     watched(called, count)
     (code,) = pieces_of(called)
-    runs = [code.program.ops[step.op].target for step in code.side.schedule.instructions if isinstance(step, dynamo.Run)]
+    runs = [code.program.ops[step.op].target for step in code.side.schedule.instructions if isinstance(step, Run)]
     plan = Counter(target.split(".")[1] for target in runs if "." in target)
     assert code.side.report.repeated > 4
     for name in ("addmm", "native_layer_norm", "native_dropout", "gelu", "mm"):
@@ -208,15 +210,15 @@ class Live(TorchDispatchMode):
 
 def within(called: Any, budget: int) -> None:
     """The sum that the module promises, for the pieces of the last step."""
-    ledger = ledger_of(called)
+    shared = ledger_of(called)
     resident: dict[int, int] = {}
-    for visit in ledger.step:
+    for visit in shared.step:
         resident |= visit.inputs
-    for visit in ledger.step:
+    for visit in shared.step:
         for key in visit.outputs:
             resident.pop(key, None)
-    held = sum(visit.code.held for visit in ledger.step)
-    for visit in ledger.step:
+    held = sum(visit.code.held for visit in shared.step)
+    for visit in shared.step:
         assert sum(resident.values()) + held - visit.code.held + visit.code.own <= budget
 
 
