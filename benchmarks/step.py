@@ -31,7 +31,6 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.eager import recapture
-from ..backends.measure import trim
 from ..backends.trial import Meter, checksum, tensors
 from ..planner.plan import load
 from .models import Made, build, checkpointing
@@ -122,8 +121,6 @@ def measure_peak(model: str, method: str, steps: int) -> Row:
     arms.clear()
     meter, peaks, times, losses, gradients = Meter("cpu"), [], [], [], []
     for seed in range(1, steps + 1):
-        gc.collect()
-        trim()
         meter.reset()
         seconds, loss = arms.step(method, called, seed)
         peaks.append(meter.peak(arms.fixed))
