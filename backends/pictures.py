@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
@@ -199,6 +200,41 @@ def curve(plans: "Sequence[Plan]") -> Figure:
         right.tick_params(colors=INK, labelsize=8)
     ax.legend(loc="upper right", frameon=False)
     ax.set_title(f"{first.program.name} on {first.machine.name}", loc="left", fontsize=12, color=INK)
+    return figure
+
+
+def packing(
+    title: str,
+    spans: "Sequence[Sequence[tuple[int, int]]]",
+    sizes: "Sequence[int]",
+    offsets: "Sequence[int]",
+    bound: int,
+    capacity: int | None,
+) -> Figure:
+    """Buffers as rectangles, time across and addresses upwards, with the lower bound and the capacity asked for."""
+    figure = new_figure(10.0, 5.6)
+    ax = figure.add_subplot()
+    boxes = [
+        [(low, offset), (high, offset), (high, offset + size), (low, offset + size)]
+        for pieces, size, offset in zip(spans, sizes, offsets, strict=True)
+        for low, high in pieces
+    ]
+    shades = np.array([size for pieces, size in zip(spans, sizes, strict=True) for _ in pieces], float)
+    colours = matplotlib.colormaps["viridis"](0.15 + 0.8 * np.log1p(shades) / max(float(np.log1p(shades).max(initial=0)), 1.0))
+    edge = 0.3 if len(boxes) < 5000 else 0.0
+    ax.add_collection(PolyCollection(boxes, facecolors=colours, edgecolors="white", linewidths=edge, rasterized=not edge))
+    peak = max((offset + size for offset, size in zip(offsets, sizes, strict=True)), default=0)
+    ends = [time for pieces in spans for piece in pieces for time in piece] or [0, 1]
+    for height, label, colour in ((bound, "lower bound", INK), (capacity, "capacity", "#b3261e")):
+        if height is not None:
+            ax.axhline(height, color=colour, linestyle=(0, (5, 3)), linewidth=1.0, label=f"{label} {show_bytes(height)}")
+    ax.set_xlim(min(ends), max(ends))
+    ax.set_ylim(0, 1.08 * max(peak, bound, capacity or 0, 1))
+    ax.set_yticks(byte_ticks(ax.get_ylim()[1]))
+    dress(ax, "{:.0f}".format, show_bytes)
+    ax.set_xlabel("time", fontsize=9)
+    ax.set_title(f"{title}: {len(sizes)} buffers, peak {show_bytes(peak)}", loc="left", fontsize=12, color=INK)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8.5)
     return figure
 
 

@@ -10,6 +10,7 @@ import math
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -338,6 +339,72 @@ def calibrate(
         )
     facts = {"machine": machine.name, "measured": count, "ops": len(program.ops), "file": str(costs.path)}
     answer(as_json, facts, Text(f"{count} operators measured on {machine.name}; the table is {costs.path}"))
+
+
+@app.command()
+def alloc(
+    file: Annotated[Path, typer.Argument(metavar="IN.CSV", help="Columns id, lower, upper, size; lifetimes half-open.")],
+    capacity: Annotated[
+        str | None, typer.Option(help="Bytes to fit into; left out: the smallest peak.", callback=readable)
+    ] = None,
+    align: Annotated[int, typer.Option(help="Every offset is a multiple of it.", min=1)] = 1,
+    out: Annotated[Path | None, output("Write the file again, with offsets.", "-o", "--output")] = None,
+    png: Annotated[Path | None, output("The packing as a picture.")] = None,
+    svg: Annotated[Path | None, output("The same, scalable.")] = None,
+    time_limit: Annotated[float, typer.Option(help="Seconds to search for, at most.", min=0.0)] = 10.0,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Addresses for buffers with known lifetimes."""
+    from ..solvers.allocate import pack
+    from ..solvers.storage import Status, peak_of
+    from .addresses import approve, no_packing, storage_of
+    from .trace import read_trace, write_trace
+
+    room = None if capacity is None else parse_bytes(capacity)
+    with progress("reading the file") as report:
+        trace = read_trace(file)
+        storage = storage_of(file, trace, align)
+        report("placing", 0.0)
+        began = time.perf_counter()
+        packing = pack(storage, room, time_limit, seed)
+        seconds = time.perf_counter() - began
+        offsets = packing.offset.tolist()
+        if offsets:
+            approve(trace, offsets, align)
+    found = bool(offsets) or not trace.ids
+    fits = found and packing.status in (Status.OPTIMAL, Status.FEASIBLE)
+    facts: dict[str, Any] = {
+        "peak": peak_of(storage, packing.offset) if found else None,
+        "lower_bound": packing.bound,
+        "status": packing.status.value,
+        "seconds": seconds,
+        "buffers": len(trace.ids),
+        "method": packing.method,
+        "capacity": room,
+    }
+    if not fits:
+        facts["reason"] = no_packing(trace, storage, room, packing, time_limit)
+        if as_json:
+            print(json.dumps(facts))
+        print(f"memplan: {file}: {facts['reason']}", file=sys.stderr)
+        raise SystemExit(3)
+    if out is not None:
+        write_trace(out, trace, offsets)
+    for path in (png, svg):
+        if path is not None:
+            from ..backends.pictures import packing as draw
+            from ..backends.pictures import save
+
+            save(draw(file.name, trace.spans, trace.sizes, offsets, packing.bound, room), path)
+    over = facts["peak"] / packing.bound - 1 if packing.bound else 0.0
+    rows = [
+        ("peak", f"{facts['peak']}", show_bytes(facts["peak"])),
+        ("lower bound", f"{packing.bound}", "proven smallest" if not over else f"peak is {over:.2%} above"),
+        ("buffers", f"{len(trace.ids)}", f"placed by {packing.method}"),
+        ("seconds", f"{seconds:.3f}", ""),
+    ]
+    answer(as_json, facts, table((), rows))
 
 
 def export(

@@ -42,3 +42,11 @@ class PlanMismatch(MemplanError):
 
 class MachineError(MemplanError, ValueError):
     """A machine description that is unknown or cannot be read."""
+
+
+class TraceError(MemplanError, ValueError):
+    """A file of buffers that cannot be read; the message names row and column."""
+
+
+class PlacementError(MemplanError):
+    """Addresses that cannot be had, or that are wrong: which buffers at which time show it."""

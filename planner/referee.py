@@ -4,6 +4,8 @@ It shares no code with what it judges: it knows the nouns and nothing of passes,
 books, and does everything in the obvious way.
 """
 
+from bisect import bisect_left
+from collections.abc import Iterable
 from typing import NoReturn
 
 import msgspec
@@ -222,15 +224,45 @@ def link_of_copy(machine: Machine, link: int, tier: int) -> bool:
 
 
 def check_places(machine: Machine, schedule: Schedule, size: list[int]) -> None:
-    """Every pair of placements that overlap in time must not overlap in space: O(n^2), on purpose."""
-    places = schedule.placements
-    for index, a in enumerate(places):
-        tier = machine.tiers[a.tier] if 0 <= a.tier < len(machine.tiers) else None
-        if tier is None or not 0 <= a.buffer < len(size):
+    """Placements are aligned, inside their tier, and disjoint where they overlap in time."""
+    of_tier: dict[int, list[tuple[int, int, int, int, int]]] = {}
+    for index, place in enumerate(schedule.placements):
+        tier = machine.tiers[place.tier] if 0 <= place.tier < len(machine.tiers) else None
+        if tier is None or not 0 <= place.buffer < len(size):
             raise InvalidSchedule("range", None, f"placement {index} names a tier or buffer that does not exist")
-        if a.offset < 0 or a.offset % tier.alignment or a.offset + size[a.buffer] > tier.capacity:
-            raise InvalidSchedule("place", None, f"placement {index} at {a.offset} is unaligned or outside {tier.name}")
-        for b in places[index + 1 :]:
-            if a.tier == b.tier and a.lower < b.upper and b.lower < a.upper:
-                if a.offset < b.offset + size[b.buffer] and b.offset < a.offset + size[a.buffer]:
-                    raise InvalidSchedule("place", None, f"buffers {a.buffer} and {b.buffer} share addresses")
+        if not place.lower < place.upper:
+            raise InvalidSchedule("range", None, f"placement {index} ends at {place.upper}, no later than it begins")
+        if place.offset < 0 or place.offset % tier.alignment or place.offset + size[place.buffer] > tier.capacity:
+            raise InvalidSchedule("place", None, f"placement {index} at {place.offset} is unaligned or outside {tier.name}")
+        of_tier.setdefault(place.tier, []).append((place.lower, place.upper, place.offset, size[place.buffer], place.buffer))
+    for places in of_tier.values():
+        clash = first_clash(places)
+        if clash is not None:
+            raise InvalidSchedule("place", None, f"buffers {clash[0]} and {clash[1]} share addresses")
+
+
+def first_clash(places: Iterable[tuple[int, int, int, int, int]]) -> tuple[int, int, int] | None:
+    """The first two places live at once that share bytes, and when; None if there are none.
+
+    Time is walked through; the places live at each moment are kept by offset, so that a new one can only touch the two
+    beside it.
+
+    Args:
+        places: (lower, upper, offset, size, name) of each: half-open in time and in space.
+    """
+    events = []
+    for place in places:
+        events.append((place[0], 1, place))
+        events.append((place[1], 0, place))  # at one moment, what ends makes room for what begins
+    live: list[tuple[int, int, int]] = []  # (offset, end, name), ascending and disjoint
+    for when, begins, (_, _, offset, size, name) in sorted(events):
+        row = (offset, offset + size, name)
+        at = bisect_left(live, row)
+        if not begins:
+            live.pop(at)
+            continue
+        for other in live[max(at - 1, 0) : at + 1]:
+            if other[0] < row[1] and row[0] < other[1]:
+                return other[2], name, when
+        live.insert(at, row)
+    return None

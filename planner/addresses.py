@@ -1,0 +1,74 @@
+"""Between a file of buffers and the solvers: the problem it states, the check of an answer, and why there is none."""
+
+from pathlib import Path
+
+import numpy as np
+
+from ..solvers.allocate import pins_clash
+from ..solvers.storage import FREE, Packing, Status, Storage, peak_of
+from .errors import PlacementError, TraceError
+from .referee import first_clash
+from .trace import Trace
+
+FAULT = "this is a fault of memplan, please report it"
+
+
+def storage_of(file: Path, trace: Trace, align: int) -> Storage:
+    """A file's buffers as a problem."""
+    pins = np.array([FREE if pin is None else pin for pin in trace.pins], np.int64)
+    for row in np.flatnonzero((pins != FREE) & (pins % align != 0)):
+        raise TraceError(f"{file}: buffer {trace.ids[row]!r} is pinned at {pins[row]}, which is no multiple of {align}")
+    start = np.concatenate([[0], np.cumsum([len(spans) for spans in trace.spans])]).astype(np.int64)
+    pieces = np.array([piece for spans in trace.spans for piece in spans], np.int64).reshape(-1, 2)
+    return Storage(np.array(trace.sizes, np.int64), start, pieces[:, 0], pieces[:, 1], pins, align)
+
+
+def approve(trace: Trace, offsets: list[int], align: int) -> None:
+    """Check addresses without the help of what made them.
+
+    Raises:
+        PlacementError: two buffers share bytes, or an offset is not what was asked for.
+    """
+    for name, offset, pin in zip(trace.ids, offsets, trace.pins, strict=True):
+        if offset < 0 or offset % align or pin not in (None, offset):
+            raise PlacementError(f"buffer {name!r} was put at {offset}: {FAULT}")
+    places = [
+        (lower, upper, offsets[index], trace.sizes[index], index)
+        for index, spans in enumerate(trace.spans)
+        for lower, upper in spans
+    ]
+    clash = first_clash(places)
+    if clash is not None:
+        one, two = trace.ids[clash[0]], trace.ids[clash[1]]
+        raise PlacementError(
+            f"buffers {one!r} and {two!r} share bytes at time {clash[2]}: a fault of memplan, please report it"
+        )
+
+
+def no_packing(trace: Trace, storage: Storage, room: int | None, packing: Packing, time_limit: float) -> str:
+    """Why there is no packing, in one line, with the buffers and the time that show it."""
+    clash = pins_clash(storage)
+    if clash is not None:
+        shared = next(max(a[0], b[0]) for a in trace.spans[clash[0]] for b in trace.spans[clash[1]]
+                      if a[0] < b[1] and b[0] < a[1])  # fmt: skip
+        one, two = (trace.ids[index] for index in clash)
+        return f"buffers {one!r} and {two!r} are pinned to the same bytes, and both are live at time {shared}"
+    assert room is not None
+    for name, pin, size in zip(trace.ids, trace.pins, trace.sizes, strict=True):
+        if pin is not None and pin + size > room:
+            return f"buffer {name!r} is pinned to end at {pin + size}, past the capacity of {room} bytes"
+    slack = int((storage.padded - storage.size).max(initial=0))  # what the topmost buffer may save of its padding
+    needed = np.maximum(storage.sum_live(storage.size), storage.load - slack)
+    if int(needed.max()) > room:
+        worst = int(np.argmax(needed))
+        when = int(np.unique(np.concatenate([storage.lower, storage.upper]))[worst])
+        held = [index for index, spans in enumerate(trace.spans) if any(low <= when < high for low, high in spans)]
+        held.sort(key=lambda index: -trace.sizes[index])
+        named = ", ".join(f"{trace.ids[index]!r} {trace.sizes[index]}" for index in held[:4])
+        padded = f", aligned to {storage.alignment}," if storage.alignment > 1 else ""
+        return (f"at time {when} the {len(held)} live buffers{padded} take {int(needed[worst])} bytes, the capacity is {room}; "
+                f"the largest are {named}")  # fmt: skip
+    if packing.status is Status.INFEASIBLE:
+        return f"no packing fits {room} bytes, as a complete search showed; the smallest that may is {packing.bound}"
+    best = f"; the smallest found takes {peak_of(storage, packing.offset)}" if len(packing.offset) else ""
+    return f"no packing within {room} bytes was found in {time_limit:g} s{best}: raise --time-limit or --capacity"

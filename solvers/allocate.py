@@ -1,0 +1,220 @@
+"""Addresses by every means: fast answers first, then exact search until the time is up or nothing is left to prove.
+
+    greedy answers -> coalesced and packed again -> search at the lower bound, and downwards from the best
+
+Two searches run side by side. One takes the problem as it is and stays at the goal, the capacity asked for or the
+lower bound: it finds a packing or proves that there is none, which raises the bound. The other takes the coalesced
+problem, which is smaller by far where buffers fit one another, though it proves nothing; asked for the smallest peak, it
+works downwards from the best known, by steps that grow with success and shrink with failure. Where the bound and the
+best meet, the answer is optimal.
+"""
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from threading import Lock
+
+import numpy as np
+
+from .canonical import MANY, NONE, SOLVED, Search, make_instance
+from .coalesce import coalesce
+from .greedy import ORDERS, first_fit, lowest_first
+from .storage import FREE, Packing, Status, Storage, peak_of
+
+PAIRS = 2e7  # buffers live at once, counted twice: with more, first fit is too slow and takes too much memory
+SLICE = 0.25  # seconds of search for one capacity, at first
+
+
+def pack(storage: Storage, capacity: int | None = None, seconds: float = 10.0, seed: int = 0) -> Packing:
+    """Addresses for every buffer.
+
+    Args:
+        storage: the problem.
+        capacity: bytes to fit into; None for the smallest peak.
+        seconds: to search for, at most; the fast answers are made whatever it is.
+        seed: of the search.
+
+    Returns:
+        Asked to fit: OPTIMAL if it does, INFEASIBLE if it was proven not to, else UNKNOWN. Asked for the smallest
+        peak: OPTIMAL or FEASIBLE; INFEASIBLE where pinned buffers overlap.
+    """
+    if not len(storage):
+        return Packing(np.empty(0, np.int64), 0, Status.OPTIMAL, "nothing to place")
+    if pins_clash(storage) is not None or (capacity is not None and storage.bound > capacity):
+        return Packing(np.empty(0, np.int64), storage.bound, Status.INFEASIBLE, "bound")
+    work = Work(
+        storage, storage.bound if capacity is None else capacity, capacity is not None, time.monotonic() + seconds, seed
+    )
+    work.answer_fast()
+    if work.done or len(storage) > MANY:
+        return work.packing(capacity)
+    with ThreadPoolExecutor(2) as pool:
+        for job in (pool.submit(work.prove), pool.submit(work.sink if capacity is None else work.hold)):
+            job.result()
+    return work.packing(capacity)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A smaller problem, and how its answer extends to all buffers: each lies in one of the smaller problem, at an offset."""
+
+    storage: Storage
+    root: np.ndarray
+    base: np.ndarray
+
+    def whole(self, offset: np.ndarray) -> np.ndarray:
+        """Offsets of all buffers."""
+        return offset[self.root] + self.base
+
+
+@dataclass
+class Work:
+    """One problem while it is worked on by several threads.
+
+    Attributes:
+        storage: the problem.
+        goal: a peak at which to stop: the capacity, or the lower bound.
+        fitting: the goal is a capacity, so that a higher bound ends it too.
+        until: when to stop.
+        seed: of the searches.
+        best: offsets of the best packing known.
+        peak: of it.
+        bound: no packing is known to be impossible at this peak.
+        method: what found the best.
+    """
+
+    storage: Storage
+    goal: int
+    fitting: bool
+    until: float
+    seed: int
+    best: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    peak: int = 2**62
+    bound: int = 0
+    method: str = ""
+    stop: np.ndarray = field(default_factory=lambda: np.zeros(1, np.bool_))
+    lock: Lock = field(default_factory=Lock)
+
+    def __post_init__(self) -> None:
+        self.bound = self.storage.bound
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to find."""
+        return self.peak <= max(self.goal, self.bound) or (self.fitting and self.bound > self.goal)
+
+    def packing(self, capacity: int | None) -> Packing:
+        """The answer as it stands."""
+        if capacity is None:
+            status = Status.OPTIMAL if self.peak <= self.bound else Status.FEASIBLE
+        elif self.peak <= capacity:
+            status = Status.OPTIMAL
+        else:
+            status = Status.INFEASIBLE if self.bound > capacity else Status.UNKNOWN
+        return Packing(self.best, self.bound, status, self.method)
+
+    def offer(self, offset: np.ndarray, method: str) -> None:
+        """Take a packing if it is the best."""
+        with self.lock:
+            peak = peak_of(self.storage, offset)
+            if peak < self.peak:
+                self.best, self.peak, self.method = offset, peak, method
+            self.stop[0] = self.done
+
+    def refute(self, capacity: int) -> None:
+        """Take the proof that nothing fits a capacity."""
+        with self.lock:
+            unit = self.storage.unit
+            self.bound = max(self.bound, (capacity // unit + 1) * unit)
+            self.stop[0] = self.done
+
+    def answer_fast(self) -> None:
+        """The greedy answers, until one reaches the goal."""
+        for offset, method in greedy(self.storage, self.small, self.until):
+            self.offer(offset, method)
+            if self.done:
+                return
+
+    @cached_property
+    def small(self) -> Part:
+        """The coalesced problem; the problem itself where buffers are pinned."""
+        storage = self.storage
+        if (storage.pin != FREE).any():
+            return Part(storage, np.arange(len(storage)), np.zeros(len(storage), np.int64))
+        return Part(*coalesce(storage))
+
+    def prove(self) -> None:
+        """Search at the goal, or the bound where that is higher, which rises each time that nothing fits."""
+        search = Search(self.storage, seed=2 * self.seed, stop=self.stop)
+        while not self.done and time.monotonic() < self.until:
+            at = max(self.goal, self.bound)
+            got, offset = search.fit(at, self.until)
+            if got == SOLVED:
+                self.offer(offset, "search")
+            elif got == NONE:
+                self.refute(at)
+
+    def hold(self) -> None:
+        """Search the coalesced problem at the goal."""
+        search = Search(self.small.storage, seed=2 * self.seed + 1, stop=self.stop)
+        got, offset = search.fit(self.goal, self.until)
+        if got == SOLVED:
+            self.offer(self.small.whole(offset), "coalesced, search")
+
+    def sink(self) -> None:
+        """Search the coalesced problem below the best peak, at the bound first; steps halve when a slice of time fails."""
+        search, share, allowed = Search(self.small.storage, seed=2 * self.seed + 1, stop=self.stop), 1.0, SLICE
+        while not self.done and time.monotonic() < self.until:
+            unit = self.storage.unit
+            step = int((self.peak - self.bound) * share) // unit * unit
+            got, offset = search.fit(self.peak - max(step, unit), min(self.until, time.monotonic() + allowed))
+            if got == SOLVED:
+                self.offer(self.small.whole(offset), "coalesced, search")
+                share = min(2 * share, 1.0)
+            elif step <= unit or share < 0.02:
+                share, allowed = 1.0, 2 * allowed
+            else:
+                share /= 2
+
+
+def greedy(storage: Storage, small: Part, until: float) -> Iterator[tuple[np.ndarray, str]]:
+    """Packings made without search, with the name of what made each: the cheap ones first."""
+    if not (storage.pin != FREE).any():
+        yield lowest_first(storage), "lowest first"
+    if len(small.storage) < len(storage):
+        for offset, method in greedy(small.storage, small, until):
+            yield small.whole(offset), f"coalesced, {method}"
+    if pairs_of(storage) <= PAIRS or (storage.pin != FREE).any():
+        yield from first_fits(storage, until)
+
+
+def first_fits(storage: Storage, until: float) -> Iterator[tuple[np.ndarray, str]]:
+    """First and best fit in every order."""
+    instance = make_instance(storage)
+    for number, order in enumerate(ORDERS):
+        for best in (False, True):
+            if number and time.monotonic() > until:
+                return
+            yield first_fit(storage, instance, order, best), f"{'best' if best else 'first'} fit by {order}"
+
+
+def pairs_of(storage: Storage) -> float:
+    """About how many pairs of buffers are live at once: the sum over buffers of those live when each begins."""
+    first, _, _ = storage.sections
+    return float(2 * storage.sum_live(np.ones(len(storage), np.int64))[first[storage.start[:-1]]].sum())
+
+
+def pins_clash(storage: Storage) -> tuple[int, int] | None:
+    """Two pinned buffers that share a byte at some time, or None."""
+    pinned = np.flatnonzero(storage.pin != FREE)
+    if not len(pinned):
+        return None
+    instance = make_instance(storage.take(pinned))
+    low, high = instance.pin, instance.pin + instance.size
+    for i in range(len(pinned)):
+        for j in instance.near[instance.near_start[i] : instance.near_start[i + 1]]:
+            if low[i] < high[j] and low[j] < high[i]:
+                return int(pinned[i]), int(pinned[j])
+    return None

@@ -1,0 +1,136 @@
+"""Dynamic storage allocation: addresses for buffers whose lifetimes are known.
+
+Each buffer is live during one or more half-open spans of time and wants `size` consecutive bytes at an offset that no
+buffer live at the same time touches. `Storage` is the problem and `Packing` the answer of every solver; times are
+compressed to *sections*, the intervals between neighbouring events, since only their order matters.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+
+import numpy as np
+
+FREE = -1  # the pin of a buffer that may lie anywhere
+
+
+class Status(StrEnum):
+    """What is known about an answer."""
+
+    OPTIMAL = "optimal"  # no smaller peak exists; or, asked to fit a capacity, it fits
+    FEASIBLE = "feasible"  # it fits, and the bound is smaller
+    INFEASIBLE = "infeasible"  # proven: nothing fits
+    UNKNOWN = "unknown"  # nothing found in time
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Buffers that want addresses in one pool.
+
+    Attributes:
+        size: bytes of each buffer, shape (n,), int64, positive.
+        start: buffer i is live during spans `start[i]` to `start[i + 1]`, shape (n + 1,).
+        lower: when each span begins, ascending within a buffer and not touching, int64.
+        upper: when each span ends, exclusive.
+        pin: the offset at which a buffer must lie, or FREE, shape (n,), int64.
+        alignment: every offset is a multiple of it.
+    """
+
+    size: np.ndarray
+    start: np.ndarray
+    lower: np.ndarray
+    upper: np.ndarray
+    pin: np.ndarray
+    alignment: int = 1
+
+    def __len__(self) -> int:
+        return len(self.size)
+
+    @cached_property
+    def sections(self) -> tuple[np.ndarray, np.ndarray, int]:
+        """The first section of each span, the section after its last, and the number of sections."""
+        times = np.unique(np.concatenate([self.lower, self.upper]))
+        first, last = np.searchsorted(times, self.lower), np.searchsorted(times, self.upper)
+        return first.astype(np.int64), last.astype(np.int64), max(len(times) - 1, 0)
+
+    @cached_property
+    def owner(self) -> np.ndarray:
+        """The buffer of each span."""
+        return np.repeat(np.arange(len(self)), np.diff(self.start))
+
+    @cached_property
+    def padded(self) -> np.ndarray:
+        """Sizes rounded up to the alignment."""
+        return -(-self.size // self.alignment) * self.alignment
+
+    @cached_property
+    def load(self) -> np.ndarray:
+        """Live bytes in each section, each buffer padded to the alignment."""
+        return self.sum_live(self.padded)
+
+    @cached_property
+    def bound(self) -> int:
+        """A lower bound on any peak: the largest load (its topmost buffer needs no padding), and the ends of pinned buffers."""
+        slack = int((self.padded - self.size).max(initial=0))
+        pinned = (self.pin + self.size)[self.pin != FREE]
+        live = int(self.sum_live(self.size).max(initial=0))
+        return max(live, int(self.load.max(initial=0)) - slack, int(pinned.max(initial=0)))
+
+    @cached_property
+    def unit(self) -> int:
+        """What divides every offset and the peak of a packing in which each buffer rests on the ground or on another."""
+        pins = self.pin[self.pin != FREE]
+        return int(np.gcd.reduce(np.concatenate([self.padded, self.size, pins, [0]])) or 1)
+
+    def sum_live(self, amount: np.ndarray) -> np.ndarray:
+        """The sum over live buffers of an amount, for each section."""
+        first, last, count = self.sections
+        change = np.zeros(count + 1, np.int64)
+        np.add.at(change, first, amount[self.owner])
+        np.subtract.at(change, last, amount[self.owner])
+        return np.cumsum(change)[:count]
+
+    def take(self, members: np.ndarray) -> "Storage":
+        """The problem of some of the buffers, in the given order."""
+        counts = np.diff(self.start)[members]
+        start = np.concatenate([[0], np.cumsum(counts)])
+        spans = np.repeat(self.start[members] - start[:-1], counts) + np.arange(start[-1])
+        return Storage(self.size[members], start, self.lower[spans], self.upper[spans], self.pin[members], self.alignment)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Addresses.
+
+    Attributes:
+        offset: of each buffer, shape (n,), int64; empty where none were found.
+        bound: no packing has a smaller peak.
+        status: what is known of it.
+        method: what found it.
+    """
+
+    offset: np.ndarray
+    bound: int
+    status: Status
+    method: str = ""
+
+
+def make_storage(
+    lower: Sequence[int] | np.ndarray,
+    upper: Sequence[int] | np.ndarray,
+    size: Sequence[int] | np.ndarray,
+    pin: Sequence[int] | np.ndarray | None = None,
+    alignment: int = 1,
+) -> Storage:
+    """The problem of buffers that are each live during one span `[lower, upper)`."""
+    count = len(size)
+    return Storage(
+        np.asarray(size, np.int64), np.arange(count + 1), np.asarray(lower, np.int64), np.asarray(upper, np.int64),
+        np.full(count, FREE, np.int64) if pin is None else np.asarray(pin, np.int64), alignment,
+    )  # fmt: skip
+
+
+def peak_of(storage: Storage, offset: np.ndarray) -> int:
+    """The end of the highest buffer."""
+    return int((offset + storage.size).max(initial=0))

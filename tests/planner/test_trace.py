@@ -1,0 +1,141 @@
+"""Files of buffers: what is read, what is refused, and `memplan alloc` on them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from memplan.planner import cli, trace
+from memplan.planner.addresses import approve
+from memplan.planner.errors import PlacementError, TraceError
+from memplan.planner.trace import read_trace, write_trace
+
+GOOD = "id,lower,upper,size\na,0,3,4\nb,3,9,4\nc,0,9,4\nd,9,21,4\ne,0,21,4\n"
+HEAD = "id,lower,upper,size\n"
+BAD = {
+    "": "row 1: no column 'id'",
+    "id,lower,upper\n": "row 1: no column 'size'",
+    "id,id,lower,upper,size\n": "row 1: two columns are called 'id'",
+    HEAD + "a,0,3\n": "row 2, column 4: 3 cells",
+    HEAD + "a,0,3,4,5\n": "row 2, column 5: 5 cells",
+    HEAD + "a,-1,3,4\n": "row 2, column lower: -1 is negative",
+    HEAD + "a,0,3,4\nb,5,5,4\n": "row 3, column upper: the lifetime [5, 5) is empty",
+    HEAD + "a,7,5,4\n": "row 2, column upper: the lifetime [7, 5)",
+    HEAD + "a,0,3,0\n": "row 2, column size: 0",
+    HEAD + "a,0,3,-4\n": "row 2, column size: -4 is negative",
+    HEAD + "a,0,3,4.5\n": "row 2, column size: '4.5' is not a whole number",
+    HEAD + "a,0,3,\n": "row 2, column size: '' is not a whole number",
+    HEAD + "a,0,3,\u0664\n": "row 2, column size: '\u0664' is not a whole number",
+    HEAD + "a,0,3,9223372036854775808\n": "row 2, column size: 9223372036854775808 is larger than 2^63 - 1",
+    HEAD + "a,0," + "9" * 500 + ",1\n": "is larger than 2^63 - 1",
+    HEAD + "a,0,3,4000000000000000000\nb,5,6,4000000000000000000\n": "row 3, column size: all sizes",
+    HEAD + "a,0,3,4\na,3,4,4\n": "row 3, column id: 'a' is the id of row 2",
+    "id,lower,upper,size,gaps\na,0,9,4,3\n": "row 2, column gaps: '3': write gaps as",
+    "id,lower,upper,size,gaps\na,0,9,4,3-12\n": "row 2, column gaps: the gap [3, 12)",
+    "id,lower,upper,size,gaps\na,0,9,4,0-9\n": "row 2, column gaps: the gaps leave nothing",
+    "id,lower,upper,size,pin\na,0,9,4,x\n": "row 2, column pin: 'x' is not",
+}  # fmt: skip
+
+
+def call(capsys, *words):
+    """Exit status, standard output and standard error of a command."""
+    try:
+        cli.main([str(word) for word in words])
+    except SystemExit as ended:
+        printed = capsys.readouterr()
+        return ended.code, printed.out, printed.err
+    printed = capsys.readouterr()
+    return 0, printed.out, printed.err
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_what_is_wrong_is_named_by_row_and_column(tmp_path, capsys, text):
+    """One line, status 1, no traceback."""
+    path = tmp_path / "in.csv"
+    path.write_text(text, encoding="utf-8")
+    status, out, err = call(capsys, "alloc", path)
+    assert (status, out) == (1, "")
+    assert BAD[text] in err
+    assert err.count("\n") == 1
+    assert len(err) < 400 + len(str(path))
+
+
+def test_a_file_that_is_no_text(tmp_path):
+    """Bytes are refused as such."""
+    path = tmp_path / "in.csv"
+    path.write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(TraceError, match="not a text file"):
+        read_trace(path)
+
+
+def test_too_many_rows(tmp_path, monkeypatch):
+    """Reading stops at the limit."""
+    monkeypatch.setattr(trace, "MOST_ROWS", 3)
+    path = tmp_path / "in.csv"
+    path.write_text(GOOD)
+    with pytest.raises(TraceError, match="row 5: more than 3 buffers"):
+        read_trace(path)
+
+
+def test_alloc_places_minimallocs_example(tmp_path, capsys):
+    """The five buffers of its README fit 12 bytes; the file comes back with offsets, and can be read again."""
+    (tmp_path / "in.csv").write_text(GOOD)
+    words = ("alloc", tmp_path / "in.csv", "-o", tmp_path / "out.csv", "--png", tmp_path / "p.png", "--json")
+    status, out, err = call(capsys, *words)
+    assert (status, err) == (0, "")
+    facts = json.loads(out)
+    assert (facts["peak"], facts["lower_bound"], facts["status"]) == (12, 12, "optimal")
+    assert (tmp_path / "out.csv").read_text().startswith("id,lower,upper,size,offset\na,0,3,4,")
+    assert (tmp_path / "p.png").stat().st_size > 1000
+    again = read_trace(tmp_path / "out.csv")
+    write_trace(tmp_path / "again.csv", again, [int(row[-1]) for row in again.rows])
+    assert (tmp_path / "again.csv").read_text() == (tmp_path / "out.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "reason"),
+    [
+        (GOOD, ("--capacity", "11"), "at time 0 the 3 live buffers take 12 bytes, the capacity is 11; the largest are 'a' 4"),
+        (HEAD + "a,0,3,5\nb,1,4,5\n", ("--align", "4", "--capacity", "12"), "the 2 live buffers, aligned to 4, take 13 bytes"),
+        ("id,lower,upper,size,pin\na,1,3,9,0\nb,2,4,5,6\n", (), "'a' and 'b' are pinned to the same bytes"),
+        ("id,lower,upper,size,pin\na,1,3,9,8\n", ("--capacity", "16"), "'a' is pinned to end at 17"),
+    ],
+)
+def test_what_cannot_be_placed_is_shown(tmp_path, capsys, text, words, reason):
+    """Status 3 and the buffers and time that prove it, also in JSON."""
+    (tmp_path / "in.csv").write_text(text)
+    status, out, err = call(capsys, "alloc", tmp_path / "in.csv", *words, "--json")
+    assert status == 3
+    assert json.loads(out)["status"] == "infeasible"
+    assert reason in err
+    assert reason in json.loads(out)["reason"]
+
+
+def test_alignment_and_pins(tmp_path, capsys):
+    """Offsets are multiples; a pin that is none is refused."""
+    (tmp_path / "in.csv").write_text("id,lower,upper,size,pin\na,0,2,3,\nb,0,2,3,4\n")
+    status, out, _ = call(capsys, "alloc", tmp_path / "in.csv", "--align", 4, "--json")
+    assert (status, json.loads(out)["peak"]) == (0, 7)
+    status, _, err = call(capsys, "alloc", tmp_path / "in.csv", "--align", 8)
+    assert status == 1
+    assert "pinned at 4, which is no multiple of 8" in err
+
+
+def test_wrong_addresses_are_not_let_out(tmp_path):
+    """The check of an answer fails for each kind of fault."""
+    (tmp_path / "in.csv").write_text(GOOD)
+    read = read_trace(tmp_path / "in.csv")
+    approve(read, [8, 8, 4, 4, 0], 4)
+    for offsets in ([8, 8, 4, 4, 4], [8, 8, 4, 6, 0], [8, 8, 4, 4, -4]):
+        with pytest.raises(PlacementError):
+            approve(read, offsets, 4)
+
+
+def test_alloc_does_not_load_torch(tmp_path):
+    """Placing buffers is for programs that have no torch, and starts at once."""
+    (tmp_path / "in.csv").write_text(GOOD)
+    said = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules))"
+    code = f"{said}; from memplan.planner import cli; cli.main()"
+    words = [sys.executable, "-c", code, "alloc", str(tmp_path / "in.csv")]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
