@@ -220,7 +220,8 @@ def packing(
         for low, high in pieces
     ]
     shades = np.array([size for pieces, size in zip(spans, sizes, strict=True) for _ in pieces], float)
-    colours = matplotlib.colormaps["viridis"](0.15 + 0.8 * np.log1p(shades) / max(float(np.log1p(shades).max(initial=0)), 1.0))
+    scale = np.log(shades) - np.log(shades.min(initial=1 << 62))
+    colours = matplotlib.colormaps["viridis"](0.1 + 0.85 * scale / max(float(scale.max(initial=0)), 1e-9))
     edge = 0.3 if len(boxes) < 5000 else 0.0
     ax.add_collection(PolyCollection(boxes, facecolors=colours, edgecolors="white", linewidths=edge, rasterized=not edge))
     peak = max((offset + size for offset, size in zip(offsets, sizes, strict=True)), default=0)
@@ -234,7 +235,7 @@ def packing(
     dress(ax, "{:.0f}".format, show_bytes)
     ax.set_xlabel("time", fontsize=9)
     ax.set_title(f"{title}: {len(sizes)} buffers, peak {show_bytes(peak)}", loc="left", fontsize=12, color=INK)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8.5)
+    ax.legend(loc="upper right", frameon=False, fontsize=8.5, ncols=2)
     return figure
 
 

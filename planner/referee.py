@@ -13,7 +13,7 @@ import msgspec
 from .errors import InvalidSchedule
 from .machine import Machine
 from .program import Phase, Program
-from .schedule import Free, Run, Schedule, Start
+from .schedule import Free, Placement, Run, Schedule, Start
 
 RULES = {
     "bound": "the schedule carries the digest of this program",
@@ -32,7 +32,8 @@ RULES = {
     "outputs": "every output is live at the end",
     "leak": "nothing else is live at the end",
     "capacity": "the bytes live in a tier never exceed its capacity",
-    "place": "buffers live at once in a tier do not share addresses, which are aligned and inside the tier",
+    "place": "addresses are aligned and inside the tier, and no two buffers share any while both live",
+    "placed": "where addresses are planned, each buffer that the step makes and keeps to itself has one, from first to last",
 }
 
 
@@ -206,7 +207,9 @@ def referee(program: Program, machine: Machine, schedule: Schedule, budget: int 
         extra = alive - resident - set(program.outputs) if tier == 0 else alive
         if extra:
             refuse("leak", f"{name[min(extra)]} is still live in {machine.tiers[tier].name} at the end")
-    check_places(machine, schedule, size)
+    if schedule.placements:
+        check_places(machine, schedule, size)
+        check_lives(program, machine, schedule)
     return Report(
         peak=tuple(peak),
         time=clock,
@@ -221,6 +224,67 @@ def referee(program: Program, machine: Machine, schedule: Schedule, budget: int 
 def link_of_copy(machine: Machine, link: int, tier: int) -> bool:
     """Whether the link reads from the tier."""
     return machine.tier_index(machine.links[link].source) == tier
+
+
+def check_lives(program: Program, machine: Machine, schedule: Schedule) -> None:
+    """Each life of a buffer that the step makes and keeps to itself has a placement, which spans it exactly.
+
+    A life lasts from the instruction that makes the buffer to the one that frees it; what is written in place begins
+    where the old one ends, at the same address; what a run drops at once lives for that run.
+    """
+    given = set(program.outputs)
+    name = [buffer.name for buffer in program.buffers]
+    waiting: dict[tuple[int, int, int], Placement] = {}
+    for place in schedule.placements:
+        if waiting.setdefault((place.buffer, place.tier, place.lower), place) is not place:
+            raise InvalidSchedule("placed", place.lower, f"buffer {place.buffer} has two addresses")
+    lying: dict[tuple[int, int], Placement] = {}
+
+    def begin(buffer: int, tier: int, at: int) -> Placement:
+        place = waiting.pop((buffer, tier, at), None)
+        if place is None:
+            raise InvalidSchedule("placed", at, f"{name[buffer]} has no address in {machine.tiers[tier].name}")
+        return place
+
+    def end(place: Placement, at: int) -> None:
+        if place.upper != at:
+            raise InvalidSchedule(
+                "placed", at, f"{name[place.buffer]} has an address until {place.upper}, and lives until {at}"
+            )
+
+    for at, step in enumerate(schedule.instructions):
+        if isinstance(step, Run):
+            tier = machine.tier_index(machine.units[step.unit].tier)
+            for new, old in step.reuse:
+                last = lying.pop((old, tier))
+                end(last, at + 1 if new in given else at)
+                if new not in given:
+                    lying[new, tier] = begin(new, tier, at)
+                    if lying[new, tier].offset != last.offset:
+                        raise InvalidSchedule(
+                            "placed", at, f"{name[new]} is written in place of {name[old]}, but lies elsewhere"
+                        )
+            for buffer in program.ops[step.op].writes:
+                if buffer in given or buffer in {new for new, _ in step.reuse}:
+                    continue
+                place = begin(buffer, tier, at)
+                if buffer in step.keep:
+                    lying[buffer, tier] = place
+                else:
+                    end(place, at + 1)
+        elif isinstance(step, Start):
+            tier = machine.tier_index(machine.links[step.link].target)
+            if tier or step.buffer not in given:
+                lying[step.buffer, tier] = begin(step.buffer, tier, at)
+        elif isinstance(step, Free) and (step.buffer, step.tier) in lying:
+            end(lying.pop((step.buffer, step.tier)), at)
+    for place in lying.values():
+        end(place, len(schedule.instructions))
+    if waiting:
+        place = next(iter(waiting.values()))
+        raise InvalidSchedule(
+            "placed", None, f"buffer {place.buffer} has an address from {place.lower} on, but is not made there"
+        )
 
 
 def check_places(machine: Machine, schedule: Schedule, size: list[int]) -> None:

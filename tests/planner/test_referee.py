@@ -12,7 +12,7 @@ from memplan.passes.problem import flatten
 from memplan.planner.errors import InvalidSchedule
 from memplan.planner.machine import Link, Machine, Tier, Unit
 from memplan.planner.program import Buffer, Kind, Op, Phase, Program
-from memplan.planner.referee import RULES, referee
+from memplan.planner.referee import RULES, check_places, referee
 from memplan.planner.schedule import Free, Placement, Run, Schedule, Start, Wait
 from memplan.solvers.timeline import BEGIN, EAGER, HOLD, SINCE, order_of, profile, score
 from strategies import ROOMY, make_program, planned_orders
@@ -255,7 +255,10 @@ def test_addresses_that_cannot_be_are_refused(case):
 
 def test_addresses_may_be_shared_by_buffers_that_live_one_after_the_other():
     """Lives are half-open: one may end where the next begins; tiers have addresses of their own."""
-    judge(PLAIN, places=(Placement(A, 0, 0, 0, 3), Placement(B, 0, 50, 3, 4), Placement(T, 1, 0, 0, 9)))
+    places = (Placement(A, 0, 0, 0, 3), Placement(B, 0, 50, 3, 4), Placement(T, 1, 0, 0, 9))
+    check_places(TWO, Schedule("", PLAIN, places), [buffer.bytes for buffer in step().buffers])
+    with pytest.raises(InvalidSchedule, match="'placed'"):
+        judge(PLAIN, places=places)  # for others have no address
     with pytest.raises(InvalidSchedule, match="'range'"):
         judge(PLAIN, places=(Placement(A, 7, 0, 0, 3),))
 
@@ -283,7 +286,7 @@ def test_an_output_that_is_not_kept_is_missed():
 def test_every_rule_is_broken_by_some_test():
     """No rule of the table is dead."""
     assert set(RULES) == {rule for rule, _ in BROKEN.values()} | {
-        "bound", "place", "outputs", "random"
+        "bound", "place", "placed", "outputs", "random"
     }  # fmt: skip
 
 

@@ -1,0 +1,186 @@
+"""Addresses: MiniMalloc's public instances, and rectangles cut at random, whose optimum is known.
+
+    python -m memplan.benchmarks.alloc
+    python -m memplan.benchmarks.alloc --peer 12      omnimalloc's supermalloc beside it, with 12 threads, if installed
+
+Every packing is checked by walking through time. Seconds are of a process that has the compiled functions loaded; the
+time to load them is on a row of its own, and compiling them for the first time takes half a minute once.
+"""
+
+import argparse
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..planner.addresses import approve, storage_of
+from ..planner.referee import first_clash
+from ..planner.trace import read_trace
+from ..solvers.allocate import pack
+from ..solvers.instances import cut_rectangle
+from ..solvers.storage import Storage, peak_of
+from .record import HERE, RESULTS, Results, Row, answer, ask, header, markdown, note_machine, ratio, say
+
+INSTANCES = "ABCDEFGHIJK"
+DATA = HERE / "data" / "minimalloc"
+CAPACITY = 1048576
+SIZES = (1_000, 10_000, 100_000, 1_000_000)
+FRAYS = (0.0, 0.02, 0.1, 0.3)
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process, all threads."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def warm_up() -> float:
+    """Load the compiled functions; seconds."""
+    began = time.perf_counter()
+    for fray in (0.0, 0.3):
+        pack(cut_rectangle(40, 1, fray=fray)[0], seconds=0.2)
+    return time.perf_counter() - began
+
+
+def timed(storage: Storage, capacity: int | None, seconds: float) -> tuple[Row, np.ndarray]:
+    """One packing: its row, and the offsets."""
+    wall, cpu = time.perf_counter(), cpu_seconds()
+    made = pack(storage, capacity, seconds)
+    row: Row = {"wall": time.perf_counter() - wall, "cpu": cpu_seconds() - cpu, "status": made.status.value}
+    peak = peak_of(storage, made.offset) if len(made.offset) else None
+    return row | {"peak": peak, "bound": made.bound, "load": storage.bound, "method": made.method}, made.offset
+
+
+def serve(request: Row) -> Iterator[Row]:
+    """Answer a request of `run`: one row."""
+    yield measure(request)
+
+
+def measure(request: Row) -> Row:
+    """What the parent asks for."""
+    loading = warm_up()
+    if request["task"] == "instance":
+        trace = read_trace(Path(request["file"]))
+        storage = storage_of(Path(request["file"]), trace, 1)
+        row, offset = timed(storage, request["capacity"], request["seconds"])
+        if len(offset):
+            approve(trace, offset.tolist(), 1)
+        return row | {"loading": loading, "buffers": len(storage)}
+    if request["task"] == "peer":
+        return peer(request)
+    storage, _ = cut_rectangle(request["count"], request["seed"], fray=request["fray"])
+    row, offset = timed(storage, None, request["seconds"])
+    if len(storage) <= 100_000:
+        columns = (storage.lower, storage.upper, offset, storage.size, np.arange(len(storage)))
+        assert first_clash(zip(*(column.tolist() for column in columns), strict=True)) is None
+    return row | {"buffers": len(storage), "optimum": 2**40}
+
+
+def peer(request: Row) -> Row:
+    """omnimalloc's supermalloc, minimising, on the same file."""
+    import omnimalloc  # pyright: ignore[reportMissingImports]
+
+    trace = read_trace(Path(request["file"]))
+    omnimalloc.set_max_threads(request["threads"])
+    jobs = [omnimalloc.Allocation(id=name, size=size, start=spans[0][0], end=spans[0][1])
+            for name, size, spans in zip(trace.ids, trace.sizes, trace.spans, strict=True)]  # fmt: skip
+    maker: Any = omnimalloc.get_allocator if hasattr(omnimalloc, "get_allocator") else None
+    allocator = maker("supermalloc", timeout=request["seconds"]) if maker else "supermalloc"
+    wall, cpu = time.perf_counter(), cpu_seconds()
+    done = omnimalloc.allocate(jobs, allocator=allocator)
+    allocations = getattr(done, "allocations", done)
+    peak = max(each.offset + each.size for each in allocations)
+    return {"wall": time.perf_counter() - wall, "cpu": cpu_seconds() - cpu, "peak": peak}
+
+
+def run(results: Results, options: argparse.Namespace) -> None:
+    """Everything that is missing."""
+
+    def once(request: Row, **keys: Any) -> None:
+        if results.last(**keys) is None:
+            say(", ".join(f"{value}" for value in keys.values()))
+            for row in ask("alloc", request, timeout=900):
+                results.add(keys | row)
+
+    for name in options.instances:
+        file = str(options.data / f"{name}.{CAPACITY}.csv")
+        once({"task": "instance", "file": file, "capacity": CAPACITY, "seconds": 20.0}, task="capacity", name=name)
+        once({"task": "instance", "file": file, "capacity": None, "seconds": 30.0}, task="minimise", name=name)
+        if options.peer:
+            request = {"task": "peer", "file": file, "threads": options.peer, "seconds": 30.0}
+            once(request, task="peer", name=name, threads=options.peer)
+    for count in options.sizes:
+        for fray in FRAYS:
+            request = {"task": "cut", "count": count, "seed": 1, "fray": fray, "seconds": 10.0}
+            once(request, task="cut", count=count, fray=fray)
+
+
+def render(results: Results, path: Path) -> None:
+    """Write the markdown file."""
+    lines = header("Addresses", results)
+    lines += ["Written by `python -m memplan.benchmarks.alloc`. Seconds are CPU time of all threads unless called wall.", ""]
+    fits = {row["name"]: row for row in results.all(task="capacity")}
+    least = {row["name"]: row for row in results.all(task="minimise")}
+    peers = {row["name"]: row for row in results.all(task="peer")}
+    heads = ["instance", "buffers", "fits 1048576", "CPU s", "smallest peak", "over bound", "proven", "wall s", "found by"]
+    heads += ["supermalloc over bound", "its wall s"] if peers else []
+    rows = []
+    for name in sorted(set(fits) & set(least)):
+        fit, low = fits[name], least[name]
+        row = [name, low["buffers"], "yes" if fit["status"] == "optimal" else "**no**", f"{fit['cpu']:.2f}", low["peak"]]
+        row += [ratio(low["peak"] / low["load"]), "yes" if low["status"] == "optimal" else "no", f"{low['wall']:.2f}"]
+        row += [low["method"]]
+        if name in peers:
+            row += [ratio(peers[name]["peak"] / low["load"]), f"{peers[name]['wall']:.1f}"]
+        rows.append(tuple(map(str, row)))
+    lines += ["## MiniMalloc's instances", ""]
+    if fits:
+        solved = [row["cpu"] for row in fits.values() if row["status"] == "optimal"]
+        lines += [f"Within the capacity: {len(solved)} of {len(fits)}, median {np.median(solved):.2f} CPU s, worst "
+                  f"{max(solved):.2f}. Loading the compiled functions took {fits[min(fits)]['loading']:.1f} s.", "",
+                  f"Smallest peak within 30 s: {sum(row['status'] == 'optimal' for row in least.values())} of {len(least)} "
+                  f"proven.", "", *markdown(tuple(heads), rows), ""]  # fmt: skip
+    lines += ["## Rectangles cut at random", ""]
+    lines += ["*Frayed* by a share: lifetimes cut short by up to it, so that buffers no longer fit one another exactly, while"]
+    lines += ["one moment keeps the bound. 10 s of search, where there are few enough buffers.", ""]
+    cuts = sorted(results.all(task="cut"), key=lambda row: (row["fray"], row["count"]))
+    rows = [(str(row["buffers"]), f"{row['fray']:.0%}", ratio(row["peak"] / row["optimum"]), f"{row['wall']:.2f}",
+             row["method"]) for row in cuts]  # fmt: skip
+    lines += markdown(("buffers", "frayed", "peak over optimum", "wall s", "found by"), rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines).rstrip() + "\n")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=DATA, help="folder of the instances")
+    parser.add_argument("--instances", nargs="*", default=list(INSTANCES))
+    parser.add_argument("--sizes", type=int, nargs="*", default=list(SIZES), help="of the cut rectangles")
+    parser.add_argument("--peer", type=int, default=0, metavar="THREADS", help="also run omnimalloc's supermalloc")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of alloc.jsonl and alloc.md")
+    parser.add_argument("--quick", action="store_true", help="a smoke test: two instances, results/quick")
+    parser.add_argument("--fresh", action="store_true", help="forget what was measured")
+    parser.add_argument("--render", action="store_true", help="only write the table")
+    options = parser.parse_args()
+    if options.quick:
+        options.instances, options.sizes, options.out = ["B", "C"], [1000], options.out / "quick"
+    results = Results(options.out / "alloc.jsonl")
+    if not options.render:
+        if options.fresh:
+            results.drop()
+        note_machine(results)
+        run(results, options)
+    render(results, options.out / "alloc.md")
+    print(options.out / "alloc.md")
+
+
+if __name__ == "__main__":
+    if "--serve" in sys.argv:
+        answer(serve)
+    else:
+        main()

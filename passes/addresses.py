@@ -1,0 +1,125 @@
+"""A schedule -> the same with an address for every buffer that the step makes: no allocator is asked while it runs.
+
+A buffer lives from the run that makes it to the free that ends it. Where a run writes in place, the new buffer has the
+old one's bytes, so both are one request. What the caller owns or is given (parameters, inputs, outputs) lies elsewhere.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+
+from ..planner.machine import Machine
+from ..planner.program import Program
+from ..planner.schedule import Free, Placement, Run, Schedule, Start
+from ..solvers.allocate import pack
+from ..solvers.storage import Packing, make_storage
+
+
+class Life(NamedTuple):
+    """One stay of a buffer in a tier, during instructions `[lower, upper)`; `request` numbers the bytes it lies in."""
+
+    buffer: int
+    tier: int
+    lower: int
+    upper: int
+    request: int
+
+
+@dataclass(frozen=True)
+class Arena:
+    """What placing a tier's buffers came to.
+
+    Attributes:
+        tier: which.
+        bytes: the end of the highest buffer.
+        live: the most bytes live at once, padded to the alignment: no arena is smaller.
+        packing: the solver's answer.
+    """
+
+    tier: int
+    bytes: int
+    live: int
+    packing: Packing
+
+
+@dataclass(frozen=True)
+class Place:
+    """Schedule -> schedule with placements.
+
+    Attributes:
+        seconds: of search for each tier, at most.
+        seed: of the search.
+    """
+
+    name = "place"
+    seconds: float = 2.0
+    seed: int = 0
+
+    def __call__(self, program: Program, machine: Machine, schedule: Schedule) -> tuple[Schedule, list[Arena]]:
+        """The schedule with placements, and the arena of each tier that holds any."""
+        lives = find_lives(program, machine, schedule)
+        size = np.array([buffer.bytes for buffer in program.buffers], np.int64)
+        placements: list[Placement] = []
+        arenas: list[Arena] = []
+        for tier in sorted({life.tier for life in lives}):
+            mine = [life for life in lives if life.tier == tier]
+            names = {request: index for index, request in enumerate(sorted({life.request for life in mine}))}
+            lower, upper = np.full(len(names), 2**62), np.zeros(len(names), np.int64)
+            bytes_of = np.zeros(len(names), np.int64)
+            for life in mine:
+                index = names[life.request]
+                lower[index], upper[index] = min(lower[index], life.lower), max(upper[index], life.upper)
+                bytes_of[index] = size[life.buffer]
+            storage = make_storage(lower, upper, bytes_of, alignment=machine.tiers[tier].alignment)
+            packing = pack(storage, None, self.seconds, self.seed)
+            at = {life: int(packing.offset[names[life.request]]) for life in mine}
+            placements += [Placement(life.buffer, tier, at[life], life.lower, life.upper) for life in mine]
+            end = max(at[life] + int(size[life.buffer]) for life in mine)
+            arenas.append(Arena(tier, end, int(storage.load.max()), packing))
+        return msgspec.structs.replace(schedule, placements=tuple(placements)), arenas
+
+
+def find_lives(program: Program, machine: Machine, schedule: Schedule) -> list[Life]:
+    """Every stay of a buffer that the step makes and does not give away."""
+    given = set(program.outputs)
+    lives: list[Life] = []
+    open_at: dict[tuple[int, int], tuple[int, int]] = {}  # (buffer, tier) -> (since, request)
+    requests = 0
+
+    def close(buffer: int, tier: int, at: int) -> None:
+        since, request = open_at.pop((buffer, tier))
+        lives.append(Life(buffer, tier, since, at, request))
+
+    for at, step in enumerate(schedule.instructions):
+        if isinstance(step, Run):
+            op, tier = program.ops[step.op], machine.tier_index(machine.units[step.unit].tier)
+            taken: dict[int, int] = {}
+            for new, old in step.reuse:
+                if new in given:  # it lies elsewhere, so the old bytes are read to the end of the run
+                    close(old, tier, at + 1)
+                else:
+                    taken[new] = open_at[old, tier][1]
+                    close(old, tier, at)
+            for buffer in op.writes:
+                if buffer in given:
+                    continue
+                request = taken.get(buffer, requests)
+                requests += buffer not in taken
+                if buffer in step.keep:
+                    open_at[buffer, tier] = at, request
+                else:
+                    lives.append(Life(buffer, tier, at, at + 1, request))
+        elif isinstance(step, Free):
+            if (step.buffer, step.tier) in open_at:
+                close(step.buffer, step.tier, at)
+        elif isinstance(step, Start):
+            tier = machine.tier_index(machine.links[step.link].target)
+            if not tier and step.buffer in given:
+                continue
+            open_at[step.buffer, tier] = at, requests
+            requests += 1
+    for buffer, tier in list(open_at):
+        close(buffer, tier, len(schedule.instructions))
+    return lives

@@ -1,0 +1,134 @@
+"""Planned addresses: the pass places every life, and the referee accepts exactly what works in real bytes."""
+
+import random
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from memplan.passes.addresses import Place, find_lives
+from memplan.passes.liveness import Liveness
+from memplan.planner.errors import InvalidSchedule
+from memplan.planner.machine import Machine, Tier, Unit
+from memplan.planner.program import Program
+from memplan.planner.referee import referee
+from memplan.planner.schedule import Free, Run, Schedule
+from strategies import make_order, make_program
+
+ALIGNED = Machine("aligned", "cpu", (Tier("device", 1 << 40, 1e9, alignment=16),), (Unit("core", "device", {"default": 1e9}),))
+QUICK = settings(deadline=None, max_examples=60)
+
+
+class WrongBytesError(Exception):
+    """A run read bytes that are not what was written there."""
+
+
+def made(seed: int) -> tuple[Program, Schedule]:
+    """A random step with recomputation and writing in place."""
+    rng = random.Random(seed)
+    program = make_program(rng, rng.randint(2, 9))
+    return program, Liveness()(program, make_order(rng, program, True, rng.randint(0, 6)))
+
+
+def replay(program: Program, schedule: Schedule) -> None:
+    """Run the step in one array of bytes; each life writes its own number and has to find it when it is read."""
+    at = {(place.buffer, place.lower): place.offset for place in schedule.placements}
+    arena = np.full(max((place.offset + program.buffers[place.buffer].bytes for place in schedule.placements), default=0), -1)
+    given_away, live = set(program.outputs), {}
+
+    def bytes_of(buffer: int, offset: int) -> np.ndarray:
+        return arena[offset : offset + program.buffers[buffer].bytes]
+
+    for now, step in enumerate(schedule.instructions):
+        if isinstance(step, Run):
+            op = program.ops[step.op]
+            for buffer in op.writes:  # before the reads are checked: outputs must not lie on inputs, unless in place
+                if buffer not in given_away and buffer not in {new for new, _ in step.reuse}:
+                    bytes_of(buffer, at[buffer, now])[:] = now * 1000 + buffer
+            for buffer in op.reads:
+                if buffer in live and (bytes_of(buffer, live[buffer][0]) != live[buffer][1]).any():
+                    raise WrongBytesError(f"{op.name} reads {buffer}")
+            for new, old in step.reuse:
+                offset, _ = live.pop(old)
+                if new not in given_away:
+                    if at[new, now] != offset:
+                        raise WrongBytesError(f"{op.name} cannot write {new} in place")
+                    bytes_of(new, offset)[:] = now * 1000 + new
+            for buffer in step.keep:
+                if buffer not in given_away:
+                    live[buffer] = at[buffer, now], now * 1000 + buffer
+        elif isinstance(step, Free):
+            live.pop(step.buffer, None)
+
+
+@QUICK
+@given(st.integers(0, 10**9))
+def test_placed_schedules_are_accepted_and_work(seed):
+    """Every life has an aligned address, the arena is no smaller than the live bytes, and real bytes agree."""
+    program, schedule = made(seed)
+    placed, arenas = Place(seconds=0.5)(program, ALIGNED, schedule)
+    report = referee(program, ALIGNED, placed)
+    assert report == referee(program, ALIGNED, schedule)
+    assert len(placed.placements) == len(find_lives(program, ALIGNED, schedule))
+    assert all(place.offset % 16 == 0 for place in placed.placements)
+    assert all(arena.bytes >= arena.packing.bound for arena in arenas)
+    replay(program, placed)
+
+
+@QUICK
+@given(st.integers(0, 10**9), st.integers(0, 10**9))
+def test_what_the_referee_accepts_works_in_real_bytes(seed, change):
+    """Addresses moved, lives stretched, placements dropped or doubled: rejected, or the bytes are right all the same."""
+    program, schedule = made(seed)
+    placed, _ = Place(seconds=0.5)(program, ALIGNED, schedule)
+    rng = random.Random(change)
+    places = list(placed.placements)
+    if not places:
+        return
+    for _ in range(rng.randint(1, 2)):
+        index = rng.randrange(len(places))
+        place = places[index]
+        kind = rng.choice(["move", "move", "swap", "stretch", "drop", "double"])
+        if kind == "move":
+            places[index] = msgspec.structs.replace(place, offset=rng.choice(places).offset + rng.choice([0, 0, 16, 8, -16]))
+        elif kind == "swap":
+            other = rng.randrange(len(places))
+            offsets = places[other].offset, place.offset
+            places[index] = msgspec.structs.replace(places[index], offset=offsets[0])
+            places[other] = msgspec.structs.replace(places[other], offset=offsets[1])
+        elif kind == "stretch":
+            places[index] = msgspec.structs.replace(place, upper=place.upper + rng.choice([-1, 1]))
+        elif kind == "drop" and len(places) > 1:
+            places.pop(index)
+        else:
+            places.append(place)
+    mutant = msgspec.structs.replace(placed, placements=tuple(places))
+    try:
+        referee(program, ALIGNED, mutant)
+    except InvalidSchedule:
+        return
+    replay(program, mutant)
+
+
+FAULTS = {
+    "unaligned": (lambda place: {"offset": place.offset + 1}, {"place"}),
+    "outside": (lambda place: {"offset": 1 << 41}, {"place"}),
+    "too long": (lambda place: {"upper": place.upper + 1}, {"place", "placed"}),
+    "empty": (lambda place: {"upper": place.lower}, {"range"}),
+    "too late": (lambda place: {"lower": place.lower + 1, "upper": place.upper + 1}, {"place", "placed"}),
+    "no such tier": (lambda place: {"tier": 7}, {"range"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_has_its_rule(fault):
+    """A placement that is wrong in one way is refused for it."""
+    program, schedule = made(5)
+    placed, _ = Place(seconds=0.5)(program, ALIGNED, schedule)
+    first = placed.placements[0]
+    change, rules = FAULTS[fault]
+    mutant = msgspec.structs.replace(first, **change(first))
+    with pytest.raises(InvalidSchedule) as refusal:
+        referee(program, ALIGNED, msgspec.structs.replace(placed, placements=(mutant, *placed.placements[1:])))
+    assert refusal.value.rule in rules
