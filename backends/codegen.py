@@ -31,6 +31,7 @@ class Generated:
         tangents: which outputs the tangents belong to, and how each is laid out.
         saved: the nodes whose tensors head the list for `backward`; saved generator states follow them.
         states: how many generator states follow.
+        arena: where the step's own tensors lie, if their addresses are planned.
     """
 
     source: str
@@ -41,10 +42,11 @@ class Generated:
     tangents: dict[int, torch.Tensor]
     saved: tuple[fx.Node, ...] = ()
     states: int = 0
+    arena: Any = None
 
 
 @dataclass
-class _Scope:
+class Scope:
     """One function under construction: its lines, and which nodes are variables at this point."""
 
     lines: list[str] = field(default_factory=list)
@@ -52,7 +54,7 @@ class _Scope:
     of_buffer: dict[int, list[fx.Node]] = field(default_factory=dict)
 
 
-class _Writer:
+class Writer:
     """Walks a schedule once and writes both functions."""
 
     def __init__(self, traced: Traced, schedule: Schedule):
@@ -62,7 +64,7 @@ class _Writer:
         self.constants: dict[str, Any] = {}
         self.constant_names: dict[Any, str] = {}
         self.names: dict[fx.Node, str] = {}
-        self.scope = _Scope()
+        self.scope = Scope()
         self.holder: dict[int, fx.Node] = {}  # buffer -> node that its variable stands for now
         runs = Counter(step.op for step in schedule.instructions if isinstance(step, Run))
         self.again = {op for op, count in runs.items() if count > 1}
@@ -90,9 +92,8 @@ class _Writer:
         forward = [*head, *self.scope.lines, f"    return [{', '.join(outputs)}], [{kept}]"]
         backward: list[str] = []
         if cut < len(steps):
-            self.scope = _Scope()
-            for node in saved:
-                self.bind(node)
+            self.scope = Scope()
+            self.cross(saved)
             for node, _ in tangents:
                 self.bind(node)
             tail = ["def backward(saved, tangents):"]
@@ -154,6 +155,11 @@ class _Writer:
         return [node for node in self.scope.alive if node in self.traced.owner
                 and self.traced.owner[node] in wanted and self.is_base(node)]  # fmt: skip
 
+    def cross(self, saved: list[fx.Node]) -> None:
+        """The backward function begins with what was saved for it."""
+        for node in saved:
+            self.bind(node)
+
     def is_base(self, node: fx.Node) -> bool:
         """Whether the node's value is a storage's first tensor, or one of the names of a resident one."""
         return node in self.traced.sources or node is self.traced.base[self.traced.owner[node]]
@@ -178,11 +184,10 @@ class _Writer:
         args = [self.argument(arg) for arg in node.args]
         kwargs = [f"{key}={self.argument(value)}" for key, value in node.kwargs.items()]
         target: Any = node.target
-        taken = None
-        if step.reuse:
-            _, old = step.reuse[0]
-            form = self.traced.in_place[step.op, old]
-            target, taken = form.target, old
+        taken = self.taken(step)
+        if taken is not None:
+            form = self.traced.in_place[step.op, taken]
+            target = form.target
             if form.out is not None:
                 kwargs.append(f"{form.out}={self.read(form.operand)}")
         guarded = op.random and step.op in self.again
@@ -191,7 +196,18 @@ class _Writer:
             self.line(f"s{step.op} = get_state()")
         elif guarded:
             self.line(f"now = get_state(); set_state(s{step.op})")
-        made = f"{self.constant(target, node.name)}({', '.join([*args, *kwargs])})"
+        self.make(step, node, target, [*args, *kwargs], taken)
+        if guarded and step.op in self.ran:
+            self.line("set_state(now)")
+        self.ran.add(step.op)
+
+    def taken(self, step: Run) -> int | None:
+        """The buffer that a run writes over."""
+        return step.reuse[0][1] if step.reuse else None
+
+    def make(self, step: Run, node: fx.Node, target: Any, given: list[str], taken: int | None) -> None:
+        """The line of a call, and variables for those of its results that live on."""
+        made = f"{self.constant(target, node.name)}({', '.join(given)})"
         if taken is not None:
             self.line(f"{self.name(node)} = {made}")
             self.drop(taken, but=self.name(node))
@@ -205,12 +221,13 @@ class _Writer:
             self.line(f"t = {made}")
             for pick in node.users:
                 if is_pick(pick) and self.traced.owner.get(pick) in step.keep and pick not in self.scope.alive:
-                    self.line(f"{self.name(pick)} = t[{pick.args[1]}]")
-                    self.bind(pick)
+                    self.keep(pick, f"t[{pick.args[1]}]")
             self.line("del t")
-        if guarded and step.op in self.ran:
-            self.line("set_state(now)")
-        self.ran.add(step.op)
+
+    def keep(self, node: fx.Node, value: str) -> None:
+        """A variable for one of several results."""
+        self.line(f"{self.name(node)} = {value}")
+        self.bind(node)
 
     def line(self, text: str) -> None:
         """Add a line to the function."""
@@ -269,7 +286,7 @@ class _Writer:
 
 def generate(traced: Traced, schedule: Schedule) -> Generated:
     """Write and compile the functions that carry out a schedule."""
-    return _Writer(traced, schedule).write()
+    return Writer(traced, schedule).write()
 
 
 def get_state() -> list[torch.Tensor]:

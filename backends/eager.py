@@ -25,6 +25,7 @@ from ..planner.capture import (
 from ..planner.cost import apply_costs
 from ..planner.errors import MemplanError, PlanMismatch
 from ..planner.graph import Source
+from .arena import generate_static
 from .codegen import Generated, generate
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ def apply(plan: "Plan", model: nn.Module, loss: Any = None) -> nn.Module:
     if captured is None:
         captured = recapture(plan, model, loss)
     check_parameters(model, captured)
-    return planned_module(model, captured, generate(captured.traced, plan.schedule))
+    write = generate_static if plan.schedule.placements else generate
+    return planned_module(model, captured, write(captured.traced, plan.schedule))
 
 
 def recapture(plan: "Plan", model: nn.Module, loss: Any) -> Captured:
@@ -176,6 +178,7 @@ class _Planned(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, runner: _Runner, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
         ctx.set_materialize_grads(False)
+        ctx.token = runner.code.arena.claim() if runner.code.arena is not None else None
         # nothing is recorded below autograd, but some kernels (LSTM's on CPU) save what backward needs only if this is on
         with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
             outputs, saved = runner.code.forward(list(inputs))
@@ -207,6 +210,7 @@ class _Planned(torch.autograd.Function):
         given = [laid_out(tangents[index], like) for index, like in runner.code.tangents.items()]
         with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
             found = runner.code.backward(saved, given)
+        ctx.token = None
         result: list[torch.Tensor | None] = [None] * (1 + len(runner.code.arguments))
         for position, gradient in zip(runner.code.gradients, found, strict=True):
             result[1 + position] = gradient

@@ -83,18 +83,17 @@ def measure(request: Row) -> Row:
 def peer(request: Row) -> Row:
     """omnimalloc's supermalloc, minimising, on the same file."""
     import omnimalloc  # pyright: ignore[reportMissingImports]
+    from omnimalloc.allocators import SupermallocAllocator  # pyright: ignore[reportMissingImports]
 
     trace = read_trace(Path(request["file"]))
-    omnimalloc.set_max_threads(request["threads"])
     jobs = [omnimalloc.Allocation(id=name, size=size, start=spans[0][0], end=spans[0][1])
             for name, size, spans in zip(trace.ids, trace.sizes, trace.spans, strict=True)]  # fmt: skip
-    maker: Any = omnimalloc.get_allocator if hasattr(omnimalloc, "get_allocator") else None
-    allocator = maker("supermalloc", timeout=request["seconds"]) if maker else "supermalloc"
     wall, cpu = time.perf_counter(), cpu_seconds()
-    done = omnimalloc.allocate(jobs, allocator=allocator)
-    allocations = getattr(done, "allocations", done)
-    peak = max(each.offset + each.size for each in allocations)
-    return {"wall": time.perf_counter() - wall, "cpu": cpu_seconds() - cpu, "peak": peak}
+    done = omnimalloc.allocate(jobs, SupermallocAllocator(timeout=request["seconds"], num_threads=request["threads"]))
+    spent = {"wall": time.perf_counter() - wall, "cpu": cpu_seconds() - cpu}
+    found = {each.id: each.offset for each in done}
+    approve(trace, [found[name] for name in trace.ids], 1)
+    return spent | {"peak": max(each.offset + each.size for each in done)}
 
 
 def run(results: Results, options: argparse.Namespace) -> None:

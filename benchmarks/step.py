@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.eager import recapture
-from ..backends.trial import Meter, checksum, tensors
+from ..backends.trial import Meter, arena_bytes, checksum, tensors
 from ..planner.plan import load
 from .models import Made, build, checkpointing
 from .record import MIB, Row, answer, ask
@@ -123,7 +123,7 @@ def measure_peak(model: str, method: str, steps: int) -> Row:
     for seed in range(1, steps + 1):
         meter.reset()
         seconds, loss = arms.step(method, called, seed)
-        peaks.append(meter.peak(arms.fixed))
+        peaks.append(meter.peak(arms.fixed + arena_bytes(called)))
         times.append(seconds)
         losses.append(loss)
         gradients.append(checksum(arms.model))

@@ -282,7 +282,9 @@ def tight(model: nn.Module, args: tuple, loss, kwargs: dict | None = None) -> me
 
 
 def planned(model: nn.Module, args: tuple, loss, budget: str, kwargs: dict | None = None) -> memplan.Plan:
-    """A plan without a budget, or the tightest."""
+    """A plan without a budget, the tightest, or the tightest with addresses."""
+    if budget == "placed":
+        return tight(model, args, loss, kwargs).place(0.2)
     if budget == "tight":
         return tight(model, args, loss, kwargs)
     return session_of(model, args, loss, kwargs).plan(None)
@@ -327,7 +329,7 @@ def same(found, wanted, path: str = "") -> None:
         assert found == wanted, path
 
 
-@pytest.mark.parametrize("budget", ["free", "tight"])
+@pytest.mark.parametrize("budget", ["free", "tight", "placed"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_planned_step_is_the_eager_step(name, budget):
     """Loss, outputs, gradients, buffers and random numbers are eager's bit for bit, with and without recomputation."""
@@ -349,7 +351,7 @@ def test_most_tight_plans_do_recompute():
     assert all(repeated.values()), repeated
 
 
-@pytest.mark.parametrize("budget", ["free", "tight"])
+@pytest.mark.parametrize("budget", ["free", "tight", "placed"])
 def test_several_optimizer_steps_end_at_the_same_parameters(budget):
     """Five steps of AdamW, dropout and BatchNorm included, leave eager's very parameters and buffers."""
     torch.manual_seed(0)
@@ -369,7 +371,7 @@ def test_several_optimizer_steps_end_at_the_same_parameters(budget):
     assert list(fast.state_dict()) == list(other.state_dict())
 
 
-@pytest.mark.parametrize("budget", ["free", "tight"])
+@pytest.mark.parametrize("budget", ["free", "tight", "placed"])
 def test_a_planned_model_under_autocast(budget):
     """Planned under bf16 autocast it gives autocast's numbers under it, and refuses a call without."""
     torch.manual_seed(0)
@@ -386,7 +388,7 @@ def test_a_planned_model_under_autocast(budget):
         fast(*args)
 
 
-@pytest.mark.parametrize("budget", ["free", "tight"])
+@pytest.mark.parametrize("budget", ["free", "tight", "placed"])
 def test_the_step_leaves_nothing_behind(budget):
     """After backward no tensor of the step is alive except gradients and what the caller holds."""
     torch.manual_seed(0)

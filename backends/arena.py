@@ -1,0 +1,251 @@
+"""A schedule with addresses -> functions that run in one arena: no tensor of the step's own asks the allocator.
+
+The arena is one ordinary torch storage. Each life of a buffer has a tensor over it, made when the code is written, and
+so has each view that is read; what a step does is call operators with those tensors. An operator with an `out=` form of
+its own writes there; where torch only has a generated form (which allocates and copies inside) or none, the result is
+copied into its place and its own memory is a *transient*, counted and reported.
+"""
+
+import gc
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..planner.errors import MemplanError
+from ..planner.graph import Traced, is_call, is_pick
+from ..planner.program import Program
+from ..planner.schedule import Run, Schedule
+from .codegen import Generated, Writer
+
+
+class Token:
+    """Held by a step between its forward and its backward pass."""
+
+
+@dataclass
+class Arena:
+    """The memory of a planned step.
+
+    Attributes:
+        tensor: its bytes.
+        transients: op -> bytes of results that were allocated and then copied into the arena.
+        user: the step that is between its forward and backward pass, if there is one.
+    """
+
+    tensor: torch.Tensor
+    transients: dict[str, int] = field(default_factory=dict)
+    user: "weakref.ref[Token] | None" = None
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        return self.tensor.numel()
+
+    def claim(self) -> Token:
+        """Take the arena for one step; it is free again when the token is gone.
+
+        Raises:
+            MemplanError: another step's tensors lie in it.
+        """
+        if self.user is not None and self.user() is not None:
+            gc.collect()  # a forward pass whose outputs were dropped may be alive in a cycle through what it saved
+        if self.user is not None and self.user() is not None:
+            raise MemplanError("this planned step's arena holds the tensors of a forward pass whose backward pass has not run: "
+                               "run it first, or drop its outputs, or apply the plan without addresses")  # fmt: skip
+        token = Token()
+        self.user = weakref.ref(token)
+        return token
+
+
+def footprint(program: Program, schedule: Schedule, arena: Arena) -> int:
+    """Bytes of a step that runs in an arena: what is resident, the arena, and the most that lies outside it at once.
+
+    Outside are outputs and gradients, from when they are made to the end, and during an op its workspace and transients.
+    """
+    given, outside, most = set(program.outputs), 0, 0
+    held: set[int] = set()
+    for step in schedule.instructions:
+        if isinstance(step, Run):
+            op = program.ops[step.op]
+            made = {buffer for buffer in op.writes if buffer in given} - held
+            passing = sum(program.buffers[buffer].bytes for buffer in made) + op.workspace + arena.transients.get(op.name, 0)
+            most = max(most, outside + passing)
+            held |= made & set(step.keep)
+            outside = sum(program.buffers[buffer].bytes for buffer in held)
+    return program.resident_bytes + arena.bytes + most
+
+
+def generate_static(traced: Traced, schedule: Schedule) -> Generated:
+    """Write and compile the functions that carry out a schedule with placements, and make their arena."""
+    return ArenaWriter(traced, schedule).write()
+
+
+class ArenaWriter(Writer):
+    """Writes functions whose variables are only what the caller owns or is given."""
+
+    def __init__(self, traced: Traced, schedule: Schedule):
+        super().__init__(traced, schedule)
+        self.places = {(place.buffer, place.lower): place.offset for place in schedule.placements if place.tier == 0}
+        end = max((place.offset + self.program.buffers[place.buffer].bytes for place in schedule.placements), default=0)
+        self.arena = Arena(torch.empty(end, dtype=torch.uint8, device=self.program.device))
+        self.given = set(self.program.outputs)
+        self.static: dict[fx.Node, Any] = {}  # nodes whose tensors lie in the arena now; tuples of views among them
+        self.tensor_names: dict[tuple[Any, ...], str] = {}
+        self.at = -1
+
+    def write(self) -> Generated:
+        """The two functions, compiled, with their arena."""
+        made = super().write()
+        return Generated(**{**made.__dict__, "arena": self.arena})
+
+    def instruction(self, step: Any) -> None:
+        """The lines of one instruction."""
+        self.at += 1
+        super().instruction(step)
+
+    def taken(self, step: Run) -> int | None:
+        """The buffer that a run writes over: none where the result is the caller's, and so lies outside the arena."""
+        taken = super().taken(step)
+        return None if taken is None or step.reuse[0][0] in self.given else taken
+
+    def make(self, step: Run, node: fx.Node, target: Any, given: list[str], taken: int | None) -> None:
+        """The line of a call that writes into the arena."""
+        value = node.meta["val"]
+        call = f"{self.constant(target, node.name)}({', '.join(given)})"
+        if taken is not None:
+            self.line(call)
+            self.drop(taken)
+            self.hold(node)
+        elif isinstance(value, torch.Tensor):
+            if not self.has_place(node):
+                super().make(step, node, target, given, taken)
+                for _, old in step.reuse:
+                    self.drop(old)
+                return
+            place = self.tensor_name(self.placed(node))
+            form = out_form(target)
+            if form is not None:
+                self.line(f"{self.constant(form, node.name)}({', '.join([*given, f'{out_names(form)[0]}={place}'])})")
+            else:
+                self.line(f"{place}.copy_({call})")
+                self.passing(step, [node])
+            if step.keep:
+                self.hold(node)
+        else:
+            self.make_several(step, node, target, given)
+
+    def make_several(self, step: Run, node: fx.Node, target: Any, given: list[str]) -> None:
+        """The lines of a call with several results."""
+        owner = self.traced.owner
+        picks = [pick for pick in node.users if is_pick(pick) and pick in owner]
+        inside = {int(pick.args[1]): pick for pick in picks if self.has_place(pick)}  # type: ignore[arg-type]
+        kept = [pick for pick in picks if owner[pick] in step.keep]
+        form = out_form(target)
+        if form is not None and sorted(inside) == list(range(len(out_names(form)))):
+            outs = [f"{name}={self.tensor_name(self.placed(inside[index]))}" for index, name in enumerate(out_names(form))]
+            self.line(f"{self.constant(form, node.name)}({', '.join([*given, *outs])})")
+        else:
+            self.line(f"t = {self.constant(target, node.name)}({', '.join(given)})")
+            for pick in kept:
+                if pick.args[1] not in inside:
+                    if pick not in self.scope.alive:
+                        self.keep(pick, f"t[{pick.args[1]}]")
+                elif pick is inside[pick.args[1]]:  # type: ignore[index]
+                    self.line(f"{self.tensor_name(self.placed(pick))}.copy_(t[{pick.args[1]}])")
+            self.line("del t")
+            self.passing(step, list(inside.values()))
+        for pick in kept:
+            if pick.args[1] in inside:
+                self.hold(pick)
+
+    def has_place(self, node: fx.Node) -> bool:
+        """Whether a result lies in the arena: not if it is the caller's, nor if tracing saw it empty.
+
+        Some kernels (the CPU's LSTM) return scratch space whose size only they know, and which tracing sees as empty.
+        """
+        return (self.traced.owner[node], self.at) in self.places and node.meta["val"].numel() > 0
+
+    def passing(self, step: Run, nodes: list[fx.Node]) -> None:
+        """Count results that pass through memory of their own."""
+        size = sum(self.program.buffers[self.traced.owner[node]].bytes for node in nodes)
+        name = self.program.ops[step.op].name
+        self.arena.transients[name] = max(self.arena.transients.get(name, 0), size)
+
+    def placed(self, node: fx.Node) -> torch.Tensor:
+        """A tensor over the address of the life that begins now, laid out as the node's value."""
+        like, offset = node.meta["val"], self.places[self.traced.owner[node], self.at]
+        made = torch.empty(0, dtype=like.dtype, device=self.arena.tensor.device)
+        start = offset // like.element_size() + like.storage_offset()
+        return made.set_(self.arena.tensor.untyped_storage(), start, like.shape, like.stride())
+
+    def hold(self, node: fx.Node) -> None:
+        """From here on the node's value lies at the address of the life that begins now."""
+        self.bind_static(node, self.placed(node))
+
+    def bind_static(self, node: fx.Node, value: Any) -> None:
+        """From here on a node's value is a tensor, or several, that was made before the step."""
+        self.static[node] = value
+        self.scope.alive[node] = self.tensor_name(value) if isinstance(value, torch.Tensor) else ""
+        first = node if node in self.traced.owner else next(pick for pick in node.users if pick in self.traced.owner)
+        self.scope.of_buffer.setdefault(self.traced.owner[first], []).append(node)
+
+    def tensor_name(self, value: torch.Tensor) -> str:
+        """The global that holds a tensor over the arena."""
+        key = (value.dtype, value.storage_offset(), tuple(value.shape), value.stride())
+        if key not in self.tensor_names:
+            self.tensor_names[key] = f"a{len(self.tensor_names)}"
+            self.constants[self.tensor_names[key]] = value
+        return self.tensor_names[key]
+
+    def drop(self, buffer: int, but: str = "") -> None:
+        """Forget a buffer; only variables need a line."""
+        for node in self.scope.of_buffer.get(buffer, []):
+            if self.static.pop(node, None) is not None:
+                self.scope.alive.pop(node, None)
+        super().drop(buffer, but)
+
+    def read(self, node: Any) -> str:
+        """The tensor of a node's value; views of what lies in the arena are made now, once for all steps."""
+        if isinstance(node, fx.Node) and node not in self.scope.alive and (is_pick(node) or is_call(node)):
+            for needed in node.all_input_nodes:
+                self.read(needed)
+            if all(needed in self.static for needed in node.all_input_nodes) and node.all_input_nodes:
+                with torch.no_grad():
+                    args, kwargs = fx.map_arg((node.args, node.kwargs), self.static.__getitem__)
+                    value = node.target(*args, **kwargs)  # type: ignore[operator]
+                self.bind_static(node, value)
+        if node in self.static:
+            return self.scope.alive[node]
+        return super().read(node)
+
+    def crossing(self, rest: tuple[Any, ...]) -> list[fx.Node]:
+        """What the backward function is handed: nothing that lies in the arena."""
+        return [node for node in super().crossing(rest) if node not in self.static]
+
+    def cross(self, saved: list[fx.Node]) -> None:
+        """The backward function begins with what was saved, and with the arena as the forward pass left it."""
+        super().cross(saved)
+        for node, value in list(self.static.items()):
+            self.bind_static(node, value)
+
+
+def out_form(target: Any) -> Any:
+    """The overload that writes its results where it is told, by the same kernel; None where torch has none of its own."""
+    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+        return None
+    plain = [(arg.name, str(arg.type)) for arg in target._schema.arguments]
+    packet = target._overloadpacket
+    for name in packet.overloads():
+        form = getattr(packet, name)
+        own = [(arg.name, str(arg.type)) for arg in form._schema.arguments if not arg.is_out]
+        if own == plain and len(own) < len(form._schema.arguments) and torch.Tag.generated not in form.tags:
+            return form
+    return None
+
+
+def out_names(form: Any) -> list[str]:
+    """The arguments of a form that name where results go."""
+    return [arg.name for arg in form._schema.arguments if arg.is_out]

@@ -1,0 +1,127 @@
+"""Running in one arena: who may use it when, what asks the allocator all the same, and how much."""
+
+import copy
+
+import memplan
+import pytest
+import torch
+from memplan.backends.arena import out_form, out_names
+from memplan.planner.errors import MemplanError
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+WIDTH, ROWS = 64, 128
+
+
+def made(*parts: nn.Module, budget="95%") -> tuple[memplan.Plan, nn.Module, nn.Module, torch.Tensor]:
+    """A placed plan of a few layers, the planned model, a copy of the model, and a batch."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), *copy.deepcopy(parts)) for _ in range(4)))
+    x = torch.randn(ROWS, WIDTH)
+    plan = memplan.plan(model, budget, (x,), loss=lambda out: out.sum(), machine="h100-80gb", time_limit=5).place(0.2)
+    return plan, plan.apply(model), copy.deepcopy(model), x
+
+
+class Outside(TorchDispatchMode):
+    """Bytes of the results that are newly made outside an arena, by operator."""
+
+    def __init__(self, arena: torch.Tensor):
+        super().__init__()
+        self.home, self.found = arena.untyped_storage().data_ptr(), {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        old = {leaf.untyped_storage().data_ptr() for leaf in torch.utils._pytree.tree_leaves((args, kwargs))
+               if isinstance(leaf, torch.Tensor)}  # fmt: skip
+        for leaf in torch.utils._pytree.tree_leaves(out):
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage().data_ptr() not in old | {self.home}:
+                self.found[str(func)] = self.found.get(str(func), 0) + leaf.untyped_storage().nbytes()
+        return out
+
+
+def arena_of(planned: nn.Module):
+    """The arena of an applied plan."""
+    return planned.forward.code.arena  # type: ignore[union-attr]
+
+
+def test_only_what_the_caller_gets_lies_outside_the_arena():
+    """Linear layers and pointwise ones have forms that write where they are told: gradients and the loss remain."""
+    plan, planned, _, x = made(nn.Tanh())
+    arena = arena_of(planned)
+    assert arena.bytes == plan.arena > 0
+    assert not arena.transients
+    planned(x).sum().backward()
+    gradients = sum(parameter.numel() * 4 for parameter in planned.parameters())
+    planned.zero_grad(set_to_none=True)
+    with Outside(arena.tensor) as outside:
+        loss = planned(x).sum()
+        loss.backward()
+    assert sum(outside.found.values()) <= gradients + 4 * ROWS * WIDTH * 4, outside.found  # output, its gradient, the loss
+
+
+def test_what_passes_through_memory_of_its_own_is_reported():
+    """Layer norm has no such form: its results are copied, and counted."""
+    _, planned, other, x = made(nn.LayerNorm(WIDTH), nn.Tanh())
+    transients = arena_of(planned).transients
+    assert transients
+    assert all("layer_norm" in name or "getitem" in name or size <= ROWS * WIDTH * 8 for name, size in transients.items())
+    for net in (planned, other):
+        net(x).sum().backward()
+    for found, wanted in zip(planned.parameters(), other.parameters(), strict=True):
+        assert torch.equal(found.grad, wanted.grad)
+
+
+def test_two_steps_cannot_share_an_arena():
+    """A second forward pass before the first one's backward pass is refused, and works once that is done or dropped."""
+    _, planned, _, x = made(nn.Tanh())
+    first = planned(x)
+    with pytest.raises(MemplanError, match="arena holds the tensors of a forward pass"):
+        planned(x)
+    first.sum().backward()
+    second = planned(x)
+    del second, first
+    planned(x).sum().backward()
+
+
+def test_an_output_survives_the_next_step():
+    """Outputs and gradients are the caller's: nothing writes over them."""
+    _, planned, _, x = made(nn.Tanh())
+    output = planned(x)
+    kept = output.detach().clone()
+    output.sum().backward()
+    gradients = [parameter.grad for parameter in planned.parameters()]
+    copies = [gradient.clone() for gradient in gradients]
+    planned.zero_grad(set_to_none=True)
+    planned(2 * x).sum().backward()
+    assert torch.equal(output.detach(), kept)
+    assert all(torch.equal(gradient, known) for gradient, known in zip(gradients, copies, strict=True))
+
+
+def test_a_placed_plan_is_saved_with_its_addresses(tmp_path):
+    """A plan that is read again runs in an arena of the same size."""
+    plan, _, other, x = made(nn.Tanh())
+    model = copy.deepcopy(other)
+    plan.save(tmp_path / "plan.json")
+    again = memplan.load(tmp_path / "plan.json")
+    assert again.arena == plan.arena
+    planned = again.apply(model, loss=lambda out: out.sum())
+    assert arena_of(planned).bytes == plan.arena
+    for net in (planned, other):
+        net(x).sum().backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(planned.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("target", "names"), [
+    (torch.ops.aten.mm.default, ["out"]),
+    (torch.ops.aten.addmm.default, ["out"]),
+    (torch.ops.aten.add.Tensor, ["out"]),
+    (torch.ops.aten.sum.dim_IntList, ["out"]),
+    (torch.ops.aten.max_pool2d_with_indices.default, ["out", "indices"]),
+    (torch.ops.aten.native_layer_norm.default, None),
+    (torch.ops.aten.native_dropout.default, None),
+    (torch.ops.aten.relu_.default, None),
+])  # fmt: skip
+def test_out_forms_are_torchs_own(target, names):
+    """Only forms with a kernel of their own count: a generated one allocates and copies inside."""
+    form = out_form(target)
+    assert (None if form is None else out_names(form)) == names
