@@ -7,6 +7,7 @@ input's gradient, which needs new bytes. Independent ops change places; no sum c
 the same.
 """
 
+from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -36,7 +37,6 @@ class Reorder:
         for index, needs in pending.items():
             for need in needs:
                 users.setdefault(need, []).append(index)
-        ready = sorted(index for index in waiting if not pending[index])
 
         def effect(index: int) -> tuple[int, int]:
             """Bytes that the op makes, and bytes fewer live after it than before it."""
@@ -47,22 +47,40 @@ class Reorder:
                 dying - sum(size[buffer] for buffer in op.writes if readers.get(buffer) or buffer in held),
             )
 
+        def consider(index: int) -> None:
+            """Note what running a ready op would free."""
+            made, freed = effect(index)
+            if freed > 0:
+                freeing[index] = made, -freed, index
+
+        ready = sorted(index for index in waiting if not pending[index])
+        freeing: dict[int, tuple[int, int, int]] = {}  # of the ready ops, those that free more than they make
+        waits_for: dict[int, list[int]] = {}  # buffer -> ops that read it
+        for index in waiting:
+            for buffer in ops[index].reads:
+                waits_for.setdefault(buffer, []).append(index)
+        for index in ready:
+            consider(index)
+
         def pick() -> Iterator[int]:
             while ready:
-                effects = {index: effect(index) for index in ready}
-                freeing = [index for index in ready if effects[index][1] > 0]
-                chosen = min(freeing, key=lambda index: (effects[index][0], -effects[index][1]), default=ready[0])
-                ready.remove(chosen)
+                chosen = min(freeing.values())[2] if freeing else ready[0]
+                del ready[bisect_left(ready, chosen)]
+                freeing.pop(chosen, None)
+                pending[chosen] = {-1}  # no longer ready
                 yield chosen
                 for buffer in ops[chosen].reads:
                     readers[buffer] -= 1
-                fresh = []
                 for user in users.get(chosen, ()):
                     pending[user].discard(chosen)
                     if not pending[user]:
-                        fresh.append(user)
-                ready.extend(fresh)
-                ready.sort()
+                        insort(ready, user)
+                        consider(user)
+                for buffer in ops[chosen].reads:  # the last reader of a buffer is the one that frees it
+                    if readers[buffer] == 1:
+                        for user in waits_for[buffer]:
+                            if not pending[user]:
+                                consider(user)
 
         backward = list(pick())
         first = next(index for index, op in enumerate(ops) if op.phase is Phase.BACKWARD)

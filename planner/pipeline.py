@@ -35,7 +35,7 @@ Progress = Callable[[str, float], None]
 CUT_OPS = 30_000  # ops of all linear programs of one bound together
 GOOD = 0.002  # a gap at which the search stops
 FLOOR_ROUNDS = 16  # searches for a smaller peak; half as many for programs of more than LARGE ops
-LARGE = 2000
+LARGE = 2000  # ops: programs beyond this size are spared what takes longest
 SMALL = 150  # ops: programs up to this size may also recompute what the backward pass makes
 TINY = 64  # ops: programs up to this size are searched from more starts
 HEATS = (0.02, 0.06, 0.2)
@@ -170,8 +170,11 @@ class Planner:
         return made
 
     def starts(self, budget: int) -> list[np.ndarray]:
-        """Where the search begins: answers of the integer program, then simple rules."""
-        return [*self.master.iterate(budget, rounds=4, seconds=4.0)[1:], *self.rules()[:3]]
+        """Where the search begins: answers of the integer program and of its relaxation, then simple rules."""
+        rounded = self.master.iterate(budget, rounds=4, seconds=4.0, integer=False)[1:]
+        if len(self.program.ops) > LARGE:
+            return [*rounded, *self.rules()[:3]]
+        return [*self.master.iterate(budget, rounds=4, seconds=4.0)[1:], *rounded[1:], *self.rules()[:3]]
 
     @cached_property
     def steps(self) -> int:

@@ -133,8 +133,16 @@ class Master:
         own = self.segments.opened[self.segments.of_buffer[buffers]]
         return np.where(self.segments.crosses[buffers], self.problem.boundary, own)
 
-    def iterate(self, budget: int, rounds: int, seconds: float) -> list[np.ndarray]:
-        """Solutions of successive rounds of solving and simulating, each corrected by the one before."""
+    def iterate(self, budget: int, rounds: int, seconds: float, integer: bool = True) -> list[np.ndarray]:
+        """Solutions of successive rounds of solving and simulating, each corrected by the one before.
+
+        Args:
+            budget: bytes.
+            rounds: how many.
+            seconds: for all of them, at most.
+            integer: False for the linear relaxation, rounded: in programs of thousands of values, where single ones weigh
+                little, it is as good and takes milliseconds.
+        """
         moments, used = self.worst(self.problem.keep_all())
         keep = np.ones(len(self.problem.size))
         found = []
@@ -142,7 +150,7 @@ class Master:
         for _ in range(rounds):
             held = np.array([self.weight[(self.until > moment) & (keep[self.early] > 0.5)].sum() for moment in moments])
             room = budget - slack - (used - held)
-            answer = self.solve(moments, np.maximum(room, 0.0), seconds / rounds)
+            answer = self.solve(moments, np.maximum(room, 0.0), seconds / rounds, integer)
             if answer is None:
                 break
             keep = np.round(answer)
