@@ -11,6 +11,7 @@ import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import torch
 from torch import fx
 
@@ -60,22 +61,25 @@ class Arena:
         return token
 
 
-def footprint(program: Program, schedule: Schedule, arena: Arena) -> int:
-    """Bytes of a step that runs in an arena: what is resident, the arena, and the most that lies outside it at once.
+def with_transients(program: Program) -> Program:
+    """The program with the memory that results pass through on their way into an arena counted as workspace."""
+    ops = []
+    for op in program.ops:
+        inside = [buffer for buffer in op.writes if buffer not in program.outputs]
+        target = find_operator(op.target)
+        form = None if target is None else out_form(target)
+        direct = form is not None and len(out_names(form)) == len(op.writes) == len(inside)
+        passing = 0 if direct or target is None else sum(program.buffers[buffer].bytes for buffer in inside)
+        ops.append(msgspec.structs.replace(op, workspace=op.workspace + passing))
+    return msgspec.structs.replace(program, ops=tuple(ops))
 
-    Outside are outputs and gradients, from when they are made to the end, and during an op its workspace and transients.
-    """
-    given, outside, most = set(program.outputs), 0, 0
-    held: set[int] = set()
-    for step in schedule.instructions:
-        if isinstance(step, Run):
-            op = program.ops[step.op]
-            made = {buffer for buffer in op.writes if buffer in given} - held
-            passing = sum(program.buffers[buffer].bytes for buffer in made) + op.workspace + arena.transients.get(op.name, 0)
-            most = max(most, outside + passing)
-            held |= made & set(step.keep)
-            outside = sum(program.buffers[buffer].bytes for buffer in held)
-    return program.resident_bytes + arena.bytes + most
+
+def find_operator(name: str) -> Any:
+    """The operator of a name such as `aten.mm.default`; None if torch has none."""
+    found: Any = torch.ops
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found if isinstance(found, torch._ops.OpOverload) else None
 
 
 def generate_static(traced: Traced, schedule: Schedule) -> Generated:

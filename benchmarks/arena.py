@@ -3,7 +3,7 @@
     python -m memplan.benchmarks.arena
     python -m memplan.benchmarks.arena --models gpt2 vit --budgets 50%
 
-Peaks and numbers are of fresh processes, times of rounds within one, as in cpu.py. *Stated* is what the plan says the
+Peaks and numbers are of fresh processes, times of rounds within one, as in cpu.py. *Stated* is what the referee says the
 step takes: parameters, inputs, the arena, and the most that lies outside it at once (gradients, outputs, workspaces and
 the transients of operators that cannot write where they are told).
 """
@@ -15,10 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..backends.arena import footprint, generate_static
+import msgspec
+
+from ..backends.arena import generate_static
 from ..backends.eager import recapture
 from ..passes.addresses import Place
-from ..planner.plan import Side, load
+from ..planner.plan import Side, load, unlimited
+from ..planner.referee import referee
 from ..planner.schedule import Run
 from .models import FIVE, MODELS, build
 from .record import RESULTS, Results, Row, answer, ask, header, markdown, mib, note_machine, ratio, say, verdict
@@ -28,20 +31,20 @@ BUDGETS = ("none", "50%")
 
 
 def serve(request: Row) -> Iterator[Row]:
-    """Give a saved plan addresses, and say what its arena comes to."""
+    """What there is to say of a plan with addresses; and the same schedule without them, saved beside it."""
     plan = load(request["file"])
+    bare = msgspec.structs.replace(plan.schedule, placements=())
+    path = Path(request["file"]).with_suffix(".bare.json")
+    report = referee(plan.program, unlimited(plan.machine), bare)
+    dataclasses.replace(plan, budget=None, planned=Side(plan.program, bare, report)).save(path)
     began = time.perf_counter()
-    schedule, (arena, *_) = Place(request["seconds"])(plan.program, plan.machine, plan.schedule)
+    _, (arena, *_) = Place()(plan.program, plan.machine, bare)
     seconds = time.perf_counter() - began
-    placed = dataclasses.replace(plan, planned=Side(plan.program, schedule, plan.planned.report))
-    path = Path(request["file"]).with_suffix(".placed.json")
-    placed.save(path)
-    model = build(request["model"])[0]
-    code = generate_static(recapture(placed, model, None).traced, schedule)
+    code = generate_static(recapture(plan, build(request["model"])[0], None).traced, plan.schedule)
     yield {
-        "placed": str(path), "arena": arena.bytes, "live": arena.live, "method": arena.packing.method,
-        "place_seconds": seconds, "buffers": len(schedule.placements), "stated": footprint(plan.program, schedule, code.arena),
-        "transients": code.arena.transients, "runs": sum(isinstance(step, Run) for step in schedule.instructions),
+        "bare": str(path), "arena": plan.arena, "live": arena.live, "method": arena.packing.method, "place_seconds": seconds,
+        "buffers": len(plan.schedule.placements), "stated": plan.peak, "transients": code.arena.transients,
+        "runs": sum(isinstance(step, Run) for step in plan.schedule.instructions),
     }  # fmt: skip
 
 
@@ -58,14 +61,14 @@ def measure(results: Results, name: str, budget: str, options: argparse.Namespac
         return None if found is None or "failed" in found else found
 
     request: Row = {"model": name, "folder": str(options.out / "plans" / "arena"), "time_limit": options.time_limit,
-                    "budgets": {budget: budget}}  # fmt: skip
+                    "budgets": {budget: budget}, "arena": True}  # fmt: skip
     plan = once("planning", request, task="plan")
     if plan is None or "file" not in plan:
         return
-    made = once("arena", {"model": name, "file": plan["file"], "seconds": 2.0}, task="place")
+    made = once("arena", {"model": name, "file": plan["file"]}, task="place")
     if made is None:
         return
-    methods = {"eager": "eager", "plan": f"memplan:{plan['file']}", "arena": f"memplan:{made['placed']}"}
+    methods = {"eager": "eager", "plan": f"memplan:{made['bare']}", "arena": f"memplan:{plan['file']}"}
     for label, method in methods.items():
         once("step", {"task": "peak", "model": name, "method": method, "steps": 2}, task="peak", method=label)
     request = {"task": "time", "model": name, "methods": list(methods.values()), "rounds": options.rounds}

@@ -41,11 +41,11 @@ def facts_of(plan: Plan) -> Row:
     }
 
 
-def attempt(session: Session, label: str, budget: int | str | None, folder: Path) -> Row:
+def attempt(session: Session, label: str, budget: int | str | None, folder: Path, arena: bool = False) -> Row:
     """One plan, saved; where no schedule fits, the smallest budget that works."""
     began = time.monotonic()
     try:
-        plan = session.plan(budget)
+        plan = session.plan(budget, arena)
     except BudgetError as error:
         return {"label": label, "budget": budget, "infeasible": True, "minimum": error.minimum}
     row = facts_of(plan) | {"label": label, "wall_seconds": time.monotonic() - began}
@@ -58,8 +58,8 @@ def serve(request: Row) -> Iterator[Row]:
     """Plan a model for every budget asked for.
 
     The request has `model`, `folder`, `time_limit` (seconds for each plan), and any of `budgets` (by label; "none" for
-    no budget), `points` (how many, from the unplanned peak to the floor), and `overhead` (a share: the plan of about
-    that predicted overhead, found by bisection).
+    no budget; with `arena`, for steps in one), `points` (how many, from the unplanned peak to the floor), and
+    `overhead` (a share: the plan of about that predicted overhead, found by bisection).
     """
     torch.manual_seed(0)
     model, args = build(request["model"])
@@ -67,7 +67,7 @@ def serve(request: Row) -> Iterator[Row]:
     folder.mkdir(parents=True, exist_ok=True)
     session = Session(model, args, time_limit=request["time_limit"])
     for label, budget in request.get("budgets", {}).items():
-        yield attempt(session, label, None if budget == "none" else budget, folder)
+        yield attempt(session, label, None if budget == "none" else budget, folder, request.get("arena", False))
     if "points" in request:
         top, bottom, points = session.planner.unplanned.peak, session.planner.floor.peak, request["points"]
         made = []

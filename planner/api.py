@@ -1,14 +1,18 @@
 """The verb: `plan(model, budget)`."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from ..passes.addresses import Place
 from .cost import Table, apply_costs
 from .errors import BudgetError, MachineError, MemplanError
 from .machine import Machine, named_machine
 from .pipeline import Answer, Planner
-from .plan import Plan, PlanBody, Recipe, assemble
+from .plan import Plan, PlanBody, Recipe, Side, assemble, unlimited
+from .referee import referee
 from .schedule import LEVERS
 from .units import parse_bytes
 
@@ -18,6 +22,7 @@ if TYPE_CHECKING:
     from .capture import Captured
 
 EXISTING = ("reorder", "recompute")
+PLACINGS = 5  # plans made to find one that fits with its arena
 Progress = Callable[[str, float], None]
 
 
@@ -34,6 +39,7 @@ def plan(
     allow: Iterable[str] | None = None,
     time_limit: float = 60.0,
     seed: int = 0,
+    arena: bool = False,
     progress: Progress | None = None,
 ) -> Plan:
     """The fastest step of a model that provably fits a number of bytes, with the same numbers as before.
@@ -52,6 +58,8 @@ def plan(
             default: all that exist.
         time_limit: seconds for measuring and planning together, at most.
         seed: of the search.
+        arena: plan an address for every tensor that the step makes and keeps to itself: applied, the plan runs in one
+            arena, made once, and fits the budget with it. Gradients and outputs are the caller's and lie beside it.
         progress: is told (stage, fraction of it).
 
     Returns:
@@ -71,7 +79,7 @@ def plan(
     return Session(
         model, args, kwargs, train=train, loss=loss, optimizer=optimizer, machine=machine, allow=allow,
         time_limit=time_limit, seed=seed, progress=progress,
-    ).plan(budget)  # fmt: skip
+    ).plan(budget, arena)  # fmt: skip
 
 
 def sweep(
@@ -166,16 +174,54 @@ class Session:
 
         calibrate(self.captured.program, machine, table, time_limit=self.time_limit, progress=tell)
 
-    def plan(self, budget: int | str | None) -> Plan:
-        """The plan for one budget."""
+    @cached_property
+    def static_planner(self) -> Planner:
+        """Plans steps that run in an arena."""
+        from ..backends.arena import with_transients
+
+        return dataclasses.replace(self.planner, program=with_transients(self.planner.program))
+
+    def place(self, side: Side) -> Side:
+        """A schedule with addresses, and what the referee says of it."""
+        schedule, _ = Place()(side.program, self.machine, side.schedule)
+        return Side(side.program, schedule, referee(side.program, unlimited(self.machine), schedule))
+
+    def solve_placed(self, budget: int) -> tuple[Answer, int]:
+        """A plan whose arena and what lies beside it fit a budget: planned for less until they do; and the smallest known.
+
+        Raises:
+            BudgetError: none was found.
+        """
+        planner, target = self.static_planner, budget
+        floor = self.place(planner.floor)
+        for _ in range(PLACINGS):
+            try:
+                answer = planner.solve(target)
+            except BudgetError:
+                break
+            side = self.place(answer.side)
+            if side.peak <= budget:
+                bound = min(planner.bound(budget), answer.bound, side.time)
+                return Answer(side, bound), min(floor.peak, side.peak)
+            target -= side.peak - budget
+        if floor.peak <= budget:
+            return Answer(floor, min(planner.bound(budget), floor.time)), floor.peak
+        raise planner.refuse(budget, floor)
+
+    def plan(self, budget: int | str | None, arena: bool = False) -> Plan:
+        """The plan for one budget; with `arena`, with addresses."""
         began = time.monotonic()
-        planner = self.planner
+        planner = self.static_planner if arena else self.planner
         planner.deadline = began + self.time_limit
         unplanned = planner.unplanned
         capacity = self.machine.tiers[0].capacity
         asked = None if budget is None else parse_bytes(budget, of=unplanned.peak)
-        answer: Answer = planner.solve(min(asked if asked is not None else capacity, capacity))
-        minimum = min(planner.floor.peak, answer.side.peak)
+        limit = min(asked if asked is not None else capacity, capacity)
+        if arena:
+            answer, minimum = self.solve_placed(limit)
+        else:
+            answer = planner.solve(limit)
+            minimum = min(planner.floor.peak, answer.side.peak)
         body = PlanBody(
             program=planner.program,
             machine=self.machine,

@@ -97,6 +97,7 @@ Infer = Annotated[bool, typer.Option("--infer", help="Plan the forward pass alon
 Counted = Annotated[Optimizer | None, typer.Option("--optimizer", help="Count this optimizer's state.")]
 TimeLimit = Annotated[float, typer.Option(help="Seconds that planning may take.", min=0.0)]
 Seed = Annotated[int, typer.Option(help="Of the search.")]
+Placed = Annotated[bool, typer.Option("--arena", help="Plan addresses too: the step runs in one arena, made once.")]
 
 
 @app.command()
@@ -109,6 +110,7 @@ def plan(
     optimizer: Counted = None,
     time_limit: TimeLimit = 60.0,
     seed: Seed = 0,
+    arena: Placed = False,
     out: Annotated[Path | None, output("Write the plan here.", "-o", "--output")] = None,
     as_json: Json = False,
 ) -> None:
@@ -119,7 +121,7 @@ def plan(
     options = planning(allow, optimizer, time_limit, seed, train=not infer, machine=machine)
     with progress("building the model") as report:
         module, args, kwargs = load_model(model, meta=True)
-        made = api.plan(module, budget, args, kwargs, **options, progress=report)
+        made = api.plan(module, budget, args, kwargs, **options, arena=arena, progress=report)
     if out is not None:
         made.save(out)
     answer(as_json, plan_facts(made) | ({"output": str(out)} if out else {}), plan_table(made))
@@ -191,6 +193,7 @@ def run(
     allow: Allow = None,
     time_limit: TimeLimit = 60.0,
     seed: Seed = 0,
+    arena: Placed = False,
     as_json: Json = False,
 ) -> None:
     """Train for real, unplanned and planned side by side, each in a fresh process."""
@@ -202,7 +205,7 @@ def run(
     stepped = options["optimizer"]
     with progress("building the model") as report, tempfile.TemporaryDirectory() as folder:
         module, args, kwargs = to_device(device, *load_model(model, meta=False))
-        made = api.plan(module, budget, args, kwargs, **options, progress=report)
+        made = api.plan(module, budget, args, kwargs, **options, arena=arena, progress=report)
         del module, args, kwargs  # the runs want the memory
         made.save(Path(folder) / "plan.json")
         report("running unplanned", 0.0)
@@ -458,6 +461,7 @@ def plan_facts(made: "Plan") -> dict[str, Any]:
         "machine": made.machine.name,
         "ops": len(made.program.ops),
         "buffers": len(made.program.buffers),
+        **({"arena": made.arena} if made.arena else {}),
     }
 
 

@@ -1,6 +1,5 @@
 """`Plan`: what `plan()` returns. A schedule the referee has accepted, with the program and machine it was made for."""
 
-import dataclasses
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,6 +150,8 @@ class Plan:
             f"traced in {self.capture_seconds:.1f} s, solved in {self.solve_seconds:.1f} s; "
             f"{len(self.program.ops)} ops, {len(self.program.buffers)} buffers",
         ]
+        if self.arena:
+            lines.append(f"addresses planned: one arena of {show_bytes(self.arena)}; gradients and outputs lie outside it")
         return "\n".join(lines)
 
     def save(self, path: str | Path) -> None:
@@ -171,24 +172,9 @@ class Plan:
         head = msgspec.json.encode({"format": FORMAT, "sha256": hashlib.sha256(raw).hexdigest()})
         Path(path).write_bytes(head[:-1] + b',"plan":' + raw + b"}\n")
 
-    def place(self, seconds: float = 2.0) -> "Plan":
-        """The same plan with an address for every tensor that the step makes and keeps to itself.
-
-        Applied, it runs in one arena of `arena` bytes, allocated once. Gradients and outputs are the caller's and lie
-        elsewhere, so that the arena is taken beside them the whole step long.
-
-        Args:
-            seconds: of search for a smaller arena, at most.
-        """
-        from ..passes.addresses import Place
-
-        schedule, _ = Place(seconds)(self.program, self.machine, self.schedule)
-        report = referee(self.program, self.machine, schedule, self.budget)
-        return dataclasses.replace(self, planned=Side(self.program, schedule, report))
-
     @property
     def arena(self) -> int:
-        """Bytes of the arena, where addresses have been planned, else 0."""
+        """Bytes of the arena that the step runs in, where addresses have been planned, else 0."""
         sizes = self.program.buffers
         return max(
             (place.offset + sizes[place.buffer].bytes for place in self.schedule.placements if not place.tier), default=0

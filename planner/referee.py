@@ -62,6 +62,9 @@ class Report(msgspec.Struct, frozen=True):
 def referee(program: Program, machine: Machine, schedule: Schedule, budget: int | None = None) -> Report:
     """Replay `schedule`.
 
+    Where addresses are planned, a tier's bytes are those up to the highest address, the whole step long, and beside them
+    what lies elsewhere: resident buffers, outputs from when they are made, workspaces.
+
     Args:
         program: what is computed.
         machine: what it runs on; the first tier is the device's memory, where resident buffers are.
@@ -86,8 +89,12 @@ def referee(program: Program, machine: Machine, schedule: Schedule, budget: int 
     resident = {buffer for buffer, op in enumerate(made_by) if op < 0}
     live: list[set[int]] = [set() for _ in machine.tiers]
     live[0] = set(resident)
-    used = [0] * len(machine.tiers)
+    used, arena = [0] * len(machine.tiers), [0] * len(machine.tiers)
     used[0] = sum(size[buffer] for buffer in resident)
+    check_places(machine, schedule, size)
+    for place in schedule.placements:  # planned addresses are taken the whole step long, up to the highest
+        arena[place.tier] = max(arena[place.tier], place.offset + size[place.buffer])
+    used = [bytes_now + extent for bytes_now, extent in zip(used, arena, strict=True)]
     capacity = [tier.capacity for tier in machine.tiers]
     if budget is not None:
         capacity[0] = min(capacity[0], budget)
@@ -101,8 +108,15 @@ def referee(program: Program, machine: Machine, schedule: Schedule, budget: int 
     link_free = [0.0] * len(machine.links)
     clock, recompute = 0.0, 0.0
     timeline, starts = [], []
+
+    def counted(buffers: Iterable[int], tier: int) -> int:
+        """Bytes of buffers that lie outside the planned addresses: without any, of all."""
+        return sum(size[buffer] for buffer in buffers if not schedule.placements or (buffer in given and tier == 0))
+
     if used[0] > capacity[0]:
-        refuse("capacity", f"resident buffers alone take {used[0]} of {capacity[0]} bytes")
+        refuse(
+            "capacity", f"resident buffers alone take {used[0]} of {capacity[0]} bytes{' with the arena' if arena[0] else ''}"
+        )
 
     for at, step in enumerate(schedule.instructions):
         starts.append(clock)
@@ -145,13 +159,13 @@ def referee(program: Program, machine: Machine, schedule: Schedule, budget: int 
                 if any(buffer == old and link_of_copy(machine, link, tier) for buffer, link in flying):
                     refuse("reuse", f"{op.name} overwrites {name[old]} while it is copied out", at)
                 taken.add(old)
-            over = {new for new, _ in step.reuse}
-            if len(over) != len(step.reuse):
+            over = {new for new, _ in step.reuse if not schedule.placements or new not in given}
+            if len({new for new, _ in step.reuse}) != len(step.reuse):
                 refuse("reuse", f"{op.name} writes one buffer in place of two", at)
-            during[tier] += sum(size[buffer] for buffer in op.writes if buffer not in over) + op.workspace
+            during[tier] += counted((buffer for buffer in op.writes if buffer not in over), tier) + op.workspace
             live[tier] -= taken
             live[tier] |= set(step.keep)
-            used[tier] += sum(size[buffer] for buffer in step.keep) - sum(size[buffer] for buffer in taken)
+            used[tier] += counted(step.keep, tier) - counted(taken, tier)
             changed |= set(op.mutates)
             recompute += op.seconds if runs[step.op] else 0.0
             runs[step.op] += 1
@@ -168,7 +182,7 @@ def referee(program: Program, machine: Machine, schedule: Schedule, budget: int 
                 if buffer == step.buffer and step.tier in ends:
                     refuse("free", f"{name[step.buffer]} is being copied", at)
             live[step.tier].remove(step.buffer)
-            used[step.tier] -= size[step.buffer]
+            used[step.tier] -= counted([step.buffer], step.tier)
         elif isinstance(step, Start):
             if not 0 <= step.link < len(machine.links) or not 0 <= step.buffer < len(size):
                 refuse("range", f"buffer {step.buffer} over link {step.link} does not exist", at)
@@ -182,8 +196,8 @@ def referee(program: Program, machine: Machine, schedule: Schedule, budget: int 
             link_free[step.link] = max(clock, link_free[step.link]) + link.latency + size[step.buffer] / link.bandwidth
             flying[step.buffer, step.link] = link_free[step.link]
             live[target].add(step.buffer)
-            used[target] += size[step.buffer]
-            during[target] += size[step.buffer]
+            used[target] += counted([step.buffer], target)
+            during[target] += counted([step.buffer], target)
             moved[step.link] += size[step.buffer]
         else:
             if (step.buffer, step.link) not in flying:
@@ -208,7 +222,6 @@ def referee(program: Program, machine: Machine, schedule: Schedule, budget: int 
         if extra:
             refuse("leak", f"{name[min(extra)]} is still live in {machine.tiers[tier].name} at the end")
     if schedule.placements:
-        check_places(machine, schedule, size)
         check_lives(program, machine, schedule)
     return Report(
         peak=tuple(peak),

@@ -30,7 +30,6 @@ STOREYS = {
 }
 # Imports that go up, each deliberate and made inside a function.
 UPWARD = {
-    ("planner.plan", "passes.addresses"): "Plan.place is the face of the pass; loaded when addresses are asked for",
     ("planner.plan", "backends.eager"): "Plan.apply is the face of the backend; loaded when a plan is applied",
 }
 

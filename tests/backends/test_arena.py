@@ -13,12 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 WIDTH, ROWS = 64, 128
 
 
-def made(*parts: nn.Module, budget="95%") -> tuple[memplan.Plan, nn.Module, nn.Module, torch.Tensor]:
+def made(*parts: nn.Module, budget: str | None = None) -> tuple[memplan.Plan, nn.Module, nn.Module, torch.Tensor]:
     """A placed plan of a few layers, the planned model, a copy of the model, and a batch."""
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), *copy.deepcopy(parts)) for _ in range(4)))
     x = torch.randn(ROWS, WIDTH)
-    plan = memplan.plan(model, budget, (x,), loss=lambda out: out.sum(), machine="h100-80gb", time_limit=5).place(0.2)
+    plan = memplan.plan(model, budget, (x,), loss=lambda out: out.sum(), machine="h100-80gb", time_limit=5, arena=True)
     return plan, plan.apply(model), copy.deepcopy(model), x
 
 

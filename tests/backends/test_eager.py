@@ -272,19 +272,19 @@ def session_of(model: nn.Module, args: tuple, loss, kwargs: dict | None = None) 
     return session
 
 
-def tight(model: nn.Module, args: tuple, loss, kwargs: dict | None = None) -> memplan.Plan:
+def tight(model: nn.Module, args: tuple, loss, kwargs: dict | None = None, arena: bool = False) -> memplan.Plan:
     """The plan for the smallest budget known to work, asked for as a user would find it."""
     session = session_of(model, args, loss, kwargs)
     with pytest.raises(BudgetError) as caught:
-        session.plan(1)
+        session.plan(1, arena)
     assert caught.value.minimum is not None
-    return session.plan(caught.value.minimum)
+    return session.plan(caught.value.minimum, arena)
 
 
 def planned(model: nn.Module, args: tuple, loss, budget: str, kwargs: dict | None = None) -> memplan.Plan:
     """A plan without a budget, the tightest, or the tightest with addresses."""
     if budget == "placed":
-        return tight(model, args, loss, kwargs).place(0.2)
+        return tight(model, args, loss, kwargs, arena=True)
     if budget == "tight":
         return tight(model, args, loss, kwargs)
     return session_of(model, args, loss, kwargs).plan(None)
