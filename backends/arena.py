@@ -9,6 +9,7 @@ copied into its place and its own memory is a *transient*, counted and reported.
 import gc
 import weakref
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import msgspec
@@ -67,8 +68,7 @@ def with_transients(program: Program) -> Program:
     for op in program.ops:
         inside = [buffer for buffer in op.writes if buffer not in program.outputs]
         target = find_operator(op.target)
-        form = None if target is None else out_form(target)
-        direct = form is not None and len(out_names(form)) == len(op.writes) == len(inside)
+        direct = target is not None and results_of(target, program.device) == len(op.writes) == len(inside)
         passing = 0 if direct or target is None else sum(program.buffers[buffer].bytes for buffer in inside)
         ops.append(msgspec.structs.replace(op, workspace=op.workspace + passing))
     return msgspec.structs.replace(program, ops=tuple(ops))
@@ -130,9 +130,8 @@ class ArenaWriter(Writer):
                     self.drop(old)
                 return
             place = self.tensor_name(self.placed(node))
-            form = out_form(target)
-            if form is not None:
-                self.line(f"{self.constant(form, node.name)}({', '.join([*given, f'{out_names(form)[0]}={place}'])})")
+            if results_of(target, self.program.device) == 1:
+                self.line(self.call_into(target, node, given, [place]))
             else:
                 self.line(f"{place}.copy_({call})")
                 self.passing(step, [node])
@@ -147,10 +146,10 @@ class ArenaWriter(Writer):
         picks = [pick for pick in node.users if is_pick(pick) and pick in owner]
         inside = {int(pick.args[1]): pick for pick in picks if self.has_place(pick)}  # type: ignore[arg-type]
         kept = [pick for pick in picks if owner[pick] in step.keep]
-        form = out_form(target)
-        if form is not None and sorted(inside) == list(range(len(out_names(form)))):
-            outs = [f"{name}={self.tensor_name(self.placed(inside[index]))}" for index, name in enumerate(out_names(form))]
-            self.line(f"{self.constant(form, node.name)}({', '.join([*given, *outs])})")
+        results = results_of(target, self.program.device)
+        if results and sorted(inside) == list(range(results)):
+            places = [self.tensor_name(self.placed(inside[index])) for index in range(results)]
+            self.line(self.call_into(target, node, given, places))
         else:
             self.line(f"t = {self.constant(target, node.name)}({', '.join(given)})")
             for pick in kept:
@@ -171,6 +170,14 @@ class ArenaWriter(Writer):
         Some kernels (the CPU's LSTM) return scratch space whose size only they know, and which tracing sees as empty.
         """
         return (self.traced.owner[node], self.at) in self.places and node.meta["val"].numel() > 0
+
+    def call_into(self, target: Any, node: fx.Node, given: list[str], places: list[str]) -> str:
+        """A call that writes its results into tensors of the arena."""
+        form = out_form(target)
+        if form is None:
+            return f"{self.constant(SPECIAL[target], node.name)}([{', '.join(places)}], {', '.join(given)})"
+        outs = [f"{name}={place}" for name, place in zip(out_names(form), places, strict=True)]
+        return f"{self.constant(form, node.name)}({', '.join([*given, *outs])})"
 
     def passing(self, step: Run, nodes: list[fx.Node]) -> None:
         """Count results that pass through memory of their own."""
@@ -234,6 +241,59 @@ class ArenaWriter(Writer):
         super().cross(saved)
         for node, value in list(self.static.items()):
             self.bind_static(node, value)
+
+
+@cache
+def results_of(target: Any, device: str) -> int:
+    """How many given tensors an operator can write its results into, without memory of its own; 0 if it cannot."""
+    form = out_form(target)
+    if form is not None:
+        return len(out_names(form))
+    special = SPECIAL.get(target)
+    if special is None or (special is drop_out and (device != "cpu" or not dropout_is_a_product())):
+        return 0
+    return 2 if special is drop_out else 1
+
+
+def copy_to(places: list[torch.Tensor], value: torch.Tensor, **_: Any) -> None:
+    """`clone`: the place decides the layout."""
+    places[0].copy_(value)
+
+
+def multiply(places: list[torch.Tensor], value: torch.Tensor, number: float) -> None:
+    """`mul.Scalar`, which is `mul.Tensor` with the number as a tensor of no dimensions."""
+    torch.ops.aten.mul.out(value, number, out=places[0])
+
+
+def drop_out(places: list[torch.Tensor], value: torch.Tensor, p: float, train: bool | None) -> None:
+    """What the CPU's `native_dropout` does, with its results in given tensors."""
+    result, mask = places
+    mask.bernoulli_(1.0 - p)
+    torch.mul(value, mask, out=result)
+    result.mul_(0.0 if p == 1.0 else 1.0 / (1.0 - p))
+
+
+SPECIAL = {
+    torch.ops.aten.clone.default: copy_to,
+    torch.ops.aten.mul.Scalar: multiply,
+    torch.ops.aten.native_dropout.default: drop_out,
+}
+
+
+@cache
+def dropout_is_a_product() -> bool:
+    """Whether `drop_out` gives this torch's dropout, bit for bit; tried once, with the generator left as it was."""
+    state = torch.get_rng_state()
+    value = torch.linspace(-3, 3, 1001)
+    torch.manual_seed(1)
+    wanted = torch.ops.aten.native_dropout.default(value, 0.3, True)
+    after = torch.get_rng_state()
+    places = [torch.empty_like(value), torch.empty_like(value, dtype=torch.bool)]
+    torch.manual_seed(1)
+    drop_out(places, value, 0.3, True)
+    same = torch.equal(torch.get_rng_state(), after)
+    torch.set_rng_state(state)
+    return same and all(torch.equal(found, known) for found, known in zip(places, wanted, strict=True))
 
 
 def out_form(target: Any) -> Any:

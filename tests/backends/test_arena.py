@@ -5,7 +5,7 @@ import copy
 import memplan
 import pytest
 import torch
-from memplan.backends.arena import out_form, out_names
+from memplan.backends.arena import dropout_is_a_product, out_form, out_names
 from memplan.planner.errors import MemplanError
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -125,3 +125,18 @@ def test_out_forms_are_torchs_own(target, names):
     """Only forms with a kernel of their own count: a generated one allocates and copies inside."""
     form = out_form(target)
     assert (None if form is None else out_names(form)) == names
+
+
+def test_dropout_is_written_out_as_what_it_is():
+    """The product with a mask is torch's own dropout bit for bit, and trying it leaves the generator alone."""
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    assert dropout_is_a_product.__wrapped__()
+    assert torch.equal(torch.get_rng_state(), before)
+    _, planned, other, x = made(nn.Tanh(), nn.Dropout(0.3))
+    copied = [name for name in arena_of(planned).transients if name.startswith("native_dropout") and "backward" not in name]
+    assert len(copied) <= 1  # the last one's result is the caller's
+    for net in (planned, other):
+        torch.manual_seed(9)
+        net(x).sum().backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(planned.parameters(), other.parameters(), strict=True))
