@@ -53,6 +53,14 @@ class Optimizer(StrEnum):
     ADAMW = "adamw"
 
 
+class Method(StrEnum):
+    """Solvers of storage allocation."""
+
+    AUTO = "auto"
+    CP_SAT = "cp-sat"
+    MIP = "mip"
+
+
 def planning(allow: str | None, optimizer: Optimizer | None, time_limit: float, seed: int, **others: Any) -> dict[str, Any]:
     """The options that planning commands share, as the API takes them."""
     chosen = {word.strip() for word in allow.split(",")} if allow is not None else None
@@ -355,11 +363,13 @@ def alloc(
     png: Annotated[Path | None, output("The packing as a picture.")] = None,
     svg: Annotated[Path | None, output("The same, scalable.")] = None,
     time_limit: Annotated[float, typer.Option(help="Seconds to search for, at most.", min=0.0)] = 10.0,
+    method: Annotated[Method, typer.Option(help="auto, or a solver to compare it with (cp-sat wants ortools).")] = Method.AUTO,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Addresses for buffers with known lifetimes."""
     from ..solvers.allocate import pack
+    from ..solvers.formulations import pack_mip, pack_sat
     from ..solvers.storage import Status, peak_of
     from .addresses import approve, no_packing, storage_of
     from .trace import read_trace, write_trace
@@ -370,7 +380,11 @@ def alloc(
         storage = storage_of(file, trace, align)
         report("placing", 0.0)
         began = time.perf_counter()
-        packing = pack(storage, room, time_limit, seed)
+        solver = {Method.AUTO: pack, Method.CP_SAT: pack_sat, Method.MIP: pack_mip}[method]
+        try:
+            packing = solver(storage, room, time_limit, seed)
+        except ImportError:
+            raise MemplanError(f"--method {method.value} wants OR-Tools: pip install ortools, or use --method auto") from None
         seconds = time.perf_counter() - began
         offsets = packing.offset.tolist()
         if offsets:

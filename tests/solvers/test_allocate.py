@@ -11,6 +11,7 @@ from memplan.solvers import canonical
 from memplan.solvers.allocate import pack, pins_clash
 from memplan.solvers.canonical import ALL, DOMINANCE, LIFT, NONE, SECTIONS, SOLVED, SPLIT, TWINS, Search, make_instance
 from memplan.solvers.coalesce import coalesce
+from memplan.solvers.formulations import pack_mip, pack_sat
 from memplan.solvers.greedy import ORDERS, first_fit, lowest_first
 from memplan.solvers.instances import cut_rectangle
 from memplan.solvers.storage import Status, peak_of
@@ -57,6 +58,23 @@ def test_pack_is_exact_and_checked(storage):
     assert peak_of(storage, answer.offset) == answer.bound == expected
     assert pack(storage, expected, seconds=20).status is Status.OPTIMAL
     assert pack(storage, expected - 1, seconds=20).status is Status.INFEASIBLE
+
+
+@pytest.mark.parametrize("solver", [pack_sat, pack_mip])
+@settings(deadline=None, max_examples=25)
+@given(storage=storages(most=6))
+def test_the_other_formulations_agree(solver, storage):
+    """CP-SAT and the integer program find the same optimum, and nothing below it."""
+    expected = smallest_peak(storage)
+    answer = solver(storage, None, 20.0)
+    if expected is None:
+        assert answer.status is Status.INFEASIBLE
+        return
+    assert answer.status is Status.OPTIMAL
+    assert not faults(storage, answer.offset)
+    assert peak_of(storage, answer.offset) == expected
+    assert solver(storage, expected, 20.0).status is Status.OPTIMAL
+    assert solver(storage, expected - 1, 20.0).status is Status.INFEASIBLE
 
 
 @EASY
