@@ -48,11 +48,12 @@ def pack(storage: Storage, capacity: int | None = None, seconds: float = 10.0, s
         storage, storage.bound if capacity is None else capacity, capacity is not None, time.monotonic() + seconds, seed
     )
     work.answer_fast()
-    if work.done or len(storage) > MANY:
-        return work.packing(capacity)
-    with ThreadPoolExecutor(2) as pool:
-        for job in (pool.submit(work.prove), pool.submit(work.sink if capacity is None else work.hold)):
-            job.result()
+    if not work.done:
+        searches = [work.prove] if len(storage) <= MANY else []
+        searches += [work.sink if capacity is None else work.hold] if len(work.small.storage) <= MANY else []
+        with ThreadPoolExecutor(2) as pool:
+            for job in [pool.submit(search) for search in searches]:
+                job.result()
     return work.packing(capacity)
 
 

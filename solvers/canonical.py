@@ -34,7 +34,6 @@ NOBODY, GROUPS = -1, -2  # values of CHOSEN beside buffers
 LEVELS = 64  # of nodes in groups inside groups
 MANY = 2000  # buffers: more are not searched, for the members of every depth would fill memory
 
-
 FIXED = ("TWA", "TAW", "WAT", "ZWA", "AZW", "WZT", "OZW", "Lz", "TO")  # see `Search.ranks`
 FEW = 4000  # nodes for each of them
 LEARNED = (("sum", 500, 0.2), ("area", 2000, 0.2), ("sum", 1000, 0.2), ("sum", 3000, 0.5))

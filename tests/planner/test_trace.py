@@ -111,6 +111,14 @@ def test_what_cannot_be_placed_is_shown(tmp_path, capsys, text, words, reason):
     assert reason in json.loads(out)["reason"]
 
 
+@pytest.mark.parametrize("method", ["auto", "cp-sat", "mip"])
+def test_every_solver_places_the_example(tmp_path, capsys, method):
+    """The three are behind one command, and agree."""
+    (tmp_path / "in.csv").write_text(GOOD)
+    status, out, _ = call(capsys, "alloc", tmp_path / "in.csv", "--method", method, "--json")
+    assert (status, json.loads(out)["peak"], json.loads(out)["status"]) == (0, 12, "optimal")
+
+
 def test_alignment_and_pins(tmp_path, capsys):
     """Offsets are multiples; a pin that is none is refused."""
     (tmp_path / "in.csv").write_text("id,lower,upper,size,pin\na,0,2,3,\nb,0,2,3,4\n")
