@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .capture import Captured
 
 EXISTING = ("reorder", "recompute")
-PLACINGS = 5  # plans made to find one that fits with its arena
+PLACINGS = 8  # plans made to find one that fits with its arena
 Progress = Callable[[str, float], None]
 
 
@@ -181,6 +181,11 @@ class Session:
 
         return dataclasses.replace(self.planner, program=with_transients(self.planner.program))
 
+    @cached_property
+    def static_floor(self) -> Side:
+        """The smallest schedule known, in an arena."""
+        return self.place(self.static_planner.floor)
+
     def place(self, side: Side) -> Side:
         """A schedule with addresses, and what the referee says of it."""
         schedule, _ = Place()(side.program, self.machine, side.schedule)
@@ -193,8 +198,7 @@ class Session:
             BudgetError: none was found.
         """
         planner, target = self.static_planner, budget
-        floor = self.place(planner.floor)
-        for _ in range(PLACINGS):
+        for number in range(PLACINGS):
             try:
                 answer = planner.solve(target)
             except BudgetError:
@@ -202,8 +206,9 @@ class Session:
             side = self.place(answer.side)
             if side.peak <= budget:
                 bound = min(planner.bound(budget), answer.bound, side.time)
-                return Answer(side, bound), min(floor.peak, side.peak)
-            target -= side.peak - budget
+                return Answer(side, bound), min(self.static_floor.peak, side.peak)
+            target -= side.peak - budget + number * budget // 200  # a little more each time, for the next one differs
+        floor = self.static_floor
         if floor.peak <= budget:
             return Answer(floor, min(planner.bound(budget), floor.time)), floor.peak
         raise planner.refuse(budget, floor)
