@@ -18,6 +18,9 @@ GIB = 1 << 30
 Row = dict[str, Any]
 
 
+FILES = ("file", "bare")  # of a row: kept relative to the folder of the results
+
+
 class Results:
     """Rows of a file, to which each measurement is added as it is made, so that a run that was cut short can go on."""
 
@@ -26,21 +29,30 @@ class Results:
         self.rows: list[Row] = []
         if path.is_file():
             lines = path.read_text().splitlines()
-            self.rows = [json.loads(line) for line in lines if line.strip()]
+            self.rows = [self.located(json.loads(line)) for line in lines if line.strip()]
 
     def add(self, row: Row) -> Row:
         """Append a row, to the file as well."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.rows.append(row)
         with self.path.open("a") as stream:
-            stream.write(json.dumps(row) + "\n")
+            stream.write(self.text(row))
         return row
+
+    def located(self, row: Row) -> Row:
+        """A row whose files are where this machine has them."""
+        return row | {key: str(self.path.parent / row[key]) for key in FILES if key in row}
+
+    def text(self, row: Row) -> str:
+        """A row's line, which names no folder of this machine."""
+        here = f"{self.path.parent}/"
+        return json.dumps(row | {key: str(row[key]).removeprefix(here) for key in FILES if key in row}) + "\n"
 
     def drop(self, **keys: Any) -> None:
         """Remove the rows with these values."""
         self.rows = [row for row in self.rows if not matches(row, keys)]
         if self.path.is_file():
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            self.path.write_text("".join(self.text(row) for row in self.rows))
 
     def all(self, **keys: Any) -> list[Row]:
         """The rows with these values that did not fail."""
