@@ -18,7 +18,7 @@ from torch import fx
 
 from ..planner.errors import MemplanError
 from ..planner.graph import Traced, is_call, is_pick
-from ..planner.program import Program
+from ..planner.program import Op, Program
 from ..planner.schedule import Run, Schedule
 from .codegen import Generated, Writer
 
@@ -64,12 +64,12 @@ class Arena:
 
 def with_transients(program: Program) -> Program:
     """The program with the memory that results pass through on their way into an arena counted as workspace."""
-    ops = []
+    given, ops = set(program.outputs), []
     for op in program.ops:
-        inside = [buffer for buffer in op.writes if buffer not in program.outputs]
+        inside = [buffer for buffer in op.writes if buffer not in given]
         target = find_operator(op.target)
-        direct = target is not None and results_of(target, program.device) == len(op.writes) == len(inside)
-        passing = 0 if direct or target is None else sum(program.buffers[buffer].bytes for buffer in inside)
+        direct = target is None or results_of(target, program.device, is_half(op)) == len(op.writes) == len(inside)
+        passing = 0 if direct else sum(program.buffers[buffer].bytes for buffer in inside)
         ops.append(msgspec.structs.replace(op, workspace=op.workspace + passing))
     return msgspec.structs.replace(program, ops=tuple(ops))
 
@@ -92,8 +92,9 @@ class ArenaWriter(Writer):
 
     def __init__(self, traced: Traced, schedule: Schedule):
         super().__init__(traced, schedule)
-        self.places = {(place.buffer, place.lower): place.offset for place in schedule.placements if place.tier == 0}
-        end = max((place.offset + self.program.buffers[place.buffer].bytes for place in schedule.placements), default=0)
+        here = [place for place in schedule.placements if place.tier == 0]
+        self.places = {(place.buffer, place.lower): place.offset for place in here}
+        end = max((place.offset + self.program.buffers[place.buffer].bytes for place in here), default=0)
         self.arena = Arena(torch.empty(end, dtype=torch.uint8, device=self.program.device))
         self.given = set(self.program.outputs)
         self.static: dict[fx.Node, Any] = {}  # nodes whose tensors lie in the arena now; tuples of views among them
@@ -130,7 +131,7 @@ class ArenaWriter(Writer):
                     self.drop(old)
                 return
             place = self.tensor_name(self.placed(node))
-            if results_of(target, self.program.device) == 1:
+            if self.results(step, target) == 1:
                 self.line(self.call_into(target, node, given, [place]))
             else:
                 self.line(f"{place}.copy_({call})")
@@ -146,7 +147,7 @@ class ArenaWriter(Writer):
         picks = [pick for pick in node.users if is_pick(pick) and pick in owner]
         inside = {int(pick.args[1]): pick for pick in picks if self.has_place(pick)}  # type: ignore[arg-type]
         kept = [pick for pick in picks if owner[pick] in step.keep]
-        results = results_of(target, self.program.device)
+        results = self.results(step, target)
         if results and sorted(inside) == list(range(results)):
             places = [self.tensor_name(self.placed(inside[index])) for index in range(results)]
             self.line(self.call_into(target, node, given, places))
@@ -163,6 +164,10 @@ class ArenaWriter(Writer):
         for pick in kept:
             if pick.args[1] in inside:
                 self.hold(pick)
+
+    def results(self, step: Run, target: Any) -> int:
+        """How many results a run can write into the arena by itself."""
+        return results_of(target, self.program.device, is_half(self.program.ops[step.op]))
 
     def has_place(self, node: fx.Node) -> bool:
         """Whether a result lies in the arena: not if it is the caller's, nor if tracing saw it empty.
@@ -243,14 +248,19 @@ class ArenaWriter(Writer):
             self.bind_static(node, value)
 
 
+def is_half(op: Op) -> bool:
+    """Whether an op has tensors of 16-bit floats."""
+    return '"bfloat16"' in op.key or '"float16"' in op.key
+
+
 @cache
-def results_of(target: Any, device: str) -> int:
+def results_of(target: Any, device: str, half: bool) -> int:
     """How many given tensors an operator can write its results into, without memory of its own; 0 if it cannot."""
     form = out_form(target)
     if form is not None:
         return len(out_names(form))
     special = SPECIAL.get(target)
-    if special is None or (special is drop_out and (device != "cpu" or not dropout_is_a_product())):
+    if special is None or (special is drop_out and (device != "cpu" or half or not dropout_is_a_product())):
         return 0
     return 2 if special is drop_out else 1
 
@@ -266,8 +276,12 @@ def multiply(places: list[torch.Tensor], value: torch.Tensor, number: float) -> 
 
 
 def drop_out(places: list[torch.Tensor], value: torch.Tensor, p: float, train: bool | None) -> None:
-    """What the CPU's `native_dropout` does, with its results in given tensors."""
+    """What the CPU's `native_dropout` does with 32 and 64-bit floats, with its results in given tensors."""
     result, mask = places
+    if train is False:
+        mask.fill_(True)
+        result.copy_(value)
+        return
     mask.bernoulli_(1.0 - p)
     torch.mul(value, mask, out=result)
     result.mul_(0.0 if p == 1.0 else 1.0 / (1.0 - p))
@@ -283,17 +297,19 @@ SPECIAL = {
 @cache
 def dropout_is_a_product() -> bool:
     """Whether `drop_out` gives this torch's dropout, bit for bit; tried once, with the generator left as it was."""
-    state = torch.get_rng_state()
-    value = torch.linspace(-3, 3, 1001)
-    torch.manual_seed(1)
-    wanted = torch.ops.aten.native_dropout.default(value, 0.3, True)
-    after = torch.get_rng_state()
-    places = [torch.empty_like(value), torch.empty_like(value, dtype=torch.bool)]
-    torch.manual_seed(1)
-    drop_out(places, value, 0.3, True)
-    same = torch.equal(torch.get_rng_state(), after)
+    state, same = torch.get_rng_state(), True
+    for dtype in (torch.float32, torch.float64):
+        value = torch.linspace(-3, 3, 1001, dtype=dtype)
+        for p, train in ((0.3, True), (1.0, True), (0.3, False)):
+            torch.manual_seed(1)
+            wanted = [*torch.ops.aten.native_dropout.default(value, p, train), torch.get_rng_state()]
+            places = [torch.empty_like(value), torch.empty_like(value, dtype=torch.bool)]
+            torch.manual_seed(1)
+            drop_out(places, value, p, train)
+            found = [*places, torch.get_rng_state()]
+            same &= all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
     torch.set_rng_state(state)
-    return same and all(torch.equal(found, known) for found, known in zip(places, wanted, strict=True))
+    return same
 
 
 def out_form(target: Any) -> Any:

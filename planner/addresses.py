@@ -40,9 +40,7 @@ def approve(trace: Trace, offsets: list[int], align: int) -> None:
     clash = first_clash(places)
     if clash is not None:
         one, two = trace.ids[clash[0]], trace.ids[clash[1]]
-        raise PlacementError(
-            f"buffers {one!r} and {two!r} share bytes at time {clash[2]}: a fault of memplan, please report it"
-        )
+        raise PlacementError(f"buffers {one!r} and {two!r} share bytes at time {clash[2]}: {FAULT}")
 
 
 def no_packing(trace: Trace, storage: Storage, room: int | None, packing: Packing, time_limit: float) -> str:

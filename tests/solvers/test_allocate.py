@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memplan.planner.referee import first_clash
-from memplan.solvers import canonical
 from memplan.solvers.allocate import pack, pins_clash
 from memplan.solvers.canonical import ALL, DOMINANCE, LIFT, NONE, SECTIONS, SOLVED, SPLIT, TWINS, Search, make_instance
 from memplan.solvers.coalesce import coalesce
@@ -91,10 +90,11 @@ def test_greedy_answers_are_packings(storage):
 @EASY
 @given(storages(most=20, pins=False))
 def test_lowest_first_and_coalescing_give_packings(storage):
-    """Lowest first, as it is and after joining; joining changes no load where buffers have one span."""
+    """Lowest first, as it is and after joining; joining changes no load."""
     assert not faults(storage, lowest_first(storage))
     small, root, base = coalesce(storage)
-    assert small.bound >= storage.bound or storage.alignment > 1
+    if storage.alignment == 1:
+        assert small.bound == storage.bound
     assert not faults(storage, lowest_first(small)[root] + base)
 
 
@@ -154,7 +154,6 @@ def test_too_many_buffers_are_not_searched(monkeypatch):
     answer = pack(storage, seconds=1)
     assert answer.status is Status.FEASIBLE
     assert not faults(storage, answer.offset)
-    assert canonical.MANY > 10
 
 
 @pytest.mark.parametrize("capacity", [None, 2**40])
