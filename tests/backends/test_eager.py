@@ -218,7 +218,6 @@ MODELS = {
     "layer norm is the output": (lambda: nn.Sequential(layers(nn.GELU), nn.LayerNorm(WIDTH)), lambda: (rows(),), total),
     "double": (lambda: layers(nn.GELU).double(), lambda: (rows().double(),), total),
     "bfloat16": (lambda: layers(nn.GELU).bfloat16(), lambda: (rows().bfloat16(),), total),
-    "bfloat16 dropout": (lambda: layers(nn.GELU, lambda: nn.Dropout(0.3)).bfloat16(), lambda: (rows().bfloat16(),), total),
     "lstm": (lambda: Lambda(lambda m, x: m.cell(x)[0], cell=nn.LSTM(16, 16, 2)), lambda: (torch.randn(6, 4, 16),), total),
     "pooling and cat": (
         lambda: Lambda(
