@@ -15,6 +15,7 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import flop_registry
 
+from .dropout import restore
 from .errors import CaptureError
 from .optimizers import update_op
 from .program import Buffer, Kind, Op, Phase, Program
@@ -91,7 +92,7 @@ def lower(
     """Build the program of a joint graph with descriptors.
 
     Args:
-        graph: AOTAutograd's joint graph (or forward graph, for inference).
+        graph: AOTAutograd's joint graph (or forward graph, for inference); changed where `dropout.restore` says.
         name: the program's name.
         device: the type of device traced for.
         parameter_name: from a descriptor's target to the name in the model; tied names map to the first.
@@ -100,8 +101,11 @@ def lower(
         loss: the graph of the caller's own loss, whose cost lies between the passes.
         optimizer: see `planner.optimizers`.
         trainable: names of the parameters that the optimizer updates.
-        runs_on: the type of device that the optimizer's step runs on, which decides its temporaries.
+        runs_on: the type of device that the step is for: it decides the optimizer's temporaries, and on the CPU dropout
+            is spelled out as eager computes it.
     """
+    if device == runs_on == "cpu":
+        restore(graph)
     return _Lowering(graph, device, parameter_name, input_leaf).run(name, train, loss, optimizer, trainable, runs_on)
 
 

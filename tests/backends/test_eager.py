@@ -4,14 +4,17 @@ import copy
 import gc
 
 import memplan
+import msgspec
 import pytest
 import torch
 from memplan.planner.api import Session
 from memplan.planner.errors import BudgetError, MemplanError, PlanMismatch
+from memplan.planner.machine import load_machine
 from torch import nn
 from torch.nn import functional as F
 
 WIDTH = 64
+QUICK = msgspec.structs.replace(load_machine("h100-80gb"), name="quick", device="cpu")  # where nothing needs measuring
 ROWS = 128
 
 
@@ -176,6 +179,13 @@ def mixed_dropout(m, x):
     return F.scaled_dot_product_attention(q, b.view(8, -1, WIDTH), q, dropout_p=0.1)
 
 
+def turned_dropout(m, x):
+    """Dropouts of tensors that lie in memory in another order than that of their axes."""
+    x = F.dropout(m.body(x).view(8, -1, WIDTH).transpose(0, 1), 0.3)
+    x = x.reshape(4, 2, -1, WIDTH).permute(3, 0, 2, 1)
+    return F.dropout(x, 0.4) * F.dropout(x[..., :1], 0.5)
+
+
 # name -> model, its inputs, how the scalar comes about (None: from the model itself)
 MODELS = {
     "gelu": (lambda: layers(nn.GELU), lambda: (rows(),), total),
@@ -198,6 +208,21 @@ MODELS = {
         total,
     ),
     "dropout": (lambda: layers(nn.GELU, lambda: nn.Dropout(0.3)), lambda: (rows(),), total),
+    "dropout, bfloat16": (
+        lambda: layers(nn.GELU, lambda: nn.Dropout(0.3)).bfloat16(),
+        lambda: (rows().bfloat16(),),
+        total,
+    ),
+    "dropout, float16, turned": (
+        lambda: Lambda(turned_dropout, body=layers(nn.GELU).half()),
+        lambda: (rows().half(),),
+        total,
+    ),
+    "dropout of everything": (
+        lambda: nn.Sequential(layers(nn.GELU), nn.Dropout(1.0), layers(nn.GELU), nn.Dropout(0.5)),
+        lambda: (rows(),),
+        total,
+    ),
     "dropout on branches": (
         lambda: Lambda(mixed_dropout, left=layers(nn.GELU), right=layers(nn.Tanh)),
         lambda: (rows(),),
@@ -267,7 +292,7 @@ def scalar(output, loss):
 
 def session_of(model: nn.Module, args: tuple, loss, kwargs: dict | None = None) -> Session:
     """What `memplan.plan` does before it looks at the budget, with a short search."""
-    session = Session(model, args, kwargs, loss=loss, machine="h100-80gb", time_limit=2.0)
+    session = Session(model, args, kwargs, loss=loss, machine=QUICK, time_limit=2.0)
     session.planner.effort = 1500
     return session
 
