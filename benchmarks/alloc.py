@@ -1,4 +1,4 @@
-"""Addresses: MiniMalloc's public instances, and rectangles cut at random, whose optimum is known.
+"""Addresses: MiniMalloc's public instances, the same as blocks that come again, and rectangles cut at random.
 
     python -m memplan.benchmarks.alloc
     python -m memplan.benchmarks.alloc --peer 12      omnimalloc's supermalloc beside it, with 12 threads, if installed
@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from ..planner.addresses import approve, storage_of
-from ..planner.machine import load_machine
 from ..planner.referee import first_clash
 from ..planner.trace import read_trace
-from ..solvers.allocate import pack
-from ..solvers.instances import cut_rectangle
+from ..solvers.allocate import pack, pack_level
+from ..solvers.instances import cut_rectangle, tower
+from ..solvers.levels import pack_levels
 from ..solvers.storage import Storage, peak_of
 from .record import HERE, RESULTS, Results, Row, answer, ask, header, markdown, note_machine, ratio, say
 
@@ -30,7 +30,8 @@ INSTANCES = "ABCDEFGHIJK"
 DATA = HERE / "data" / "minimalloc"
 CAPACITY = 1048576
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
-DEPTHS = (16, 32, 64, 128)
+BLOCKS = 32
+KEPT = (50_000, 7_000)  # bytes that each block keeps
 FRAYS = (0.0, 0.02, 0.1, 0.3)
 
 
@@ -74,8 +75,8 @@ def measure(request: Row) -> Row:
         return row | {"loading": loading, "buffers": len(storage)}
     if request["task"] == "peer":
         return peer(request)
-    if request["task"] == "depth":
-        return deep(request)
+    if request["task"] == "tower":
+        return towers(request)
     storage, _ = cut_rectangle(request["count"], request["seed"], fray=request["fray"])
     row, offset = timed(storage, None, request["seconds"])
     if len(storage) <= 100_000:
@@ -84,21 +85,22 @@ def measure(request: Row) -> Row:
     return row | {"buffers": len(storage), "optimum": 2**40}
 
 
-def deep(request: Row) -> Row:
-    """Addresses for the unplanned training step of a GPT-2 of many small layers."""
-    from ..passes.addresses import Place
-    from ..planner.api import Session
-    from .models import gpt2
-
-    model, args = gpt2(layers=request["layers"], width=64, heads=2, vocab=256, batch=2, seq=64)
-    side = Session(model, args, machine="h100-80gb").planner.kept
-    place, spent = Place(request["seconds"]), []
-    for _ in range(3):
-        began = time.perf_counter()
-        schedule, (arena,) = place(side.program, load_machine("h100-80gb"), side.schedule)
-        spent.append(time.perf_counter() - began)
-    return {"buffers": len(schedule.placements), "arena": arena.bytes, "live": arena.live, "wall": min(spent),
-            "method": arena.packing.method}  # fmt: skip
+def towers(request: Row) -> Row:
+    """An instance as a block that comes many times, each time with buffers that are kept: flat, and on two levels."""
+    trace = read_trace(Path(request["file"]))
+    block = storage_of(Path(request["file"]), trace, 1)
+    storage = tower(block, request["blocks"], KEPT)
+    began = time.perf_counter()
+    flat = pack(storage, seconds=request["seconds"], blocks=False)
+    middle = time.perf_counter()
+    levels = pack_levels(storage, pack_level, request["seconds"])
+    row: Row = {"buffers": len(storage), "load": storage.bound, "flat": peak_of(storage, flat.offset), "wall": middle - began}
+    if levels is not None:
+        columns = (storage.lower, storage.upper, levels.offset, storage.size, np.arange(len(storage)))
+        assert first_clash(zip(*(column.tolist() for column in columns), strict=True)) is None
+        row |= {"levels": peak_of(storage, levels.offset), "rigid": levels.rigid, "found": levels.blocks[0],
+                "levels_wall": time.perf_counter() - middle}  # fmt: skip
+    return row
 
 
 def peer(request: Row) -> Row:
@@ -133,8 +135,10 @@ def run(results: Results, options: argparse.Namespace) -> None:
         if options.peer:
             request = {"task": "peer", "file": file, "threads": options.peer, "seconds": 30.0}
             once(request, task="peer", name=name, threads=options.peer)
-    for layers in options.depths:
-        once({"task": "depth", "layers": layers, "seconds": 2.0}, task="depth", layers=layers)
+    for name in options.instances:
+        file = str(options.data / f"{name}.{CAPACITY}.csv")
+        request = {"task": "tower", "file": file, "blocks": options.blocks, "seconds": 10.0}
+        once(request, task="tower", name=name, blocks=options.blocks)
     for count in options.sizes:
         for fray in FRAYS:
             request = {"task": "cut", "count": count, "seed": 1, "fray": fray, "seconds": 10.0}
@@ -166,16 +170,14 @@ def render(results: Results, path: Path) -> None:
                   f"{max(solved):.2f}. Loading the compiled functions took {fits[min(fits)]['loading']:.1f} s.", "",
                   f"Smallest peak within 30 s: {sum(row['status'] == 'optimal' for row in least.values())} of {len(least)} "
                   f"proven.", "", *markdown(tuple(heads), rows), ""]  # fmt: skip
-    lines += [
-        "## Depth",
-        "",
-        "The unplanned training step of a GPT-2 of equal layers, every tensor placed, all layers flat.",
-        "",
-    ]
-    depths = sorted(results.all(task="depth"), key=lambda row: row["layers"])
-    rows = [(str(row["layers"]), str(row["buffers"]), ratio(row["arena"] / row["live"]), f"{row['wall'] * 1e3:.0f} ms",
-             row["method"]) for row in depths]  # fmt: skip
-    lines += markdown(("layers", "buffers", "arena over live", "wall", "found by"), rows)
+    stacked = sorted(results.all(task="tower"), key=lambda row: row["name"])
+    lines += ["## Repetition", "", "An instance as a block that comes many times, under kept buffers; 10 s each.",
+              "*Rigid*: blocks as rectangles, before the repair.", ""]  # fmt: skip
+    rows = [(row["name"], str(row["blocks"]), str(row["buffers"]), ratio(row["flat"] / row["load"]), f"{row['wall']:.2f}",
+             ratio(row["rigid"] / row["load"]), ratio(row["levels"] / row["load"]), f"{row['levels_wall']:.2f}")
+            for row in stacked if "levels" in row]  # fmt: skip
+    heads = ["instance", "blocks", "buffers", "flat over bound", "wall s", "rigid", "two levels over bound", "wall s"]
+    lines += markdown(tuple(heads), rows)
     lines += ["## Rectangles cut at random", ""]
     lines += ["*Frayed* by a share: lifetimes cut short by up to it, so that buffers no longer fit one another exactly, while"]
     lines += ["one moment keeps the bound. 10 s of search, where there are few enough buffers.", ""]
@@ -193,7 +195,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the instances")
     parser.add_argument("--instances", nargs="*", default=list(INSTANCES))
     parser.add_argument("--sizes", type=int, nargs="*", default=list(SIZES), help="of the cut rectangles")
-    parser.add_argument("--depths", type=int, nargs="*", default=list(DEPTHS), help="layers")
+    parser.add_argument("--blocks", type=int, default=BLOCKS, help="of the repetition")
     parser.add_argument("--peer", type=int, default=0, metavar="THREADS", help="also run omnimalloc's supermalloc")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of alloc.jsonl and alloc.md")
     parser.add_argument("--quick", action="store_true", help="a smoke test: two instances, results/quick")
@@ -201,7 +203,7 @@ def main() -> None:
     parser.add_argument("--render", action="store_true", help="only write the table")
     options = parser.parse_args()
     if options.quick:
-        options.instances, options.sizes, options.depths, options.out = ["B", "C"], [1000], [2], options.out / "quick"
+        options.instances, options.sizes, options.blocks, options.out = ["B", "C"], [1000], 4, options.out / "quick"
     results = Results(options.out / "alloc.jsonl")
     if not options.render:
         if options.fresh:

@@ -14,7 +14,7 @@ from ..planner.machine import Machine
 from ..planner.program import Program
 from ..planner.schedule import Free, Placement, Run, Schedule, Start
 from ..solvers.allocate import pack
-from ..solvers.storage import Packing, make_storage
+from ..solvers.storage import Packing, Storage, make_storage
 
 
 class Life(NamedTuple):
@@ -28,7 +28,7 @@ class Life(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Arena:
+class Extent:
     """What placing a tier's buffers came to.
 
     Attributes:
@@ -57,28 +57,33 @@ class Place:
     seconds: float = 2.0
     seed: int = 0
 
-    def __call__(self, program: Program, machine: Machine, schedule: Schedule) -> tuple[Schedule, list[Arena]]:
+    def __call__(self, program: Program, machine: Machine, schedule: Schedule) -> tuple[Schedule, list[Extent]]:
         """The schedule with placements, and the arena of each tier that holds any."""
         lives = find_lives(program, machine, schedule)
         size = np.array([buffer.bytes for buffer in program.buffers], np.int64)
         placements: list[Placement] = []
-        arenas: list[Arena] = []
+        arenas: list[Extent] = []
         for tier in sorted({life.tier for life in lives}):
             mine = [life for life in lives if life.tier == tier]
-            names = {request: index for index, request in enumerate(sorted({life.request for life in mine}))}
-            lower, upper = np.full(len(names), 2**62), np.zeros(len(names), np.int64)
-            bytes_of = np.zeros(len(names), np.int64)
-            for life in mine:
-                index = names[life.request]
-                lower[index], upper[index] = min(lower[index], life.lower), max(upper[index], life.upper)
-                bytes_of[index] = size[life.buffer]
-            storage = make_storage(lower, upper, bytes_of, alignment=machine.tiers[tier].alignment)
+            storage, names = requests_of(mine, size, machine.tiers[tier].alignment)
             packing = pack(storage, None, self.seconds, self.seed)
             at = {life: int(packing.offset[names[life.request]]) for life in mine}
             placements += [Placement(life.buffer, tier, at[life], life.lower, life.upper) for life in mine]
             end = max(at[life] + int(size[life.buffer]) for life in mine)
-            arenas.append(Arena(tier, end, int(storage.load.max()), packing))
+            arenas.append(Extent(tier, end, int(storage.load.max()), packing))
         return msgspec.structs.replace(schedule, placements=tuple(placements)), arenas
+
+
+def requests_of(lives: list[Life], size: np.ndarray, alignment: int) -> tuple[Storage, dict[int, int]]:
+    """The storage problem of the lives in a tier, one buffer for each request; and which buffer that is."""
+    names = {request: index for index, request in enumerate(sorted({life.request for life in lives}))}
+    lower, upper = np.full(len(names), 2**62), np.zeros(len(names), np.int64)
+    bytes_of = np.zeros(len(names), np.int64)
+    for life in lives:
+        index = names[life.request]
+        lower[index], upper[index] = min(lower[index], life.lower), max(upper[index], life.upper)
+        bytes_of[index] = size[life.buffer]
+    return make_storage(lower, upper, bytes_of, alignment=alignment), names
 
 
 def find_lives(program: Program, machine: Machine, schedule: Schedule) -> list[Life]:

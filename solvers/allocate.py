@@ -1,6 +1,6 @@
 """Addresses by every means: fast answers first, then exact search until the time is up or nothing is left to prove.
 
-    greedy answers -> coalesced and packed again -> search at the lower bound, and downwards from the best
+    greedy answers -> the same coalesced -> equal blocks packed once -> search at the lower bound, downwards from the best
 
 Two searches run side by side. One takes the problem as it is and stays at the goal, the capacity asked for or the
 lower bound: it finds a packing or proves that there is none, which raises the bound. The other takes the coalesced
@@ -21,13 +21,15 @@ import numpy as np
 from .canonical import MANY, NONE, SOLVED, Search, make_instance
 from .coalesce import coalesce
 from .greedy import ORDERS, first_fit, lowest_first
+from .levels import pack_levels
 from .storage import FREE, Packing, Status, Storage, peak_of
 
 PAIRS = 2e7  # buffers live at once, counted twice: with more, first fit is too slow and takes too much memory
+SHARE = 0.25  # of the time, for packing on two levels
 SLICE = 0.25  # seconds of search for one capacity, at first
 
 
-def pack(storage: Storage, capacity: int | None = None, seconds: float = 10.0, seed: int = 0) -> Packing:
+def pack(storage: Storage, capacity: int | None = None, seconds: float = 10.0, seed: int = 0, blocks: bool = True) -> Packing:
     """Addresses for every buffer.
 
     Args:
@@ -35,6 +37,7 @@ def pack(storage: Storage, capacity: int | None = None, seconds: float = 10.0, s
         capacity: bytes to fit into; None for the smallest peak.
         seconds: to search for, at most; the fast answers are made whatever it is.
         seed: of the search.
+        blocks: look for blocks that come again, and pack them once; what is found without them is not changed by it.
 
     Returns:
         Asked to fit: OPTIMAL if it does, INFEASIBLE if it was proven not to, else UNKNOWN. Asked for the smallest
@@ -48,6 +51,8 @@ def pack(storage: Storage, capacity: int | None = None, seconds: float = 10.0, s
         storage, storage.bound if capacity is None else capacity, capacity is not None, time.monotonic() + seconds, seed
     )
     work.answer_fast()
+    if blocks and not work.done:
+        work.answer_by_blocks()
     if not work.done:
         searches = [work.prove] if len(storage) <= MANY else []
         searches += [work.sink if capacity is None else work.hold] if len(work.small.storage) <= MANY else []
@@ -138,6 +143,13 @@ class Work:
             if self.done:
                 return
 
+    def answer_by_blocks(self) -> None:
+        """Equal blocks packed once, if there are any."""
+        seconds = SHARE * (self.until - time.monotonic())
+        levels = pack_levels(self.storage, pack_level, seconds, repair=pairs_of(self.storage) <= PAIRS)
+        if levels is not None:
+            self.offer(levels.offset, "two levels")
+
     @cached_property
     def small(self) -> Part:
         """The coalesced problem; the problem itself where buffers are pinned."""
@@ -178,6 +190,11 @@ class Work:
                 share, allowed = 1.0, 2 * allowed
             else:
                 share /= 2
+
+
+def pack_level(storage: Storage, seconds: float) -> Packing:
+    """How each of two levels is packed."""
+    return pack(storage, None, seconds)
 
 
 def greedy(storage: Storage, small: Part, until: float) -> Iterator[tuple[np.ndarray, str]]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from .canonical import Instance, ranked
+from .canonical import Instance
 from .storage import FREE, Storage
 
 ORDERS = ("size", "area", "lifetime", "crowd", "start")
@@ -57,10 +57,15 @@ def first_fit(storage: Storage, instance: Instance, order: str, best: bool = Fal
         "size": (storage.size, width), "area": (storage.size * width, storage.size), "lifetime": (width, storage.size),
         "crowd": (storage.size * crowd, width), "start": (-instance.begin, storage.size),
     }[order]  # fmt: skip
-    sequence = np.argsort(ranked(*keys))
-    return _first_fit(
-        storage.size, storage.pin, instance.near_start, instance.near, storage.alignment, sequence, best
-    )  # fmt: skip
+    return fit_in_order(storage, instance, np.lexsort([-key for key in reversed(keys)]), best)
+
+
+def fit_in_order(storage: Storage, instance: Instance, order: np.ndarray, best: bool = False) -> np.ndarray:
+    """Offsets of buffers placed in an order, pinned ones before all, each into the lowest gap, or the tightest.
+
+    In the order of a packing's own offsets, no buffer comes to lie higher than it did.
+    """
+    return _first_fit(storage.size, storage.pin, instance.near_start, instance.near, storage.alignment, order, best)
 
 
 def lowest_first(storage: Storage) -> np.ndarray:

@@ -1,4 +1,6 @@
-"""Storage problems whose optimum is known, of any size: a rectangle cut at random."""
+"""Storage problems to try solvers on: rectangles cut at random, whose optimum is known, and blocks that come again."""
+
+from collections.abc import Sequence
 
 import numpy as np
 from numba import njit
@@ -79,3 +81,24 @@ def cut_rectangle(
         lower, upper = lower + np.where(early, loss, 0), upper - np.where(early, 0, loss)
     order = random.permutation(len(size))
     return make_storage(lower[order], upper[order], size[order]), offset[order]
+
+
+def tower(block: Storage, times: int, kept: Sequence[int]) -> Storage:
+    """Equal blocks in a row, each of which keeps some buffers until a tail in which they are freed, the last ones first.
+
+    Args:
+        block: buffers of one span each.
+        times: how many blocks.
+        kept: sizes of what each block makes and keeps.
+    """
+    long, each = int(block.upper.max()), np.arange(times)
+    end = times * long
+    shift = np.repeat(each * long, len(block))
+    made = np.repeat(each * long + long // 2, len(kept))
+    freed = np.repeat(end + times - each, len(kept))
+    tail = end + each  # something happens at each moment of the tail
+    return make_storage(
+        np.concatenate([np.tile(block.lower, times) + shift, made, tail]),
+        np.concatenate([np.tile(block.upper, times) + shift, freed, tail + 1]),
+        np.concatenate([np.tile(block.size, times), np.tile(np.asarray(kept, np.int64), times), np.ones(times, np.int64)]),
+    )
