@@ -23,6 +23,11 @@ def storage_of(file: Path, trace: Trace, align: int) -> Storage:
     return Storage(np.array(trace.sizes, np.int64), start, pieces[:, 0], pieces[:, 1], pins, align)
 
 
+def overwritten(trace: Trace) -> np.ndarray:
+    """For each buffer the one that it may be written over, or -1."""
+    return np.array([-1 if old is None else old for old in trace.reuses], np.int64)
+
+
 def approve(trace: Trace, offsets: list[int], align: int) -> None:
     """Check addresses without the help of what made them.
 
@@ -32,10 +37,15 @@ def approve(trace: Trace, offsets: list[int], align: int) -> None:
     for name, offset, pin in zip(trace.ids, offsets, trace.pins, strict=True):
         if offset < 0 or offset % align or pin not in (None, offset):
             raise PlacementError(f"buffer {name!r} was put at {offset}: {FAULT}")
+    ends = [2**63] * len(trace.ids)  # of what is written over: when that happens
+    for new, old in enumerate(trace.reuses):
+        if old is not None and offsets[new] == offsets[old]:
+            ends[old] = trace.spans[new][0][0]
     places = [
-        (lower, upper, offsets[index], trace.sizes[index], index)
+        (lower, min(upper, ends[index]), offsets[index], trace.sizes[index], index)
         for index, spans in enumerate(trace.spans)
         for lower, upper in spans
+        if lower < ends[index]
     ]
     clash = first_clash(places)
     if clash is not None:
@@ -44,7 +54,15 @@ def approve(trace: Trace, offsets: list[int], align: int) -> None:
 
 
 def no_packing(trace: Trace, storage: Storage, room: int | None, packing: Packing, time_limit: float) -> str:
-    """Why there is no packing, in one line, with the buffers and the time that show it."""
+    """Why there is no packing, in one line, with the buffers and the time that show it.
+
+    Args:
+        trace: the buffers.
+        storage: the same, each live only until something may be written over it.
+        room: the capacity; None where the smallest peak was asked for.
+        packing: the solver's answer.
+        time_limit: seconds that it had.
+    """
     clash = pins_clash(storage)
     if clash is not None:
         shared = next(max(a[0], b[0]) for a in trace.spans[clash[0]] for b in trace.spans[clash[1]]
@@ -60,7 +78,7 @@ def no_packing(trace: Trace, storage: Storage, room: int | None, packing: Packin
     if int(needed.max()) > room:
         worst = int(np.argmax(needed))
         when = int(np.unique(np.concatenate([storage.lower, storage.upper]))[worst])
-        held = [index for index, spans in enumerate(trace.spans) if any(low <= when < high for low, high in spans)]
+        held = storage.owner[(storage.lower <= when) & (when < storage.upper)].tolist()
         held.sort(key=lambda index: -trace.sizes[index])
         named = ", ".join(f"{trace.ids[index]!r} {trace.sizes[index]}" for index in held[:4])
         padded = f", aligned to {storage.alignment}," if storage.alignment > 1 else ""

@@ -10,7 +10,6 @@ import math
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -45,20 +44,20 @@ app = typer.Typer(
 console = Console(stderr=True, highlight=False)
 
 
-class Optimizer(StrEnum):
-    """Optimizers whose state can be counted."""
-
-    SGD = "sgd"
-    ADAM = "adam"
-    ADAMW = "adamw"
-
-
 class Method(StrEnum):
     """Solvers of storage allocation."""
 
     AUTO = "auto"
     CP_SAT = "cp-sat"
     MIP = "mip"
+
+
+class Optimizer(StrEnum):
+    """Optimizers whose state can be counted."""
+
+    SGD = "sgd"
+    ADAM = "adam"
+    ADAMW = "adamw"
 
 
 def planning(allow: str | None, optimizer: Optimizer | None, time_limit: float, seed: int, **others: Any) -> dict[str, Any]:
@@ -75,6 +74,18 @@ def readable(budget: str | None) -> str | None:
     if budget is not None:
         parse_bytes(budget, of=2**62)
     return budget
+
+
+def readable_capacity(text: str | None) -> str | None:
+    """A capacity that can be read, known before the file is."""
+    for word in [] if text is None else text.split(","):
+        name, equals, size = word.rpartition("=")
+        if (equals and not name.strip()) or (not equals and "," in (text or "")):
+            raise BudgetError(
+                f"cannot read the capacity {text!r}: write bytes, as in '16MiB', or by pool, 'fast=1MiB,slow=4GiB'"
+            )
+        parse_bytes(size.strip())
+    return text
 
 
 def writable(path: Path | None) -> Path | None:
@@ -356,7 +367,10 @@ def calibrate(
 def alloc(
     file: Annotated[Path, typer.Argument(metavar="IN.CSV", help="Columns id, lower, upper, size; lifetimes half-open.")],
     capacity: Annotated[
-        str | None, typer.Option(help="Bytes to fit into; left out: the smallest peak.", callback=readable)
+        str | None,
+        typer.Option(
+            help="Bytes to fit into, or fast=1MiB,slow=4GiB by pool; left out: the smallest peak.", callback=readable_capacity
+        ),
     ] = None,
     align: Annotated[int, typer.Option(help="Every offset is a multiple of it.", min=1)] = 1,
     out: Annotated[Path | None, output("Write the file again, with offsets.", "-o", "--output")] = None,
@@ -368,60 +382,18 @@ def alloc(
     as_json: Json = False,
 ) -> None:
     """Addresses for buffers with known lifetimes."""
-    from ..solvers.allocate import pack
-    from ..solvers.formulations import pack_mip, pack_sat
-    from ..solvers.storage import Status, peak_of
-    from .addresses import approve, no_packing, storage_of
-    from .trace import read_trace, write_trace
+    from .placing import find_places, write_places
 
-    room = None if capacity is None else parse_bytes(capacity)
     with progress("reading the file") as report:
-        trace = read_trace(file)
-        storage = storage_of(file, trace, align)
-        report("placing", 0.0)
-        began = time.perf_counter()
-        solver = {Method.AUTO: pack, Method.CP_SAT: pack_sat, Method.MIP: pack_mip}[method]
-        try:
-            packing = solver(storage, room, time_limit, seed)
-        except ImportError:
-            raise MemplanError(f"--method {method.value} wants OR-Tools: pip install ortools, or use --method auto") from None
-        seconds = time.perf_counter() - began
-        offsets = packing.offset.tolist()
-        if offsets:
-            approve(trace, offsets, align)
-    found = bool(offsets) or not trace.ids
-    fits = found and packing.status in (Status.OPTIMAL, Status.FEASIBLE)
-    facts: dict[str, Any] = {
-        "peak": peak_of(storage, packing.offset) if found else None,
-        "lower_bound": packing.bound,
-        "status": packing.status.value,
-        "seconds": seconds,
-        "buffers": len(trace.ids),
-        "method": packing.method,
-        "capacity": room,
-    }
-    if not fits:
-        facts["reason"] = no_packing(trace, storage, room, packing, time_limit)
+        places = find_places(file, capacity, align, method.value, time_limit, seed, report)
+    facts = places.facts()
+    if places.reason:
         if as_json:
             print(json.dumps(facts))
-        print(f"memplan: {file}: {facts['reason']}", file=sys.stderr)
+        print(f"memplan: {file}: {places.reason}", file=sys.stderr)
         raise SystemExit(3)
-    if out is not None:
-        write_trace(out, trace, offsets)
-    for path in (png, svg):
-        if path is not None:
-            from ..backends.pictures import packing as draw
-            from ..backends.pictures import save
-
-            save(draw(file.name, trace.spans, trace.sizes, offsets, packing.bound, room), path)
-    over = facts["peak"] / packing.bound - 1 if packing.bound else 0.0
-    rows = [
-        ("peak", f"{facts['peak']}", show_bytes(facts["peak"])),
-        ("lower bound", f"{packing.bound}", "proven smallest" if not over else f"peak is {over:.2%} above"),
-        ("buffers", f"{len(trace.ids)}", f"placed by {packing.method}"),
-        ("seconds", f"{seconds:.3f}", ""),
-    ]
-    answer(as_json, facts, table((), rows))
+    write_places(places, out, [path for path in (png, svg) if path is not None])
+    answer(as_json, facts, table((), places.rows()))
 
 
 def export(

@@ -12,6 +12,8 @@ from memplan.planner.trace import read_trace, write_trace
 
 GOOD = "id,lower,upper,size\na,0,3,4\nb,3,9,4\nc,0,9,4\nd,9,21,4\ne,0,21,4\n"
 HEAD = "id,lower,upper,size\n"
+POOLS = "id,lower,upper,size,pool\na,0,3,4,fast\nb,0,3,4,fast\nc,0,3,4,slow\n"
+REUSE = "id,lower,upper,size,reuse\n"
 BAD = {
     "": "row 1: no column 'id'",
     "id,lower,upper\n": "row 1: no column 'size'",
@@ -34,6 +36,13 @@ BAD = {
     "id,lower,upper,size,gaps\na,0,9,4,3-12\n": "row 2, column gaps: the gap [3, 12)",
     "id,lower,upper,size,gaps\na,0,9,4,0-9\n": "row 2, column gaps: the gaps leave nothing",
     "id,lower,upper,size,pin\na,0,9,4,x\n": "row 2, column pin: 'x' is not",
+    REUSE + "a,0,9,4,b\n": "row 2, column reuse: no buffer is called 'b'",
+    REUSE + "a,0,5,4,\nb,4,9,4,a\nc,4,9,4,a\n": "row 4, column reuse: 'a' is reused by 'b' already",
+    REUSE + "a,0,5,5,\nb,4,9,4,a\n": "row 3, column reuse: 'a' takes 5 bytes, not 4",
+    REUSE + "a,0,5,4,\nb,0,9,4,a\n": "row 3, column reuse: 'a' is live from 0 to 5",
+    REUSE + "a,0,5,4,\nb,2,4,4,a\n": "row 3, column reuse: 'a' is live from 0 to 5",
+    REUSE + "a,0,5,4,a\n": "row 2, column reuse: 'a' is live from 0 to 5",
+    "id,lower,upper,size,pool,reuse\na,0,5,4,x,\nb,4,9,4,y,a\n": "row 3, column reuse: 'a' lies in the pool 'x'",
 }  # fmt: skip
 
 
@@ -99,6 +108,8 @@ def test_alloc_places_minimallocs_example(tmp_path, capsys):
         (HEAD + "a,0,3,5\nb,1,4,5\n", ("--align", "4", "--capacity", "12"), "the 2 live buffers, aligned to 4, take 13 bytes"),
         ("id,lower,upper,size,pin\na,1,3,9,0\nb,2,4,5,6\n", (), "'a' and 'b' are pinned to the same bytes"),
         ("id,lower,upper,size,pin\na,1,3,9,8\n", ("--capacity", "16"), "'a' is pinned to end at 17"),
+        (REUSE + "a,0,5,4,\nb,4,9,4,a\nc,4,9,1,\n", ("--capacity", "4"), "at time 4 the 2 live buffers take 5 bytes"),
+        (POOLS, ("--capacity", "fast=7"), "pool 'fast': at time 0 the 2 live buffers take 8 bytes, the capacity is 7"),
     ],
 )
 def test_what_cannot_be_placed_is_shown(tmp_path, capsys, text, words, reason):
@@ -127,6 +138,42 @@ def test_alignment_and_pins(tmp_path, capsys):
     status, _, err = call(capsys, "alloc", tmp_path / "in.csv", "--align", 8)
     assert status == 1
     assert "pinned at 4, which is no multiple of 8" in err
+
+
+def test_each_pool_is_a_memory_of_its_own(tmp_path, capsys):
+    """Peaks by pool, and a capacity for one of them or for all."""
+    (tmp_path / "in.csv").write_text(POOLS)
+    words = ("alloc", tmp_path / "in.csv", "-o", tmp_path / "out.csv", "--png", tmp_path / "p.png", "--json")
+    status, out, _ = call(capsys, *words, "--capacity", "fast=8")
+    facts = json.loads(out)
+    assert (status, facts["peak"], facts["lower_bound"], facts["status"]) == (0, 12, 12, "optimal")
+    assert {name: (pool["peak"], pool["capacity"]) for name, pool in facts["pools"].items()} == {
+        "fast": (8, 8),
+        "slow": (4, None),
+    }
+    assert (tmp_path / "out.csv").read_text().splitlines()[3] == "c,0,3,4,slow,0"
+    for wrong, why in (
+        ("quick=8", "the pool 'quick'"),
+        ("=8", "cannot read the capacity"),
+        ("8,9", "cannot read the capacity"),
+    ):
+        status, _, err = call(capsys, *words, "--capacity", wrong)
+        assert (status, err.count("\n")) == (1, 1)
+        assert why in err
+
+
+def test_what_is_written_in_place_shares_bytes(tmp_path, capsys):
+    """A chain needs the room of one; the check lets only that pair lie on the same bytes, and only whole."""
+    (tmp_path / "in.csv").write_text(REUSE + "a,0,3,4,\nb,2,5,4,a\nc,4,9,4,b\nd,0,9,1,\n")
+    status, out, _ = call(capsys, "alloc", tmp_path / "in.csv", "--json")
+    facts = json.loads(out)
+    assert (status, facts["peak"], facts["method"].split(",")[0]) == (0, 5, "2 of 2 in place")
+    read = read_trace(tmp_path / "in.csv")
+    approve(read, [0, 0, 0, 4], 1)
+    approve(read, [0, 4, 4, 8], 1)
+    for offsets in ([0, 2, 2, 8], [0, 0, 2, 8], [0, 0, 0, 3]):
+        with pytest.raises(PlacementError):
+            approve(read, offsets, 1)
 
 
 def test_wrong_addresses_are_not_let_out(tmp_path):

@@ -1,0 +1,89 @@
+"""Writing in place: the choice of what shares bytes is exact where it is small, and always a packing."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from memplan.solvers.allocate import pack
+from memplan.solvers.share import FEW, pack_sharing
+from memplan.solvers.storage import FREE, Status, Storage, peak_of
+from packings import make, meet
+
+EASY = settings(deadline=None, max_examples=80)
+
+
+@st.composite
+def sharing(draw, most=5) -> tuple[Storage, np.ndarray]:
+    """Small problems in which some buffers may be written over others."""
+    count = draw(st.integers(1, most))
+    spans, size, pins, over = [], [], [], []
+    for i in range(count):
+        low = draw(st.integers(0, 7))
+        spans.append([(low, draw(st.integers(low + 1, 9)))])
+        size.append(draw(st.integers(1, 4)))
+        pins.append(draw(st.sampled_from([FREE, FREE, FREE, 0, 2])))
+        able = [j for j in range(i) if j not in over and spans[j][0][0] < low <= spans[j][-1][1] <= spans[i][-1][1]]
+        over.append(draw(st.sampled_from([-1, *able])))
+        if over[i] >= 0:
+            size[i] = size[over[i]]
+    return make(size, spans, pins), np.array(over, np.int64)
+
+
+def may_lie(storage: Storage, over: np.ndarray, i: int, j: int, at_i: int, at_j: int) -> bool:
+    """Whether two buffers may have these offsets."""
+    apart = at_i + storage.size[i] <= at_j or at_j + storage.size[j] <= at_i
+    return apart or not meet(storage, i, j) or (at_i == at_j and (over[i] == j or over[j] == i))
+
+
+def smallest(storage: Storage, over: np.ndarray) -> int | None:
+    """The smallest peak by trying every offset."""
+    top, best = int(storage.size.sum()) + max(int(storage.pin.max()), 0), None
+
+    def go(offset: list[int], peak: int) -> None:
+        nonlocal best
+        i = len(offset)
+        if best is not None and peak >= best:
+            return
+        if i == len(storage):
+            best = peak
+            return
+        for at in range(top + 1) if storage.pin[i] == FREE else [int(storage.pin[i])]:
+            if all(may_lie(storage, over, i, j, at, offset[j]) for j in range(i)):
+                go([*offset, at], max(peak, at + int(storage.size[i])))
+
+    go([], 0)
+    return best
+
+
+@EASY
+@given(sharing())
+def test_few_pairs_are_solved_exactly(drawn):
+    """The smallest peak of all offsets, and it is proven; one byte less is infeasible."""
+    storage, over = drawn
+    expected = smallest(storage, over)
+    found = pack_sharing(storage, over, pack, seconds=20)
+    if expected is None:
+        assert found.status is Status.INFEASIBLE
+        return
+    assert (found.status, peak_of(storage, found.offset)) == (Status.OPTIMAL, expected)
+    for i in range(len(storage)):
+        for j in range(i):
+            assert may_lie(storage, over, i, j, found.offset[i], found.offset[j])
+    assert pack_sharing(storage, over, pack, expected, seconds=20).status is Status.OPTIMAL
+    assert pack_sharing(storage, over, pack, expected - 1, seconds=20).status is Status.INFEASIBLE
+
+
+@pytest.mark.parametrize("pairs", [1, FEW, FEW + 1, 12])
+def test_a_chain_of_any_length_needs_the_room_of_one(pairs):
+    """Each is written over the one before, as activation functions in place are."""
+    spans = [[(2 * i, 2 * i + 3)] for i in range(pairs + 1)]
+    over = np.arange(-1, pairs)
+    found = pack_sharing(make([7] * (pairs + 1), spans), over, pack, seconds=5)
+    assert (found.status, found.offset.tolist()) == (Status.OPTIMAL, [0] * (pairs + 1))
+
+
+def test_apart_where_together_is_worse():
+    """As one buffer, of both lives, the two would have to lie on what lies below either."""
+    storage = make([2, 2, 3, 3], [[(0, 5)], [(4, 9)], [(0, 4)], [(5, 9)]], [FREE, FREE, 0, 2])
+    over = np.array([-1, 0, -1, -1])
+    assert smallest(storage, over) == peak_of(storage, pack_sharing(storage, over, pack, seconds=5).offset) == 5
