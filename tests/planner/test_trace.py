@@ -147,18 +147,13 @@ def test_each_pool_is_a_memory_of_its_own(tmp_path, capsys):
     status, out, _ = call(capsys, *words, "--capacity", "fast=8")
     facts = json.loads(out)
     assert (status, facts["peak"], facts["lower_bound"], facts["status"]) == (0, 12, 12, "optimal")
-    assert {name: (pool["peak"], pool["capacity"]) for name, pool in facts["pools"].items()} == {
-        "fast": (8, 8),
-        "slow": (4, None),
-    }
+    pools = {name: (pool["peak"], pool["capacity"]) for name, pool in facts["pools"].items()}
+    assert pools == {"fast": (8, 8), "slow": (4, None)}
     assert (tmp_path / "out.csv").read_text().splitlines()[3] == "c,0,3,4,slow,0"
-    for wrong, why in (
-        ("quick=8", "the pool 'quick'"),
-        ("=8", "cannot read the capacity"),
-        ("8,9", "cannot read the capacity"),
-    ):
+    unreadable = "cannot read the capacity"
+    for wrong, code, why in (("quick=8", 1, "the pool 'quick'"), ("=8", 2, unreadable), ("8,9", 2, unreadable)):
         status, _, err = call(capsys, *words, "--capacity", wrong)
-        assert (status, err.count("\n")) == (1, 1)
+        assert (status, err.count("\n")) == (code, 1)
         assert why in err
 
 
