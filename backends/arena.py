@@ -260,19 +260,45 @@ def results_of(target: Any, device: str, half: bool) -> int:
     if form is not None:
         return len(out_names(form))
     special = SPECIAL.get(target)
-    if special is None or (special is drop_out and (device != "cpu" or half or not dropout_is_a_product())):
+    if special is None or (special in (drop_out, drop_back) and (device != "cpu" or half or not dropout_is_a_product())):
         return 0
     return 2 if special is drop_out else 1
 
 
 def copy_to(places: list[torch.Tensor], value: torch.Tensor, **_: Any) -> None:
-    """`clone`: the place decides the layout."""
+    """`clone` and `_to_copy`: the place decides layout and type."""
     places[0].copy_(value)
 
 
 def multiply(places: list[torch.Tensor], value: torch.Tensor, number: float) -> None:
     """`mul.Scalar`, which is `mul.Tensor` with the number as a tensor of no dimensions."""
     torch.ops.aten.mul.out(value, number, out=places[0])
+
+
+def divide(places: list[torch.Tensor], value: torch.Tensor, number: float) -> None:
+    """`div.Scalar`, likewise."""
+    torch.ops.aten.div.out(value, number, out=places[0])
+
+
+def rectify(places: list[torch.Tensor], value: torch.Tensor) -> None:
+    """`relu`, which is `clamp_min` at zero (ATen, Activation.cpp)."""
+    torch.ops.aten.clamp_min.out(value, 0, out=places[0])
+
+
+def look_up(places: list[torch.Tensor], weight: torch.Tensor, indices: torch.Tensor, *_: Any) -> None:
+    """`embedding`, which is `index_select` of rows (ATen, Embedding.cpp)."""
+    rows = places[0].view(-1, weight.shape[1])
+    torch.ops.aten.index_select.out(weight, 0, indices.reshape(-1), out=rows)
+
+
+def slice_back(places: list[torch.Tensor], grad: torch.Tensor, _: Any, *which: Any) -> None:
+    """`slice_backward`: zeros around the gradient of a slice."""
+    torch.ops.aten.slice.Tensor(places[0].zero_(), *which).copy_(grad)
+
+
+def select_back(places: list[torch.Tensor], grad: torch.Tensor, _: Any, axis: int, index: int) -> None:
+    """`select_backward`, likewise."""
+    places[0].zero_().select(axis, index).copy_(grad)
 
 
 def drop_out(places: list[torch.Tensor], value: torch.Tensor, p: float, train: bool | None) -> None:
@@ -287,16 +313,29 @@ def drop_out(places: list[torch.Tensor], value: torch.Tensor, p: float, train: b
     result.mul_(0.0 if p == 1.0 else 1.0 / (1.0 - p))
 
 
+def drop_back(places: list[torch.Tensor], grad: torch.Tensor, mask: torch.Tensor, scale: float) -> None:
+    """What `native_dropout_backward` does with 32 and 64-bit floats."""
+    torch.mul(grad, mask, out=places[0])
+    places[0].mul_(scale)
+
+
 SPECIAL = {
     torch.ops.aten.clone.default: copy_to,
+    torch.ops.aten._to_copy.default: copy_to,
+    torch.ops.aten.relu.default: rectify,
+    torch.ops.aten.div.Scalar: divide,
+    torch.ops.aten.embedding.default: look_up,
+    torch.ops.aten.slice_backward.default: slice_back,
+    torch.ops.aten.select_backward.default: select_back,
     torch.ops.aten.mul.Scalar: multiply,
     torch.ops.aten.native_dropout.default: drop_out,
+    torch.ops.aten.native_dropout_backward.default: drop_back,
 }
 
 
 @cache
 def dropout_is_a_product() -> bool:
-    """Whether `drop_out` gives this torch's dropout, bit for bit; tried once, with the generator left as it was."""
+    """Whether `drop_out` and `drop_back` give this torch's bits; tried once, with the generator left as it was."""
     state, same = torch.get_rng_state(), True
     for dtype in (torch.float32, torch.float64):
         value = torch.linspace(-3, 3, 1001, dtype=dtype)
@@ -308,6 +347,9 @@ def dropout_is_a_product() -> bool:
             drop_out(places, value, p, train)
             found = [*places, torch.get_rng_state()]
             same &= all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+            scale = 0.0 if p == 1.0 else 1.0 / (1.0 - p)
+            drop_back([places[0]], value, places[1], scale)
+            same &= torch.equal(places[0], torch.ops.aten.native_dropout_backward.default(value, places[1], scale))
     torch.set_rng_state(state)
     return same
 

@@ -7,7 +7,7 @@ from collections import Counter
 import memplan
 import pytest
 import torch
-from memplan.backends.arena import dropout_is_a_product, out_form, out_names
+from memplan.backends.arena import SPECIAL, dropout_is_a_product, find_operator, out_form, out_names, results_of
 from memplan.planner.errors import MemplanError
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -130,6 +130,40 @@ def test_out_forms_are_torchs_own(target, names):
     assert (None if form is None else out_names(form)) == names
 
 
+CALLS = {
+    "clone": ((torch.randn(4, 6).t(),), {}),
+    "_to_copy": ((torch.randn(4, 6),), {"dtype": torch.bfloat16}),
+    "relu": ((torch.tensor([-1.0, -0.0, 0.0, 2.0, float("nan"), float("-inf")]),), {}),
+    "mul.Scalar": ((torch.randn(5).bfloat16(), 0.3), {}),
+    "div.Scalar": ((torch.arange(5), 3), {}),
+    "embedding": ((torch.randn(7, 3), torch.randint(7, (4, 5)), 2), {}),
+    "slice_backward": ((torch.randn(2, 3), [2, 8], 1, 1, 7, 2), {}),
+    "select_backward": ((torch.randn(2, 3), [2, 5, 3], 1, -2), {}),
+    "native_dropout_backward": ((torch.randn(9), torch.rand(9) < 0.5, 1 / 0.7), {}),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_is_written_out_has_torchs_bits(name):
+    """Every operator without an `out=` form that is given one here, results of any former contents."""
+    args, kwargs = CALLS[name]
+    target = find_operator("aten." + (name if "." in name else name + ".default"))
+    wanted = target(*args, **kwargs)
+    place = torch.empty_like(wanted).fill_(77)
+    assert results_of(target, "cpu", False) == 1
+    SPECIAL[target]([place], *args, **kwargs)
+    assert place.dtype == wanted.dtype
+    assert place.isnan().equal(wanted.isnan())
+    assert place.nan_to_num().equal(wanted.nan_to_num())
+    assert place.signbit().equal(wanted.signbit())
+
+
+def test_every_operator_written_out_is_tried():
+    """The table above has them all; dropout has a test of its own."""
+    named = {find_operator("aten." + (name if "." in name else name + ".default")) for name in CALLS}
+    assert named | {torch.ops.aten.native_dropout.default} == set(SPECIAL)
+
+
 def test_dropout_is_written_out_as_what_it_is():
     """The product with a mask is torch's own dropout bit for bit, and trying it leaves the generator alone."""
     torch.manual_seed(5)
@@ -137,7 +171,7 @@ def test_dropout_is_written_out_as_what_it_is():
     assert dropout_is_a_product.__wrapped__()
     assert torch.equal(torch.get_rng_state(), before)
     _, planned, other, x = made(nn.Tanh(), nn.Dropout(0.3))
-    copied = [name for name in arena_of(planned).transients if name.startswith("native_dropout") and "backward" not in name]
+    copied = [name for name in arena_of(planned).transients if name.startswith("native_dropout")]
     assert len(copied) <= 1  # the last one's result is the caller's
     for net in (planned, other):
         torch.manual_seed(9)
