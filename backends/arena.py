@@ -70,7 +70,8 @@ def with_transients(program: Program) -> Program:
         target = find_operator(op.target)
         direct = target is None or results_of(target, program.device, is_half(op)) == len(op.writes) == len(inside)
         passing = 0 if direct else sum(program.buffers[buffer].bytes for buffer in inside)
-        ops.append(msgspec.structs.replace(op, workspace=op.workspace + passing))
+        own = 0 if direct and target in SPECIAL else op.workspace
+        ops.append(msgspec.structs.replace(op, workspace=own + passing))
     return msgspec.structs.replace(program, ops=tuple(ops))
 
 
@@ -291,6 +292,13 @@ def look_up(places: list[torch.Tensor], weight: torch.Tensor, indices: torch.Ten
     torch.ops.aten.index_select.out(weight, 0, indices.reshape(-1), out=rows)
 
 
+def safe_softmax(places: list[torch.Tensor], value: torch.Tensor, axis: int, dtype: torch.dtype | None = None) -> None:
+    """`_safe_softmax`: zeros in rows that are masked throughout (ATen, SoftMax.cpp), found by their largest element."""
+    value = value if dtype is None else value.to(dtype)
+    torch.ops.aten._softmax.out(value, axis, False, out=places[0])
+    places[0].masked_fill_(value.amax(axis, keepdim=True) == float("-inf"), 0.0)
+
+
 def slice_back(places: list[torch.Tensor], grad: torch.Tensor, _: Any, *which: Any) -> None:
     """`slice_backward`: zeros around the gradient of a slice."""
     torch.ops.aten.slice.Tensor(places[0].zero_(), *which).copy_(grad)
@@ -309,14 +317,12 @@ def drop_out(places: list[torch.Tensor], value: torch.Tensor, p: float, train: b
         result.copy_(value)
         return
     mask.bernoulli_(1.0 - p)
-    torch.mul(value, mask, out=result)
-    result.mul_(0.0 if p == 1.0 else 1.0 / (1.0 - p))
+    drop_back([result], value, mask, 0.0 if p == 1.0 else 1.0 / (1.0 - p))
 
 
 def drop_back(places: list[torch.Tensor], grad: torch.Tensor, mask: torch.Tensor, scale: float) -> None:
     """What `native_dropout_backward` does with 32 and 64-bit floats."""
-    torch.mul(grad, mask, out=places[0])
-    places[0].mul_(scale)
+    places[0].copy_(mask).mul_(grad).mul_(scale)  # a product of the two would make the mask into floats beside it
 
 
 SPECIAL = {
@@ -325,6 +331,7 @@ SPECIAL = {
     torch.ops.aten.relu.default: rectify,
     torch.ops.aten.div.Scalar: divide,
     torch.ops.aten.embedding.default: look_up,
+    torch.ops.aten._safe_softmax.default: safe_softmax,
     torch.ops.aten.slice_backward.default: slice_back,
     torch.ops.aten.select_backward.default: select_back,
     torch.ops.aten.mul.Scalar: multiply,

@@ -11,26 +11,34 @@ the transients of operators that cannot write where they are told).
 import argparse
 import dataclasses
 import time
+from bisect import bisect_right
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from torch.profiler import ProfilerActivity, profile
 
 from ..backends.arena import generate_static
 from ..backends.eager import recapture
 from ..passes.addresses import Place
 from ..planner.plan import Side, load, unlimited
+from ..planner.program import Op
 from ..planner.referee import referee
 from ..planner.schedule import Run
 from .models import FIVE, MODELS, build
 from .record import RESULTS, Results, Row, answer, ask, header, markdown, mib, note_machine, ratio, say, verdict
-from .step import paired_ratio
+from .step import Arms, paired_ratio
 
 BUDGETS = ("none", "50%")
 
 
 def serve(request: Row) -> Iterator[Row]:
+    """Answer a request of `measure`."""
+    yield from describe(request) if request["task"] == "place" else count(request)
+
+
+def describe(request: Row) -> Iterator[Row]:
     """What there is to say of a plan with addresses; and the same schedule without them, saved beside it."""
     plan = load(request["file"])
     bare = msgspec.structs.replace(plan.schedule, placements=())
@@ -46,6 +54,65 @@ def serve(request: Row) -> Iterator[Row]:
         "buffers": len(plan.schedule.placements), "stated": plan.peak, "transients": code.arena.transients,
         "runs": sum(isinstance(step, Run) for step in plan.schedule.instructions),
     }  # fmt: skip
+
+
+def count(request: Row) -> Iterator[Row]:
+    """How often a steady step asks the allocator, for each method; and for what, in the arena.
+
+    An allocation belongs to the operator at the top of the calls in which it was made. It is *copied* if some op of that
+    name has a result that passes through memory of its own, *given* if some op of that name makes what the caller is
+    given, a *number* if it holds 64 bytes at most, *between* if no operator made it. What is left, *other*, would be a
+    planned tensor, or a kernel's workspace.
+    """
+    arms = Arms(build(request["model"]))
+    calls = {}
+    for label, method in request["methods"].items():
+        called = arms.called(method)
+        for seed in range(2):
+            arms.step(method, called, seed)
+            arms.clear()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            arms.step(method, called, 2)
+        arms.clear()
+        recorded: Any = seen.profiler
+        calls[label] = allocations(list(recorded.kineto_results.events()))
+    plan, code = load(request["file"]), request["transients"]
+    copied = {base_name(op) for op in plan.program.ops if op.name in code}
+    given = {base_name(op) for op in plan.program.ops if set(op.writes) & set(plan.program.outputs)}
+    kinds, other = dict.fromkeys(("copied", "given", "number", "between", "other"), 0), {}
+    for name, size in calls["arena"]:
+        if size <= 64:
+            kind = "number"
+        else:
+            kind = "between" if not name else "copied" if name in copied else "given" if name in given else "other"
+        kinds[kind] += 1
+        if kind == "other":
+            other[name] = other.get(name, 0) + 1
+    yield {"calls": {label: len(found) for label, found in calls.items()}, "kinds": kinds, "other": other}
+
+
+def base_name(op: Op) -> str:
+    """The operator's name without its overload."""
+    return op.target.removeprefix("aten.").partition(".")[0]
+
+
+def allocations(events: list[Any]) -> list[tuple[str, int]]:
+    """The allocations among a profiler's events: the name of the operator at the top, or nothing, and the bytes."""
+    spans = sorted((event.start_ns(), event.start_ns() + event.duration_ns(), event.name()[6:], event.start_thread_id())
+                   for event in events if event.name().startswith("aten::"))  # fmt: skip
+    tops: dict[int, list[tuple[int, int, str]]] = {}
+    for begin, end, name, thread in spans:
+        mine = tops.setdefault(thread, [])
+        if not mine or begin >= mine[-1][1]:
+            mine.append((begin, end, name))
+    found = []
+    for event in events:
+        if event.name() == "[memory]" and event.nbytes() > 0:
+            mine = tops.get(event.start_thread_id(), [])
+            at = bisect_right(mine, (event.start_ns(), 2**63, "")) - 1
+            inside = at >= 0 and event.start_ns() <= mine[at][1]
+            found.append((mine[at][2] if inside else "", event.nbytes()))
+    return found
 
 
 def measure(results: Results, name: str, budget: str, options: argparse.Namespace) -> None:
@@ -65,12 +132,14 @@ def measure(results: Results, name: str, budget: str, options: argparse.Namespac
     plan = once("planning", request, task="plan")
     if plan is None or "file" not in plan:
         return
-    made = once("arena", {"model": name, "file": plan["file"]}, task="place")
+    made = once("arena", {"task": "place", "model": name, "file": plan["file"]}, task="place")
     if made is None:
         return
     methods = {"eager": "eager", "plan": f"memplan:{made['bare']}", "arena": f"memplan:{plan['file']}"}
     for label, method in methods.items():
         once("step", {"task": "peak", "model": name, "method": method, "steps": 2}, task="peak", method=label)
+    request = {"task": "count", "model": name, "file": plan["file"], "methods": methods, "transients": list(made["transients"])}
+    once("arena", request, task="count")
     request = {"task": "time", "model": name, "methods": list(methods.values()), "rounds": options.rounds}
     if results.last(**keys, task="time") is None:
         say(f"{name}, {budget}: {options.rounds} rounds")
@@ -106,6 +175,21 @@ def render(results: Results, path: Path) -> None:
     lines += ["Written by `python -m memplan.benchmarks.arena`. Sizes are MiB. *Without*: the same plan's measured total"]
     lines += ["without addresses. *Ops that copy*: whose results torch can only give memory of their own.", ""]
     lines += markdown(heads, rows)
+    counts = [(row["model"], row["asked"], *(str(row["calls"][label]) for label in ("eager", "plan", "arena")),
+               *(str(row["kinds"][kind]) for kind in ("copied", "given", "number", "between", "other")),
+               ", ".join(f"{name} {times}" for name, times in row["other"].items()) or "-")
+              for row in {(row["model"], row["asked"]): row for row in results.all(task="count")}.values()]  # fmt: skip
+    if counts:
+        lines += ["## Calls of the allocator in a steady step", ""]
+        lines += [
+            "In the arena, by what they were for: results that are *copied* into their place, gradients and outputs that the"
+        ]
+        lines += [
+            "caller is *given*, single *numbers* (64 bytes at most), *between* operators (autograd's), and *other*, which are"
+        ]
+        lines += ["workspaces of kernels or would be planned tensors.", ""]
+        lines += markdown(("model", "budget", "eager", "plan without addresses", "arena", "copied", "given", "numbers",
+                           "between", "other", "by"), counts)  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines).rstrip() + "\n")
 

@@ -130,6 +130,7 @@ def test_out_forms_are_torchs_own(target, names):
     assert (None if form is None else out_names(form)) == names
 
 
+INF = float("-inf")
 CALLS = {
     "clone": ((torch.randn(4, 6).t(),), {}),
     "_to_copy": ((torch.randn(4, 6),), {"dtype": torch.bfloat16}),
@@ -137,6 +138,7 @@ CALLS = {
     "mul.Scalar": ((torch.randn(5).bfloat16(), 0.3), {}),
     "div.Scalar": ((torch.arange(5), 3), {}),
     "embedding": ((torch.randn(7, 3), torch.randint(7, (4, 5)), 2), {}),
+    "_safe_softmax": ((torch.tensor([[0.3, -1.0, INF], [INF, INF, INF], [float("nan"), INF, 1.0]]), 1), {}),
     "slice_backward": ((torch.randn(2, 3), [2, 8], 1, 1, 7, 2), {}),
     "select_backward": ((torch.randn(2, 3), [2, 5, 3], 1, -2), {}),
     "native_dropout_backward": ((torch.randn(9), torch.rand(9) < 0.5, 1 / 0.7), {}),
