@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ..planner.errors import MemplanError
-from .measure import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+from .meters import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
 if TYPE_CHECKING:
     import torch

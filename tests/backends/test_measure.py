@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from memplan.backends import measure as measuring
-from memplan.backends.measure import Unmeasurable, allocator_extra, build, calibrate, measure
+from memplan.backends.calls import Unmeasurable, build
+from memplan.backends.measure import calibrate, measure
+from memplan.backends.meters import allocator_extra
 from memplan.planner.cost import Table
 from memplan.planner.errors import MemplanError
 from memplan.planner.machine import Machine, Tier, Unit

@@ -1,0 +1,168 @@
+"""What a call takes: seconds, and bytes of workspace beside its inputs and results."""
+
+import ctypes
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .calls import Call, storages
+
+if TYPE_CHECKING:
+    pass
+
+KEY_BUDGET = 0.15  # seconds for the repetitions of one key
+MOST_REPEATS = 15
+TRIALS = 3  # of the workspace, of which the least counts: the kernel's counters lag
+NOISE = 64 * 1024  # bytes below which a resident-set difference says nothing
+MMAP_THRESHOLD = 65536  # blocks from this size on are mapped and unmapped singly, so that the resident set follows them
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
+
+def seconds_of(call: Callable[[], Any], repeats: int, device: str) -> float:
+    """The time of one call, its outputs allocated and freed each time as in a step.
+
+    Of several times the lower quartile: another process on the cores only ever lengthens a run, and where threads wait
+    for one another, tenfold.
+    """
+    once = timed_on_cuda if device == "cuda" else timed_on_cpu
+    once(call)
+    times = [once(call)]
+    least = repeats if times[0] * repeats <= KEY_BUDGET else min(repeats, 2)
+    spent = times[0]
+    while len(times) < least or (len(times) < MOST_REPEATS and spent < KEY_BUDGET / 2):
+        times.append(once(call))
+        spent += times[-1]
+    return sorted(times)[len(times) // 4]
+
+
+def timed_on_cpu(call: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    result = call()
+    del result  # giving the pages back is part of what an output costs
+    return time.perf_counter() - begin
+
+
+def timed_on_cuda(call: Callable[[], Any]) -> float:
+    import torch
+
+    # writing more than the second-level cache holds leaves the inputs as cold as a step finds them
+    torch.empty(64 << 20, dtype=torch.int8, device="cuda").zero_()
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def workspace_of(call: Call, device: str) -> int:
+    """Bytes live at the call's highest point beside its inputs and outputs."""
+    if device == "cuda":
+        extra = cuda_extra
+    elif can_reset_peak():
+        extra = resident_extra
+    else:
+        extra = allocator_extra
+    inputs = call.inputs
+    extra(call, inputs)  # a library's own buffers come into being with the first call, and stay
+    begin = time.perf_counter()
+    least = extra(call, inputs)
+    for _ in range(TRIALS - 1):
+        if least < NOISE or time.perf_counter() - begin > KEY_BUDGET or device == "cuda":
+            break
+        least = min(least, extra(call, inputs))
+    return least if least >= NOISE or device == "cuda" else 0
+
+
+def resident_extra(call: Callable[[], Any], inputs: set[int]) -> int:
+    """From the high-water mark of the resident set, which sees the memory of oneDNN and MKL as well."""
+    trim()
+    before = resident()
+    reset_peak()
+    result = call()
+    return max(0, highest() - before - output_bytes(result, inputs))
+
+
+def allocator_extra(call: Callable[[], Any], inputs: set[int]) -> int:
+    """From torch's allocator alone, for systems whose resident set cannot be followed."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        result = call()
+    assert recorded.profiler is not None
+    assert recorded.profiler.kineto_results is not None
+    events: list[Any] = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return max(0, peak - output_bytes(result, inputs))
+
+
+def cuda_extra(call: Callable[[], Any], inputs: set[int]) -> int:
+    """From the caching allocator's peak."""
+    import torch
+
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = call()
+    torch.cuda.synchronize()
+    made = sum(-(-size // 512) * 512 for size in output_storages(result, inputs).values())
+    return max(0, torch.cuda.max_memory_allocated() - before - made)
+
+
+def output_storages(result: Any, inputs: set[int]) -> dict[int, int]:
+    """Address and bytes of each storage that the call made; views of inputs are not among them."""
+    return {found.data_ptr(): found.nbytes() for found in storages(result) if found.data_ptr() not in inputs}
+
+
+def output_bytes(result: Any, inputs: set[int]) -> int:
+    """Bytes of the storages that the call made."""
+    return sum(output_storages(result, inputs).values())
+
+
+# The resident set (Linux)
+
+
+def can_reset_peak() -> bool:
+    """Whether this process may reset its high-water mark."""
+    try:
+        reset_peak()
+        return resident() > 0 and highest() > 0
+    except OSError:
+        return False
+
+
+def reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident() -> int:
+    """Bytes resident now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def highest() -> int:
+    """The most bytes resident since the last reset."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("no VmHWM")
+
+
+def return_memory_at_once() -> None:
+    """Make glibc's malloc map large blocks singly, so that what is freed leaves the resident set."""
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
+        libc.mallopt(M_TRIM_THRESHOLD, MMAP_THRESHOLD)
+
+
+def trim() -> None:
+    """Give free heap pages back to the system: memory that is reused would not show."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
