@@ -218,7 +218,9 @@ def test_views_are_no_ops():
     plain = capture(Says(lambda m, x: m.layer(x).sin()), X, loss=total).program
     viewed = capture(Says(lambda m, x: m.layer(x).view(32, 64).t().sin()), X, loss=total).program
 
-    assert len(plain.ops) == len(viewed.ops)
+    # the gradient of `view` is a reshape, which copies or not as the layout that the torch version gives it demands
+    assert [op.target for op in plain.ops] == [op.target for op in viewed.ops if op.target != "aten.clone.default"]
+    assert not [op for op in viewed.ops if op.target == "aten.clone.default" and op.phase == Phase.FORWARD]
 
 
 def test_programs_and_schedules_read_well(golden):
