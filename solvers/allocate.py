@@ -220,8 +220,7 @@ def first_fits(storage: Storage, until: float) -> Iterator[tuple[np.ndarray, str
 
 def pairs_of(storage: Storage) -> float:
     """About how many pairs of buffers are live at once: the sum over buffers of those live when each begins."""
-    first, _, _ = storage.sections
-    return float(2 * storage.sum_live(np.ones(len(storage), np.int64))[first[storage.start[:-1]]].sum())
+    return float(2 * storage.sum_live(np.ones(len(storage), np.int64))[storage.hull[0]].sum())
 
 
 def pins_clash(storage: Storage) -> tuple[int, int] | None:

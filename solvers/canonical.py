@@ -117,7 +117,7 @@ def _neighbours(span_start, first, last, begin, end):  # pragma: no cover
 def make_instance(storage: Storage) -> Instance:
     """The arrays of a problem."""
     first, last, _ = storage.sections
-    begin, end = first[storage.start[:-1]], last[storage.start[1:] - 1]
+    begin, end = storage.hull
     near_start, near = _neighbours(storage.start, first, last, begin, end)
     alike: dict[tuple[int, ...], list[int]] = {}
     for i in range(len(storage)):

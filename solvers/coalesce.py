@@ -7,7 +7,7 @@ runs of equal temporaries in a trace. It may cost freedom, so a packing of what 
 
 import numpy as np
 
-from .storage import FREE, Storage, make_storage
+from .storage import FREE, Storage
 
 
 def coalesce(storage: Storage) -> tuple[Storage, np.ndarray, np.ndarray]:
@@ -58,13 +58,8 @@ def coalesce(storage: Storage) -> tuple[Storage, np.ndarray, np.ndarray]:
             into[j], shift[j] = i, at
     place = np.full(many, -1)
     place[rest] = np.arange(len(rest))
-    if single.all():
-        small = make_storage(
-            np.array(lower)[rest], np.array(upper)[rest], np.where(np.array(taller), size, storage.size)[rest],
-            alignment=storage.alignment,
-        )  # fmt: skip
-    else:
-        small = respan(storage.take(rest), single[rest], np.array(lower)[rest], np.array(upper)[rest], np.array(size)[rest])
+    own = np.where(taller, size, storage.size)[rest]
+    small = respan(storage.take(rest), single[rest], np.array(lower)[rest], np.array(upper)[rest], own)
     return small, place[root], base
 
 

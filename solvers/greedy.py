@@ -76,9 +76,7 @@ def lowest_first(storage: Storage) -> np.ndarray:
     """
     if (storage.pin != FREE).any():
         raise ValueError("lowest_first places no pinned buffers")
-    first, last, sections = storage.sections
-    begin, end = first[storage.start[:-1]], last[storage.start[1:] - 1]
-    return _lowest_first(storage.padded, begin, end, sections)
+    return _lowest_first(storage.padded, *storage.hull, storage.sections[2])
 
 
 @njit(cache=True)

@@ -34,9 +34,9 @@ class Repeat(NamedTuple):
 
 def find_repeats(storage: Storage) -> list[Repeat]:
     """The blocks of a problem, the longest repetition first; repetitions share no time."""
-    first, last, sections = storage.sections
+    begin, end = storage.hull
+    sections = storage.sections[2]
     free = (np.diff(storage.start) == 1) & (storage.pin == FREE)
-    begin, end = first[storage.start[:-1]], last[storage.start[1:] - 1]
     signature = signatures(storage, begin, end, sections)
     found = []
     while (stretch := longest_stretch(signature)) is not None:

@@ -55,6 +55,12 @@ class Storage:
         return first.astype(np.int64), last.astype(np.int64), max(len(times) - 1, 0)
 
     @cached_property
+    def hull(self) -> tuple[np.ndarray, np.ndarray]:
+        """The first section of each buffer's first span, and the one after its last span's last."""
+        first, last, _ = self.sections
+        return first[self.start[:-1]], last[self.start[1:] - 1]
+
+    @cached_property
     def owner(self) -> np.ndarray:
         """The buffer of each span."""
         return np.repeat(np.arange(len(self)), np.diff(self.start))
