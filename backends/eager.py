@@ -182,8 +182,9 @@ class _Planned(torch.autograd.Function):
         # nothing is recorded below autograd, but some kernels (LSTM's on CPU) save what backward needs only if this is on
         with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
             outputs, saved = runner.code.forward(list(inputs))
+            returned = {id(value) for value in outputs}  # held as they are they would hold this node, and it them
+            ctx.saved = [value.detach() if id(value) in returned else value for value in saved]
         ctx.runner = runner
-        ctx.saved = saved
         ctx.watched = [(source, value, value._version) for source, value in zip(runner.code.arguments, inputs, strict=True)]
         ctx.wanted = set(runner.code.tangents)
         plain = runner.captured.plain

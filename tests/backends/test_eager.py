@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import weakref
 
 import memplan
 import msgspec
@@ -562,6 +563,23 @@ def test_a_submodule_replaced_after_planning_is_never_ignored():
         return
 
     same([found.detach()], [model(x).detach()])
+
+
+@pytest.mark.parametrize("arena", [False, True])
+def test_an_output_that_is_dropped_is_gone(arena):
+    """At once, although its own backward pass would have read it: no cycle waits for the garbage collector."""
+    model, _, args, loss = build("gelu")
+    model.append(nn.Tanh())
+    planned = session_of(model, args, loss).plan(None, arena).apply(model)
+    gc.collect()
+    gc.disable()
+    try:
+        output = planned(*args)
+        known = weakref.ref(output)
+        del output
+        assert known() is None
+    finally:
+        gc.enable()
 
 
 def test_a_hook_of_the_model_runs_once():
