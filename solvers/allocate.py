@@ -1,6 +1,6 @@
 """Addresses by every means: fast answers first, then exact search until the time is up or nothing is left to prove.
 
-    greedy answers -> the same coalesced -> equal blocks packed once -> search at the lower bound, downwards from the best
+    greedy answers -> the same coalesced -> equal blocks packed once -> search -> what nearly fits merged -> search
 
 Two searches run side by side. One takes the problem as it is and stays at the goal, the capacity asked for or the
 lower bound: it finds a packing or proves that there is none, which raises the bound. The other takes the coalesced
@@ -22,14 +22,26 @@ from .canonical import MANY, NONE, SOLVED, Search, make_instance
 from .coalesce import coalesce
 from .greedy import ORDERS, first_fit, lowest_first
 from .levels import pack_levels
-from .storage import FREE, Packing, Status, Storage, peak_of
+from .merge import WAYS, Merger
+from .storage import FREE, Packing, Part, Status, Storage, peak_of
 
 PAIRS = 2e7  # buffers live at once, counted twice: with more, first fit is too slow and takes too much memory
 SHARE = 0.25  # of the time, for packing on two levels
+FIRST = 0.1  # of the time, for searching before anything is merged
+JOINING = 6e-4  # seconds that merging takes for each buffer
+MERGING = 0.3  # of the time, for merging and what it leads to
+PART = 0.25  # of that, for one of the problems on the way
 SLICE = 0.25  # seconds of search for one capacity, at first
 
 
-def pack(storage: Storage, capacity: int | None = None, seconds: float = 10.0, seed: int = 0, blocks: bool = True) -> Packing:
+def pack(
+    storage: Storage,
+    capacity: int | None = None,
+    seconds: float = 10.0,
+    seed: int = 0,
+    blocks: bool = True,
+    merge: bool = True,
+) -> Packing:
     """Addresses for every buffer.
 
     Args:
@@ -37,7 +49,8 @@ def pack(storage: Storage, capacity: int | None = None, seconds: float = 10.0, s
         capacity: bytes to fit into; None for the smallest peak.
         seconds: to search for, at most; the fast answers are made whatever it is.
         seed: of the search.
-        blocks: look for blocks that come again, and pack them once; what is found without them is not changed by it.
+        blocks: look for blocks that come again, and pack them once.
+        merge: join buffers that nearly fit one another.
 
     Returns:
         Asked to fit: OPTIMAL if it does, INFEASIBLE if it was proven not to, else UNKNOWN. Asked for the smallest
@@ -53,26 +66,11 @@ def pack(storage: Storage, capacity: int | None = None, seconds: float = 10.0, s
     work.answer_fast()
     if blocks and not work.done:
         work.answer_by_blocks()
-    if not work.done:
-        searches = [work.prove] if len(storage) <= MANY else []
-        searches += [work.sink if capacity is None else work.hold] if len(work.small.storage) <= MANY else []
-        with ThreadPoolExecutor(2) as pool:
-            for job in [pool.submit(search) for search in searches]:
-                job.result()
+    if merge and not work.done and work.can_merge:
+        work.search(min(work.until, time.monotonic() + FIRST * seconds))
+        work.answer_merged()
+    work.search(work.until)
     return work.packing(capacity)
-
-
-@dataclass(frozen=True)
-class Part:
-    """A smaller problem, and how its answer extends to all buffers: each lies in one of the smaller problem, at an offset."""
-
-    storage: Storage
-    root: np.ndarray
-    base: np.ndarray
-
-    def whole(self, offset: np.ndarray) -> np.ndarray:
-        """Offsets of all buffers."""
-        return offset[self.root] + self.base
 
 
 @dataclass
@@ -158,31 +156,61 @@ class Work:
             return Part(storage, np.arange(len(storage)), np.zeros(len(storage), np.int64))
         return Part(*coalesce(storage))
 
-    def prove(self) -> None:
+    @property
+    def can_merge(self) -> bool:
+        """Whether joining what nearly fits is possible, and done in time."""
+        plain = (self.storage.pin == FREE).all() and len(self.storage.lower) == len(self.storage)
+        return bool(plain) and len(self.storage) * JOINING < MERGING * (self.until - time.monotonic())
+
+    def answer_merged(self) -> None:
+        """Joined step by step, in several ways; each problem on the way is packed."""
+        began = time.monotonic()
+        until = began + MERGING * (self.until - began)
+        for weights in WAYS:
+            parts = list(Merger(self.storage, max(self.goal, self.bound), weights).run())
+            for part in reversed(parts):  # the smallest problem first
+                seconds = min(PART * (until - began), until - time.monotonic())
+                if self.done or seconds <= 0:
+                    return
+                found = pack(part.storage, self.goal if self.fitting else None, seconds, self.seed, False, False)
+                if len(found.offset):
+                    self.offer(part.whole(found.offset), f"merged, {found.method}")
+
+    def search(self, until: float) -> None:
+        """Both searches side by side, where buffers are few enough."""
+        if self.done:
+            return
+        searches = [self.prove] if len(self.storage) <= MANY else []
+        searches += [self.hold if self.fitting else self.sink] if len(self.small.storage) <= MANY else []
+        with ThreadPoolExecutor(2) as pool:
+            for job in [pool.submit(search, until) for search in searches]:
+                job.result()
+
+    def prove(self, until: float) -> None:
         """Search at the goal, or the bound where that is higher, which rises each time that nothing fits."""
         search = Search(self.storage, seed=2 * self.seed, stop=self.stop)
-        while not self.done and time.monotonic() < self.until:
+        while not self.done and time.monotonic() < until:
             at = max(self.goal, self.bound)
-            got, offset = search.fit(at, self.until)
+            got, offset = search.fit(at, until)
             if got == SOLVED:
                 self.offer(offset, "search")
             elif got == NONE:
                 self.refute(at)
 
-    def hold(self) -> None:
+    def hold(self, until: float) -> None:
         """Search the coalesced problem at the goal."""
         search = Search(self.small.storage, seed=2 * self.seed + 1, stop=self.stop)
-        got, offset = search.fit(self.goal, self.until)
+        got, offset = search.fit(self.goal, until)
         if got == SOLVED:
             self.offer(self.small.whole(offset), "coalesced, search")
 
-    def sink(self) -> None:
+    def sink(self, until: float) -> None:
         """Search the coalesced problem below the best peak, at the bound first; steps halve when a slice of time fails."""
         search, share, allowed = Search(self.small.storage, seed=2 * self.seed + 1, stop=self.stop), 1.0, SLICE
-        while not self.done and time.monotonic() < self.until:
+        while not self.done and time.monotonic() < until:
             unit = self.storage.unit
             step = int((self.peak - self.bound) * share) // unit * unit
-            got, offset = search.fit(self.peak - max(step, unit), min(self.until, time.monotonic() + allowed))
+            got, offset = search.fit(self.peak - max(step, unit), min(until, time.monotonic() + allowed))
             if got == SOLVED:
                 self.offer(self.small.whole(offset), "coalesced, search")
                 share = min(2 * share, 1.0)

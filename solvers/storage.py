@@ -122,6 +122,19 @@ class Packing:
     method: str = ""
 
 
+@dataclass(frozen=True)
+class Part:
+    """A smaller problem, and how its answer extends to all buffers: each lies in one of the smaller problem, at an offset."""
+
+    storage: Storage
+    root: np.ndarray
+    base: np.ndarray
+
+    def whole(self, offset: np.ndarray) -> np.ndarray:
+        """Offsets of all buffers."""
+        return offset[self.root] + self.base
+
+
 def make_storage(
     lower: Sequence[int] | np.ndarray,
     upper: Sequence[int] | np.ndarray,
