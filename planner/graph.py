@@ -15,10 +15,10 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import flop_registry
 
-from .dropout import restore
 from .errors import CaptureError
 from .optimizers import update_op
 from .program import Buffer, Kind, Op, Phase, Program
+from .restore import restore_dropout, sum_tied
 
 # BatchNorm in training mode reads the running statistics only to update them: its other results do not depend on them.
 STATISTICS = {"aten._native_batch_norm_legit_functional.default": (3, 4)}
@@ -61,7 +61,7 @@ class Traced:
         sources: for each placeholder and constant where its value comes from.
         outputs: nodes of the traced forward outputs, in order.
         mutations: op -> (source of the tensor to overwrite, node of the new value).
-        gradients: pairs (placeholder, node of its gradient); a tied parameter has a placeholder for each of its names.
+        gradients: pairs (placeholder, node of its gradient); of the placeholders of a tied parameter, the first has the sum.
         in_place: (op, operand's buffer) -> how to write over it.
     """
 
@@ -92,7 +92,7 @@ def lower(
     """Build the program of a joint graph with descriptors.
 
     Args:
-        graph: AOTAutograd's joint graph (or forward graph, for inference); changed where `dropout.restore` says.
+        graph: AOTAutograd's joint graph (or forward graph, for inference); changed where `planner/restore.py` says.
         name: the program's name.
         device: the type of device traced for.
         parameter_name: from a descriptor's target to the name in the model; tied names map to the first.
@@ -104,8 +104,9 @@ def lower(
         runs_on: the type of device that the step is for: it decides the optimizer's temporaries, and on the CPU dropout
             is spelled out as eager computes it.
     """
+    sum_tied(graph, parameter_name)
     if device == runs_on == "cpu":
-        restore(graph)
+        restore_dropout(graph)
     return _Lowering(graph, device, parameter_name, input_leaf).run(name, train, loss, optimizer, trainable, runs_on)
 
 

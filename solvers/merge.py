@@ -84,7 +84,7 @@ class Merger:
         if end[i] <= begin[j] or end[j] <= begin[i]:
             return self.weights.chained * (whole - one - two) / whole if self.size[i] == self.size[j] else None
         height = self.size[i] + self.size[j]
-        share = (self.size[i] * (whole - one) + self.size[j] * (whole - two)) / (height * whole)
+        share = (self.size[i] * (whole - one) + self.size[j] * (whole - two)) / max(height * whole, 1)
         at = bisect_left(self.by_size, (height, 0, 0))
         if at < len(self.by_size) and self.by_size[at][0] == height:
             share *= self.weights.summed

@@ -29,7 +29,7 @@ class Storage:
     """Buffers that want addresses in one pool.
 
     Attributes:
-        size: bytes of each buffer, shape (n,), int64, positive.
+        size: bytes of each buffer, shape (n,), int64, not negative.
         start: buffer i is live during spans `start[i]` to `start[i + 1]`, shape (n + 1,).
         lower: when each span begins, ascending within a buffer and not touching, int64.
         upper: when each span ends, exclusive.

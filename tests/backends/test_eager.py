@@ -78,6 +78,21 @@ class Tied(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten()), logits
 
 
+class TiedThrice(nn.Module):
+    """Two embeddings and a head of one weight, whose gradient is a sum of three."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Embedding(50, WIDTH), nn.Embedding(50, WIDTH)
+        self.one, self.two = layers(nn.Tanh), layers(nn.Tanh)
+        self.head = nn.Linear(WIDTH, 50, bias=False)
+        self.second.weight = self.head.weight = self.first.weight
+
+    def forward(self, source, target):
+        hidden = self.two(self.second(target) + self.one(self.first(source)).mean(1, keepdim=True))
+        return F.cross_entropy(self.head(hidden).flatten(0, 1), target.flatten())
+
+
 class Attention(nn.Module):
     """SDPA over heads, with a residual and a mask made on the fly."""
 
@@ -192,6 +207,7 @@ MODELS = {
     "gelu": (lambda: layers(nn.GELU), lambda: (rows(),), total),
     "relu in place": (lambda: layers(nn.GELU, lambda: nn.ReLU(inplace=True)), lambda: (rows(),), total),
     "tied": (Tied, tokens, lambda out: out[0]),
+    "tied three times": (TiedThrice, tokens, None),
     "frozen": (lambda: frozen(layers(nn.GELU)), lambda: (rows(),), total),
     "first layers frozen": (
         lambda: nn.Sequential(layers(nn.GELU).requires_grad_(False), layers(nn.GELU)),

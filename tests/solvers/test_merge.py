@@ -44,6 +44,13 @@ def test_a_load_is_never_raised_beyond_the_limit():
     assert all(part.root[0] != part.root[1] for part in Merger(storage, 9, Weights(1.0, 1.0, 1.0)).run())
 
 
+def test_buffers_of_no_bytes_are_joined_too():
+    """A schedule may hold empty tensors."""
+    storage = make([0, 0, 3], [[(0, 5)], [(1, 5)], [(0, 4)]])
+    for part in Merger(storage, 3, WAYS[0]).run():
+        assert not faults(storage, part.whole(pack(part.storage).offset))
+
+
 @pytest.mark.parametrize("fray", [0.02, 0.1])
 def test_frayed_rectangles_are_put_together_again(fray):
     """Lifetimes cut short by some share: nothing fits exactly, and yet the optimum is found."""
