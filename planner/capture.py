@@ -3,8 +3,8 @@
 The joint forward and backward graph is traced by AOTAutograd under fake tensors, without decompositions, so that what
 runs later are the very kernels that eager PyTorch runs. Parameters are never touched: fake ones stand in for them.
 
-Integer and boolean tensors that depend on nothing but constants (positions, masks) are evaluated while tracing, so that
-code which looks at their values takes the branch that it takes in eager mode.
+Small tensors that depend on nothing but constants (positions, masks) are evaluated while tracing, so that code which looks
+at their values takes the branch that it takes in eager mode.
 """
 
 import inspect
@@ -29,6 +29,7 @@ from .graph import Source, Traced, lower
 from .program import Program
 
 CONSTANT_ELEMENTS = 1 << 20  # constants larger than this are not evaluated while tracing
+GROUPED = getattr(getattr(torch.ops.aten, "_grouped_mm", None), "default", None)
 FACTORIES = {"arange", "ones", "zeros", "full", "scalar_tensor", "eye"}
 
 
@@ -97,17 +98,47 @@ class _Constants(FakeTensorMode):
     """Fake tensors, except that small constants keep their values."""
 
     def may_turn_const(self, t: torch.Tensor) -> bool:
-        whole = not t.is_floating_point() and not t.is_complex()
-        return whole and t.numel() <= CONSTANT_ELEMENTS and not isinstance(t, FakeTensor) and t.device.type != "meta"
+        return t.numel() <= CONSTANT_ELEMENTS and not isinstance(t, FakeTensor) and t.device.type != "meta"
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is GROUPED and args[0].dtype != torch.bfloat16:
+            return self.grouped_product(*args, **(kwargs or {}))
+        if args and isinstance(args[0], FakeTensor) and args[0].constant is not None and is_view(func):
+            return self.view_of_constant(func, types, args, kwargs or {})
         out = super().dispatch(func, types, args, kwargs or {})
         if getattr(func, "namespace", "") == "aten" and func._opname in FACTORIES and isinstance(out, FakeTensor):
             plain = not any(isinstance(arg, torch.Tensor) for arg in args)
-            if plain and not out.is_floating_point() and not out.is_complex() and out.numel() <= CONSTANT_ELEMENTS:
+            if plain and out.numel() <= CONSTANT_ELEMENTS:
                 with _disable_current_modes():
                     out.constant = func(*args, **{**(kwargs or {}), "device": "cpu", "pin_memory": False})
         return out
+
+    def view_of_constant(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        """A view with its value, which shares its base's storage as other views do: torch's own way makes a copy of it."""
+        base, known = args[0], args[0].constant
+        base.constant = None
+        try:
+            out = super().dispatch(func, types, args, kwargs)
+        finally:
+            base.constant = known
+        with _disable_current_modes():
+            values = func(known, *args[1:], **kwargs)
+        for made, value in zip(pytree.tree_leaves(out), pytree.tree_leaves(values), strict=True):
+            made.constant = value
+        return out
+
+    def grouped_product(self, one: Any, two: Any, offsets: Any = None, bias: Any = None, out_dtype: Any = None) -> Any:
+        """A fake result of the experts' product, which torch's own fake kernel only knows for bfloat16."""
+        from torch._meta_registrations import _create_grouped_mm_output_tensor as make
+
+        with self:
+            return make(one, two, offsets, out_dtype)
+
+
+def is_view(func: Any) -> bool:
+    """Whether an operator's results share the storage of an operand, which it does not write."""
+    found = [result.alias_info for result in func._schema.returns]
+    return any(alias is not None and not alias.is_write for alias in found)
 
 
 class _Step(nn.Module):

@@ -202,6 +202,19 @@ def turned_dropout(m, x):
     return F.dropout(x, 0.4) * F.dropout(x[..., :1], 0.5)
 
 
+def looks_at_constants(m, x):
+    """A branch on a mask of floats made in the model, and a constant that is expanded before it is used."""
+    places, mask = torch.arange(WIDTH).expand(ROWS, -1), torch.ones(ROWS)
+    places = places + 2
+    return m.a(x) + places if mask.all() and (places[0] >= 2).all() else m.b(x)
+
+
+def experts(m, x):
+    """Rows in three groups, each multiplied by a matrix of its own."""
+    ends = torch.tensor([10, 70, ROWS], dtype=torch.int32)
+    return torch._grouped_mm(m.a(x), torch.stack([part.weight for part in m.experts]).transpose(1, 2), offs=ends)
+
+
 # name -> model, its inputs, how the scalar comes about (None: from the model itself)
 MODELS = {
     "gelu": (lambda: layers(nn.GELU), lambda: (rows(),), total),
@@ -268,6 +281,16 @@ MODELS = {
             b=nn.Conv2d(3, 8, 3),
         ),
         images,
+        total,
+    ),
+    "constants looked at": (
+        lambda: Lambda(looks_at_constants, a=layers(nn.GELU), b=nn.Linear(WIDTH, WIDTH)),
+        lambda: (rows(),),
+        total,
+    ),
+    "experts": (
+        lambda: Lambda(experts, a=layers(nn.GELU), experts=nn.ModuleList(nn.Linear(WIDTH, 32, bias=False) for _ in range(3))),
+        lambda: (rows(),),
         total,
     ),
     "unused parameter": (lambda: Lambda(lambda m, x: m.a(x), a=layers(nn.GELU), b=nn.Linear(3, 3)), lambda: (rows(),), total),
