@@ -1,6 +1,5 @@
 """Joining what nearly fits: a packing of what remains is one of all, and no section is loaded beyond the limit."""
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -40,7 +39,8 @@ def test_the_least_waste_goes_first():
 def test_a_load_is_never_raised_beyond_the_limit():
     """Two that would fill the gap between them are left alone where the gap is full."""
     storage = make([4, 4, 6], [[(0, 5)], [(6, 9)], [(4, 7)]])
-    assert list(Merger(storage, 10, Weights(1.0, 1.0, 1.0)).run())
+    *_, part = Merger(storage, 10, Weights(1.0, 1.0, 1.0)).run()
+    assert part.root[0] == part.root[1]
     assert all(part.root[0] != part.root[1] for part in Merger(storage, 9, Weights(1.0, 1.0, 1.0)).run())
 
 
@@ -57,4 +57,4 @@ def test_frayed_rectangles_are_put_together_again(fray):
     storage, _ = cut_rectangle(300, 5, fray=fray)
     found = pack(storage, seconds=20)
     assert (found.status, peak_of(storage, found.offset)) == (Status.OPTIMAL, 2**40)
-    assert not faults(storage.take(np.arange(0, 300, 7)), found.offset[::7])
+    assert not faults(storage, found.offset)
