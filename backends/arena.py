@@ -8,6 +8,7 @@ copied into its place and its own memory is a *transient*, counted and reported.
 
 import gc
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -62,17 +63,31 @@ class Arena:
         return token
 
 
-def with_transients(program: Program) -> Program:
-    """The program with the memory that results pass through on their way into an arena counted as workspace."""
-    given, ops = set(program.outputs), []
+def with_transients(program: Program, outside: Iterable[int] = ()) -> Program:
+    """The program with the memory that results pass through on their way into an arena counted as workspace.
+
+    Args:
+        program: as it runs without addresses.
+        outside: buffers that are not copied, but stay where they are made.
+    """
+    stays, given, ops = set(outside), set(program.outputs), []
+    for op, passing in zip(program.ops, find_passing(program), strict=True):
+        written_out = find_operator(op.target) in SPECIAL and not passing and not given & set(op.writes)
+        own = 0 if written_out else op.workspace
+        passed = sum(program.buffers[buffer].bytes for buffer in passing if buffer not in stays)
+        ops.append(msgspec.structs.replace(op, workspace=own + passed))
+    return msgspec.structs.replace(program, ops=tuple(ops))
+
+
+def find_passing(program: Program) -> list[tuple[int, ...]]:
+    """For each op the buffers that it can only make in memory of its own, from where they are copied into an arena."""
+    given, found = set(program.outputs), []
     for op in program.ops:
-        inside = [buffer for buffer in op.writes if buffer not in given]
+        inside = tuple(buffer for buffer in op.writes if buffer not in given)
         target = find_operator(op.target)
         direct = target is None or results_of(target, program.device, is_half(op)) == len(op.writes) == len(inside)
-        passing = 0 if direct else sum(program.buffers[buffer].bytes for buffer in inside)
-        own = 0 if direct and target in SPECIAL else op.workspace
-        ops.append(msgspec.structs.replace(op, workspace=own + passing))
-    return msgspec.structs.replace(program, ops=tuple(ops))
+        found.append(() if direct else inside)
+    return found
 
 
 def find_operator(name: str) -> Any:
@@ -121,7 +136,9 @@ class ArenaWriter(Writer):
         """The line of a call that writes into the arena."""
         value = node.meta["val"]
         call = f"{self.constant(target, node.name)}({', '.join(given)})"
-        if taken is not None:
+        if taken is not None and not self.has_place(node):
+            super().make(step, node, target, given, taken)
+        elif taken is not None:
             self.line(call)
             self.drop(taken)
             self.hold(node)
@@ -171,7 +188,7 @@ class ArenaWriter(Writer):
         return results_of(target, self.program.device, is_half(self.program.ops[step.op]))
 
     def has_place(self, node: fx.Node) -> bool:
-        """Whether a result lies in the arena: not if it is the caller's, nor if tracing saw it empty.
+        """Whether a result lies in the arena: not if it is the caller's or lies outside, nor if tracing saw it empty.
 
         Some kernels (the CPU's LSTM) return scratch space whose size only they know, and which tracing sees as empty.
         """
@@ -188,6 +205,8 @@ class ArenaWriter(Writer):
     def passing(self, step: Run, nodes: list[fx.Node]) -> None:
         """Count results that pass through memory of their own."""
         size = sum(self.program.buffers[self.traced.owner[node]].bytes for node in nodes)
+        if not size:
+            return
         name = self.program.ops[step.op].name
         self.arena.transients[name] = max(self.arena.transients.get(name, 0), size)
 
@@ -263,7 +282,7 @@ def results_of(target: Any, device: str, half: bool) -> int:
     special = SPECIAL.get(target)
     if special is None or (special in (drop_out, drop_back) and (device != "cpu" or half or not dropout_is_a_product())):
         return 0
-    return 2 if special is drop_out else 1
+    return SEVERAL.get(special, 1)
 
 
 def copy_to(places: list[torch.Tensor], value: torch.Tensor, **_: Any) -> None:
@@ -309,6 +328,20 @@ def select_back(places: list[torch.Tensor], grad: torch.Tensor, _: Any, axis: in
     places[0].zero_().select(axis, index).copy_(grad)
 
 
+def batch_norm(
+    places: list[torch.Tensor], value: torch.Tensor, weight: Any, bias: Any, mean: torch.Tensor, variance: torch.Tensor,
+    train: bool, momentum: float, epsilon: float,
+) -> None:  # fmt: skip
+    """`_native_batch_norm_legit_functional`: the statistics are copied, then changed by the operator that does so."""
+    result, saved_mean, saved_invstd, new_mean, new_variance = places
+    new_mean.copy_(mean)
+    new_variance.copy_(variance)
+    torch.ops.aten._native_batch_norm_legit.out(
+        value, weight, bias, new_mean, new_variance, train, momentum, epsilon,
+        out=result, save_mean=saved_mean, save_invstd=saved_invstd,
+    )  # fmt: skip
+
+
 def drop_out(places: list[torch.Tensor], value: torch.Tensor, p: float, train: bool | None) -> None:
     """What the CPU's `native_dropout` does with 32 and 64-bit floats, with its results in given tensors."""
     result, mask = places
@@ -337,7 +370,9 @@ SPECIAL = {
     torch.ops.aten.mul.Scalar: multiply,
     torch.ops.aten.native_dropout.default: drop_out,
     torch.ops.aten.native_dropout_backward.default: drop_back,
+    torch.ops.aten._native_batch_norm_legit_functional.default: batch_norm,
 }
+SEVERAL = {drop_out: 2, batch_norm: 5}  # results of those that have more than one
 
 
 @cache

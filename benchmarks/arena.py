@@ -41,18 +41,18 @@ def serve(request: Row) -> Iterator[Row]:
 def describe(request: Row) -> Iterator[Row]:
     """What there is to say of a plan with addresses; and the same schedule without them, saved beside it."""
     plan = load(request["file"])
-    bare = msgspec.structs.replace(plan.schedule, placements=())
+    bare = msgspec.structs.replace(plan.schedule, placements=(), outside=())
     path = Path(request["file"]).with_suffix(".bare.json")
     report = referee(plan.program, unlimited(plan.machine), bare)
     dataclasses.replace(plan, budget=None, planned=Side(plan.program, bare, report)).save(path)
     began = time.perf_counter()
-    _, (arena, *_) = Place()(plan.program, plan.machine, bare)
+    _, (arena, *_) = Place()(plan.program, plan.machine, msgspec.structs.replace(plan.schedule, placements=()))
     seconds = time.perf_counter() - began
     code = generate_static(recapture(plan, build(request["model"])[0], None).traced, plan.schedule)
     yield {
         "bare": str(path), "arena": plan.arena, "live": arena.live, "method": arena.packing.method, "place_seconds": seconds,
         "buffers": len(plan.schedule.placements), "stated": plan.peak, "transients": code.arena.transients,
-        "runs": sum(isinstance(step, Run) for step in plan.schedule.instructions),
+        "runs": sum(isinstance(step, Run) for step in plan.schedule.instructions), "outside": len(plan.schedule.outside),
     }  # fmt: skip
 
 
@@ -60,9 +60,9 @@ def count(request: Row) -> Iterator[Row]:
     """How often a steady step asks the allocator, for each method; and for what, in the arena.
 
     An allocation belongs to the operator at the top of the calls in which it was made. It is *copied* if some op of that
-    name has a result that passes through memory of its own, *given* if some op of that name makes what the caller is
-    given, a *number* if it holds 64 bytes at most, *between* if no operator made it. What is left, *other*, would be a
-    planned tensor, or a kernel's workspace.
+    name has a result that its kernel puts where it likes (to be copied, or to stay), *given* if some op of that name makes
+    what the caller is given, a *number* if it holds 64 bytes at most, *between* if no operator made it. What is left,
+    *other*, would be a planned tensor, or a kernel's workspace.
     """
     arms = Arms(build(request["model"]))
     calls = {}
@@ -77,7 +77,8 @@ def count(request: Row) -> Iterator[Row]:
         recorded: Any = seen.profiler
         calls[label] = allocations(list(recorded.kineto_results.events()))
     plan, code = load(request["file"]), request["transients"]
-    copied = {base_name(op) for op in plan.program.ops if op.name in code}
+    outside = set(plan.schedule.outside)
+    copied = {base_name(op) for op in plan.program.ops if op.name in code or outside & set(op.writes)}
     given = {base_name(op) for op in plan.program.ops if set(op.writes) & set(plan.program.outputs)}
     kinds, other = dict.fromkeys(("copied", "given", "number", "between", "other"), 0), {}
     for name, size in calls["arena"]:
@@ -152,7 +153,8 @@ def measure(results: Results, name: str, budget: str, options: argparse.Namespac
 def render(results: Results, path: Path) -> None:
     """Write the markdown file."""
     heads = ("model", "budget", "arena", "over live", "buffers", "placed in", "stated", "measured", "off by", "without",
-             "ops that copy", "of", "equal to eager", "time / plan's", "time / eager", "within 2 %", "<= 1.05")  # fmt: skip
+             "outside", "ops that copy", "of", "equal to eager", "time / plan's", "time / eager", "within 2 %",
+             "<= 1.05")  # fmt: skip
     rows = []
     for made in {(row["model"], row["asked"]): row for row in results.all(task="place")}.values():
         keys = {"model": made["model"], "asked": made["asked"]}
@@ -167,13 +169,14 @@ def render(results: Results, path: Path) -> None:
         rows.append((
             made["model"], made["asked"], mib(made["arena"]), ratio(made["arena"] / made["live"]), str(made["buffers"]),
             f"{made['place_seconds']:.2f} s", mib(made["stated"]), mib(arena["total"]), f"{off:+.1%}", mib(plan["total"]),
-            str(len(made["transients"])), str(made["runs"]), verdict(equal), ratio(against),
+            str(made.get("outside", 0)), str(len(made["transients"])), str(made["runs"]), verdict(equal), ratio(against),
             ratio(paired_ratio(times["seconds"], "arena", "eager")), verdict(abs(off) <= 0.02),
             verdict(against is not None and against <= 1.05),
         ))  # fmt: skip
     lines = header("Training in one arena", results)
     lines += ["Written by `python -m memplan.benchmarks.arena`. Sizes are MiB. *Without*: the same plan's measured total"]
-    lines += ["without addresses. *Ops that copy*: whose results torch can only give memory of their own.", ""]
+    lines += ["without addresses. *Outside*: short-lived results that stay where their kernels make them, in room that is"]
+    lines += ["needed beside the arena anyway. *Ops that copy*: whose other results pass through memory of their own.", ""]
     lines += markdown(heads, rows)
     counts = [(row["model"], row["asked"], *(str(row["calls"][label]) for label in ("eager", "plan", "arena")),
                *(str(row["kinds"][kind]) for kind in ("copied", "given", "number", "between", "other")),
@@ -182,7 +185,7 @@ def render(results: Results, path: Path) -> None:
     if counts:
         lines += ["## Calls of the allocator in a steady step", ""]
         lines += [
-            "In the arena, by what they were for: results that are *copied* into their place, gradients and outputs that the"
+            "In the arena, by what they were for: results that are *copied* or stay outside, gradients and outputs that the"
         ]
         lines += [
             "caller is *given*, single *numbers* (64 bytes at most), *between* operators (autograd's), and *other*, which are"

@@ -1,7 +1,8 @@
 """A schedule -> the same with an address for every buffer that the step makes: no allocator is asked while it runs.
 
 A buffer lives from the run that makes it to the free that ends it. Where a run writes in place, the new buffer has the
-old one's bytes, so both are one request. What the caller owns or is given (parameters, inputs, outputs) lies elsewhere.
+old one's bytes, so both are one request. What the caller owns or is given (parameters, inputs, outputs) lies elsewhere,
+and so does what the schedule says lies outside (see `outside.py`).
 """
 
 from dataclasses import dataclass
@@ -87,8 +88,8 @@ def requests_of(lives: list[Life], size: np.ndarray, alignment: int) -> tuple[St
 
 
 def find_lives(program: Program, machine: Machine, schedule: Schedule) -> list[Life]:
-    """Every stay of a buffer that the step makes and does not give away."""
-    given = set(program.outputs)
+    """Every stay of a buffer that the step makes and does not give away, but for those that lie outside."""
+    given, loose = set(program.outputs), set(schedule.outside)
     lives: list[Life] = []
     open_at: dict[tuple[int, int], tuple[int, int]] = {}  # (buffer, tier) -> (since, request)
     requests = 0
@@ -102,13 +103,15 @@ def find_lives(program: Program, machine: Machine, schedule: Schedule) -> list[L
             op, tier = program.ops[step.op], machine.tier_index(machine.units[step.unit].tier)
             taken: dict[int, int] = {}
             for new, old in step.reuse:
+                if old in loose and not tier:
+                    continue
                 if new in given:  # it lies elsewhere, so the old bytes are read to the end of the run
                     close(old, tier, at + 1)
                 else:
                     taken[new] = open_at[old, tier][1]
                     close(old, tier, at)
             for buffer in op.writes:
-                if buffer in given:
+                if buffer in given or (buffer in loose and not tier):
                     continue
                 request = taken.get(buffer, requests)
                 requests += buffer not in taken
@@ -121,7 +124,7 @@ def find_lives(program: Program, machine: Machine, schedule: Schedule) -> list[L
                 close(step.buffer, step.tier, at)
         elif isinstance(step, Start):
             tier = machine.tier_index(machine.links[step.link].target)
-            if not tier and step.buffer in given:
+            if not tier and step.buffer in given | loose:
                 continue
             open_at[step.buffer, tier] = at, requests
             requests += 1

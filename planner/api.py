@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..passes.addresses import Place
+from ..passes.outside import LeaveOutside
 from .cost import Table, apply_costs
 from .errors import BudgetError, MachineError, MemplanError
 from .machine import Machine, named_machine
@@ -188,8 +189,13 @@ class Session:
 
     def place(self, side: Side) -> Side:
         """A schedule with addresses, and what the referee says of it."""
-        schedule, _ = Place()(side.program, self.machine, side.schedule)
-        return Side(side.program, schedule, referee(side.program, unlimited(self.machine), schedule))
+        from ..backends.arena import find_passing, with_transients
+
+        passing = frozenset(buffer for buffers in find_passing(self.planner.program) for buffer in buffers)
+        left = LeaveOutside(passing)(side.program, self.machine, side.schedule)
+        program = with_transients(self.planner.program, left.outside)
+        schedule, _ = Place()(program, self.machine, left)
+        return Side(program, schedule, referee(program, unlimited(self.machine), schedule))
 
     def solve_placed(self, budget: int) -> tuple[Answer, int]:
         """A plan whose arena and what lies beside it fit a budget: planned for less until they do; and the smallest known.
@@ -228,7 +234,7 @@ class Session:
             answer = planner.solve(limit)
             minimum = min(planner.floor.peak, answer.side.peak)
         body = PlanBody(
-            program=planner.program,
+            program=answer.side.program,
             machine=self.machine,
             recipe=self.recipe,
             budget=asked,

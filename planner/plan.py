@@ -151,7 +151,8 @@ class Plan:
             f"{len(self.program.ops)} ops, {len(self.program.buffers)} buffers",
         ]
         if self.arena:
-            lines.append(f"addresses planned: one arena of {show_bytes(self.arena)}; gradients and outputs lie outside it")
+            beside = f" and {len(self.schedule.outside)} short-lived results" if self.schedule.outside else ""
+            lines.append(f"addresses planned: one arena of {show_bytes(self.arena)}; gradients, outputs{beside} lie outside it")
         return "\n".join(lines)
 
     def save(self, path: str | Path) -> None:

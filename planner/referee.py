@@ -33,7 +33,8 @@ RULES = {
     "leak": "nothing else is live at the end",
     "capacity": "the bytes live in a tier never exceed its capacity",
     "place": "addresses are aligned and inside the tier, and no two buffers share any while both live",
-    "placed": "where addresses are planned, each buffer that the step makes and keeps to itself has one, from first to last",
+    "placed": "where addresses are planned, each buffer that the step makes and keeps to itself has one, from first to last, "
+    "or is named as lying outside of them",
 }
 
 
@@ -63,7 +64,8 @@ def referee(program: Program, machine: Machine, schedule: Schedule, budget: int 
     """Replay `schedule`.
 
     Where addresses are planned, a tier's bytes are those up to the highest address, the whole step long, and beside them
-    what lies elsewhere: resident buffers, outputs from when they are made, workspaces.
+    what lies elsewhere: resident buffers, outputs from when they are made, workspaces, and what the schedule says lies
+    outside.
 
     Args:
         program: what is computed.
@@ -103,6 +105,10 @@ def referee(program: Program, machine: Machine, schedule: Schedule, budget: int 
     runs = [0] * len(program.ops)
     changed: set[int] = set()
     given = set(program.outputs)
+    loose = set(schedule.outside)
+    for buffer in loose:
+        if not 0 <= buffer < len(size):
+            refuse("range", f"buffer {buffer}, said to lie outside, does not exist")
     last_draw = -1
     flying: dict[tuple[int, int], float] = {}  # (buffer, link) -> when the copy arrives
     link_free = [0.0] * len(machine.links)
@@ -111,7 +117,7 @@ def referee(program: Program, machine: Machine, schedule: Schedule, budget: int 
 
     def counted(buffers: Iterable[int], tier: int) -> int:
         """Bytes of buffers that lie outside the planned addresses: without any, of all."""
-        return sum(size[buffer] for buffer in buffers if not schedule.placements or (buffer in given and tier == 0))
+        return sum(size[buffer] for buffer in buffers if not schedule.placements or (buffer in given | loose and tier == 0))
 
     if used[0] > capacity[0]:
         refuse(
@@ -246,6 +252,7 @@ def check_lives(program: Program, machine: Machine, schedule: Schedule) -> None:
     where the old one ends, at the same address; what a run drops at once lives for that run.
     """
     given = set(program.outputs)
+    loose = set(schedule.outside)
     name = [buffer.name for buffer in program.buffers]
     waiting: dict[tuple[int, int, int], Placement] = {}
     for place in schedule.placements:
@@ -269,6 +276,10 @@ def check_lives(program: Program, machine: Machine, schedule: Schedule) -> None:
         if isinstance(step, Run):
             tier = machine.tier_index(machine.units[step.unit].tier)
             for new, old in step.reuse:
+                if tier == 0 and (old in loose) != (new in loose) and new not in given:
+                    raise InvalidSchedule("placed", at, f"{name[new]} is written in place of {name[old]}, which lies elsewhere")
+                if tier == 0 and old in loose:
+                    continue
                 last = lying.pop((old, tier))
                 end(last, at + 1 if new in given else at)
                 if new not in given:
@@ -278,7 +289,7 @@ def check_lives(program: Program, machine: Machine, schedule: Schedule) -> None:
                             "placed", at, f"{name[new]} is written in place of {name[old]}, but lies elsewhere"
                         )
             for buffer in program.ops[step.op].writes:
-                if buffer in given or buffer in {new for new, _ in step.reuse}:
+                if buffer in given or (buffer in loose and tier == 0) or buffer in {new for new, _ in step.reuse}:
                     continue
                 place = begin(buffer, tier, at)
                 if buffer in step.keep:
@@ -287,7 +298,7 @@ def check_lives(program: Program, machine: Machine, schedule: Schedule) -> None:
                     end(place, at + 1)
         elif isinstance(step, Start):
             tier = machine.tier_index(machine.links[step.link].target)
-            if tier or step.buffer not in given:
+            if tier or step.buffer not in given | loose:
                 lying[step.buffer, tier] = begin(step.buffer, tier, at)
         elif isinstance(step, Free) and (step.buffer, step.tier) in lying:
             end(lying.pop((step.buffer, step.tier)), at)

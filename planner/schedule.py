@@ -71,9 +71,11 @@ class Schedule(msgspec.Struct, frozen=True):
         program: `Program.digest` of the program it belongs to.
         instructions: what happens.
         placements: addresses, where they have been planned; empty means that the backend's allocator chooses.
+        outside: buffers that have none though others do: they lie where the kernels put them that make them.
     """
 
     program: str
     instructions: tuple[Instruction, ...]
     placements: tuple[Placement, ...] = ()
+    outside: tuple[int, ...] = ()
     version: Literal[1] = 1

@@ -67,6 +67,8 @@ def show_schedule(program: Program, schedule: Schedule) -> str:
             (f"%{place.buffer}", f"tier {place.tier}", f"at {place.offset}", f"during [{place.lower}, {place.upper})")
             for place in schedule.placements
         )
+    if schedule.outside:
+        lines += ["outside", f"  {buffers(schedule.outside)}"]
     return "\n".join([*lines, ""])
 
 

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from memplan.passes.addresses import Place, find_lives
 from memplan.passes.liveness import Liveness
+from memplan.passes.outside import LeaveOutside
 from memplan.planner.errors import InvalidSchedule
 from memplan.planner.machine import Machine, Tier, Unit
-from memplan.planner.program import Program
+from memplan.planner.program import Buffer, Kind, Op, Phase, Program
 from memplan.planner.referee import referee
 from memplan.planner.schedule import Free, Run, Schedule
 from strategies import make_order, make_program
@@ -35,7 +36,7 @@ def replay(program: Program, schedule: Schedule) -> None:
     """Run the step in one array of bytes; each life writes its own number and has to find it when it is read."""
     at = {(place.buffer, place.lower): place.offset for place in schedule.placements}
     arena = np.full(max((place.offset + program.buffers[place.buffer].bytes for place in schedule.placements), default=0), -1)
-    given_away, live = set(program.outputs), {}
+    given_away, live = {*program.outputs, *schedule.outside}, {}
 
     def bytes_of(buffer: int, offset: int) -> np.ndarray:
         return arena[offset : offset + program.buffers[buffer].bytes]
@@ -50,6 +51,8 @@ def replay(program: Program, schedule: Schedule) -> None:
                 if buffer in live and (bytes_of(buffer, live[buffer][0]) != live[buffer][1]).any():
                     raise WrongBytesError(f"{op.name} reads {buffer}")
             for new, old in step.reuse:
+                if old in schedule.outside and new in schedule.outside:
+                    continue
                 offset, _ = live.pop(old)
                 if new not in given_away:
                     if at[new, now] != offset:
@@ -114,6 +117,74 @@ def test_what_the_referee_accepts_works_in_real_bytes(seed, change):
     replay(program, mutant)
 
 
+def made_passing(seed: int) -> tuple[Program, Schedule, frozenset[int]]:
+    """A step some of whose results pass through memory of their own, counted as workspace."""
+    rng = random.Random(seed)
+    program, schedule = made(seed)
+    given_away = set(program.outputs)
+    passing = frozenset(buffer for op in program.ops if rng.random() < 0.6 for buffer in op.writes if buffer not in given_away)
+    return with_passing(program, passing), schedule, passing
+
+
+def with_passing(program: Program, passing: frozenset[int]) -> Program:
+    """The bytes of what passes, counted as workspace of the ops that make it."""
+    ops = [msgspec.structs.replace(op, workspace=op.workspace + sum(program.buffers[b].bytes for b in passing & set(op.writes)))
+           for op in program.ops]  # fmt: skip
+    return msgspec.structs.replace(program, ops=tuple(ops))
+
+
+def peak_beside(program: Program, schedule: Schedule) -> int:
+    """The most bytes that lie neither in the arena nor in resident buffers."""
+    arena = max((place.offset + program.buffers[place.buffer].bytes for place in schedule.placements), default=0)
+    return referee(program, ALIGNED, schedule).peak[0] - arena - program.resident_bytes
+
+
+@QUICK
+@given(st.integers(0, 10**9))
+def test_what_is_left_outside_takes_no_more_than_passed_there(seed):
+    """The referee accepts it, real bytes agree, and no more lies beside the arena than when all was copied."""
+    program, schedule, passing = made_passing(seed)
+    left = LeaveOutside(passing)(program, ALIGNED, schedule)
+    copied, _ = Place(seconds=0.5)(program, ALIGNED, schedule)
+    placed, _ = Place(seconds=0.5)(program, ALIGNED, left)
+    plain = msgspec.structs.replace(program, ops=made(seed)[0].ops)
+    lighter = with_passing(plain, passing - set(left.outside))
+    if placed.placements and copied.placements:
+        assert peak_beside(lighter, placed) <= peak_beside(program, copied)
+        replay(lighter, placed)
+
+
+@QUICK
+@given(st.integers(0, 10**9), st.integers(0, 10**9))
+def test_what_lies_outside_must_have_no_address(seed, change):
+    """A buffer named as outside though it has an address, or not named though it has none, is refused or harmless."""
+    program, schedule, passing = made_passing(seed)
+    placed, _ = Place(seconds=0.5)(program, ALIGNED, LeaveOutside(passing)(program, ALIGNED, schedule))
+    rng, outside = random.Random(change), set(placed.outside)
+    outside ^= {rng.randrange(len(program.buffers))}
+    mutant = msgspec.structs.replace(placed, outside=tuple(outside))
+    try:
+        referee(program, ALIGNED, mutant)
+    except InvalidSchedule:
+        return
+    if mutant.placements:
+        replay(program, mutant)
+
+
+def test_a_short_life_is_left_outside():
+    """Of two results that pass, the one that is freed first stays where it is made; the longer one would add to the peak."""
+    chain = [
+        Op("a", "a", "a", Phase.FORWARD, (0,), (1,), workspace=100),
+        Op("b", "b", "b", Phase.FORWARD, (1,), (2,), workspace=100),
+        Op("c", "c", "c", Phase.FORWARD, (2,), (3,)),
+        Op("d", "d", "d", Phase.FORWARD, (1, 3), (4,)),
+    ]
+    kinds = [Kind.INPUT, *[Kind.TEMPORARY] * 3, Kind.OUTPUT]
+    program = Program("chain", tuple(Buffer(f"v{at}", 100, kind) for at, kind in enumerate(kinds)), tuple(chain), (4,))
+    left = LeaveOutside(frozenset({1, 2}))(program, ALIGNED, Liveness()(program, range(4)))
+    assert left.outside == (2,)
+
+
 FAULTS = {
     "unaligned": (lambda place: {"offset": place.offset + 1}, {"place"}),
     "outside": (lambda place: {"offset": 1 << 41}, {"place"}),
@@ -122,6 +193,14 @@ FAULTS = {
     "too late": (lambda place: {"lower": place.lower + 1, "upper": place.upper + 1}, {"place", "placed"}),
     "no such tier": (lambda place: {"tier": 7}, {"range"}),
 }  # fmt: skip
+
+
+def test_what_is_said_to_lie_outside_must_exist():
+    """A number that no buffer has is refused."""
+    program, schedule = made(5)
+    placed, _ = Place(seconds=0.5)(program, ALIGNED, schedule)
+    with pytest.raises(InvalidSchedule, match="does not exist"):
+        referee(program, ALIGNED, msgspec.structs.replace(placed, outside=(len(program.buffers),)))
 
 
 @pytest.mark.parametrize("fault", FAULTS)
