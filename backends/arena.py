@@ -19,6 +19,7 @@ from torch import fx
 
 from ..planner.errors import MemplanError
 from ..planner.graph import Traced, is_call, is_pick
+from ..planner.machine import Machine
 from ..planner.program import Op, Program
 from ..planner.schedule import Run, Schedule
 from .codegen import Generated, Writer
@@ -98,16 +99,16 @@ def find_operator(name: str) -> Any:
     return found if isinstance(found, torch._ops.OpOverload) else None
 
 
-def generate_static(traced: Traced, schedule: Schedule) -> Generated:
+def generate_static(traced: Traced, schedule: Schedule, machine: Machine | None = None) -> Generated:
     """Write and compile the functions that carry out a schedule with placements, and make their arena."""
-    return ArenaWriter(traced, schedule).write()
+    return ArenaWriter(traced, schedule, machine).write()
 
 
 class ArenaWriter(Writer):
     """Writes functions whose variables are only what the caller owns or is given."""
 
-    def __init__(self, traced: Traced, schedule: Schedule):
-        super().__init__(traced, schedule)
+    def __init__(self, traced: Traced, schedule: Schedule, machine: Machine | None = None):
+        super().__init__(traced, schedule, machine)
         here = [place for place in schedule.placements if place.tier == 0]
         self.places = {(place.buffer, place.lower): place.offset for place in here}
         end = max((place.offset + self.program.buffers[place.buffer].bytes for place in here), default=0)
@@ -182,6 +183,21 @@ class ArenaWriter(Writer):
         for pick in kept:
             if pick.args[1] in inside:
                 self.hold(pick)
+
+    def arrive(self, node: fx.Node) -> None:
+        """The place in the arena of a value that is about to be copied in."""
+        if (self.traced.owner[node], self.at) in self.places:
+            self.hold(node)
+        else:
+            super().arrive(node)
+
+    def storage_of(self, node: fx.Node) -> str:
+        """A tensor that stands for the bytes of a value's buffer: a piece of the arena, where it lies there."""
+        if node not in self.static:
+            return super().storage_of(node)
+        like = node.meta["val"]
+        begin = (self.static[node].storage_offset() - like.storage_offset()) * like.element_size()
+        return self.tensor_name(self.arena.tensor[begin : begin + like.untyped_storage().nbytes()])
 
     def results(self, step: Run, target: Any) -> int:
         """How many results a run can write into the arena by itself."""

@@ -14,8 +14,10 @@ import torch
 from torch import fx
 
 from ..planner.graph import Source, Traced, is_call, is_pick
+from ..planner.machine import Machine
 from ..planner.program import Phase, Program
-from ..planner.schedule import Free, Run, Schedule
+from ..planner.schedule import Free, Run, Schedule, Start, Wait
+from .moving import blank, make_tier, places_of
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Generated:
         saved: the nodes whose tensors head the list for `backward`; saved generator states follow them.
         states: how many generator states follow.
         arena: where the step's own tensors lie, if their addresses are planned.
+        tiers: the memories that values are moved to, by the machine's number.
     """
 
     source: str
@@ -43,6 +46,7 @@ class Generated:
     saved: tuple[fx.Node, ...] = ()
     states: int = 0
     arena: Any = None
+    tiers: dict[int, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -57,10 +61,13 @@ class Scope:
 class Writer:
     """Walks a schedule once and writes both functions."""
 
-    def __init__(self, traced: Traced, schedule: Schedule):
+    def __init__(self, traced: Traced, schedule: Schedule, machine: Machine | None = None):
         self.traced = traced
         self.program: Program = traced.program
         self.schedule = schedule
+        self.machine = machine
+        self.offsets, ends = ({}, {}) if machine is None else places_of(traced.program, machine, schedule)
+        self.tiers = {tier: make_tier(machine, tier, size) for tier, size in ends.items() if machine is not None}
         self.constants: dict[str, Any] = {}
         self.constant_names: dict[Any, str] = {}
         self.names: dict[fx.Node, str] = {}
@@ -78,6 +85,8 @@ class Writer:
         for node, _ in placeholders:
             self.bind(node)
         head = ["def forward(inputs):", *self.unpack([node for node, _ in placeholders], "inputs")]
+        head += [f"    t{tier} = open_{tier}()" for tier in self.tiers]
+        visits = [f"t{tier}" for tier in self.tiers]
         steps = self.schedule.instructions
         cut = next(
             (at for at, step in enumerate(steps) if isinstance(step, Run) and self.phase(step) is Phase.LOSS),
@@ -88,7 +97,7 @@ class Writer:
         outputs = [self.read(node) for node in self.traced.outputs]
         saved = self.crossing(steps[cut:])
         states = [self.states[op] for op in sorted(self.states)]
-        kept = ", ".join([*(self.name(node) for node in saved), *states])
+        kept = ", ".join([*(self.name(node) for node in saved), *states, *visits])
         forward = [*head, *self.scope.lines, f"    return [{', '.join(outputs)}], [{kept}]"]
         backward: list[str] = []
         if cut < len(steps):
@@ -97,15 +106,17 @@ class Writer:
             for node, _ in tangents:
                 self.bind(node)
             tail = ["def backward(saved, tangents):"]
-            tail += self.unpack_names([*(self.name(node) for node in saved), *states], "saved")
+            tail += self.unpack_names([*(self.name(node) for node in saved), *states, *visits], "saved")
             tail += ["    saved.clear()", *self.unpack([node for node, _ in tangents], "tangents")]
             for step in steps[cut:]:
                 self.instruction(step)
             returned = [self.read(node) for _, node in self.traced.gradients]
-            backward = [*tail, *self.scope.lines, f"    return [{', '.join(returned)}]"]
+            closed = [f"    {visit}.close()" for visit in visits]
+            backward = [*tail, *self.scope.lines, *closed, f"    return [{', '.join(returned)}]"]
         source = "\n".join([*forward, "", *backward]) + "\n"
         order = {node: index for index, (node, _) in enumerate(placeholders)}
         space: dict[str, Any] = {**self.constants, "get_state": get_state, "set_state": set_state}
+        space |= {f"open_{tier}": memory.open for tier, memory in self.tiers.items()}
         exec(compile(source, "<memplan schedule>", "exec"), space)
         return Generated(
             source=source,
@@ -116,6 +127,7 @@ class Writer:
             tangents={source.index: node.meta["val"] for node, source in tangents},
             saved=tuple(saved),
             states=len(states),
+            tiers=self.tiers,
         )
 
     def phase(self, step: Run) -> Phase:
@@ -167,7 +179,10 @@ class Writer:
     def instruction(self, step: Any) -> None:
         """The lines of one instruction."""
         if isinstance(step, Free):
-            self.drop(step.buffer)
+            if step.tier == 0:
+                self.drop(step.buffer)
+        elif isinstance(step, Start | Wait):
+            self.move(step)
         elif isinstance(step, Run):
             if step.op in self.traced.mutations:
                 target, node = self.traced.mutations[step.op]
@@ -176,6 +191,32 @@ class Writer:
                 self.line(f"{self.constant(torch.ops.aten.copy_.default, 'copy')}({self.read(place)}, {value})")
             elif self.traced.nodes[step.op] is not None:
                 self.call(step, self.traced.nodes[step.op])
+
+    def move(self, step: Start | Wait) -> None:
+        """The line of a copy to another tier or from there, or of the wait for it."""
+        assert self.machine is not None
+        link = self.machine.links[step.link]
+        source, target = self.machine.tier_index(link.source), self.machine.tier_index(link.target)
+        visit = f"t{source or target}"
+        if isinstance(step, Wait):
+            self.line(f"{visit}.wait({step.buffer})")
+            return
+        node = self.traced.base[step.buffer]
+        offset = self.offsets[step.buffer, source or target]
+        if target == 0:
+            self.arrive(node)
+        verb, value = "get" if target == 0 else "put", self.storage_of(node)
+        self.line(f"{visit}.start({step.buffer}, {visit}.{verb}({offset}, {value}))")
+
+    def arrive(self, node: fx.Node) -> None:
+        """A new tensor for a value that is about to be copied in."""
+        made = self.constant(blank(node.meta["val"], self.program.device), f"blank_{self.name(node)}")
+        self.line(f"{self.name(node)} = {made}()")
+        self.bind(node)
+
+    def storage_of(self, node: fx.Node) -> str:
+        """A tensor that stands for the bytes of a value's buffer."""
+        return self.read(node)
 
     def call(self, step: Run, node: fx.Node | None) -> None:
         """One operator call."""
@@ -284,9 +325,15 @@ class Writer:
         return self.constant_names[key]
 
 
-def generate(traced: Traced, schedule: Schedule) -> Generated:
-    """Write and compile the functions that carry out a schedule."""
-    return Writer(traced, schedule).write()
+def generate(traced: Traced, schedule: Schedule, machine: Machine | None = None) -> Generated:
+    """Write and compile the functions that carry out a schedule.
+
+    Args:
+        traced: what is scheduled.
+        schedule: of its program.
+        machine: whose tiers the schedule's copies name; needed only where it has any.
+    """
+    return Writer(traced, schedule, machine).write()
 
 
 def get_state() -> list[torch.Tensor]:

@@ -39,7 +39,7 @@ def apply(plan: "Plan", model: nn.Module, loss: Any = None) -> nn.Module:
         captured = recapture(plan, model, loss)
     check_parameters(model, captured)
     write = generate_static if plan.schedule.placements else generate
-    return planned_module(model, captured, write(captured.traced, plan.schedule))
+    return planned_module(model, captured, write(captured.traced, plan.schedule, plan.machine))
 
 
 def recapture(plan: "Plan", model: nn.Module, loss: Any) -> Captured:

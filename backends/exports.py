@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..planner.program import Program
-from ..planner.schedule import Run, Schedule, Start
+from ..planner.schedule import Run, Schedule
 from ..planner.text import show_program, show_schedule
 from ..planner.units import show_bytes, show_seconds
 from .pictures import svg, timeline
-from .report import Life, largest, layer_of, layers, lives, phases
+from .report import Life, copies, largest, layer_of, layers, lives, phases
 
 if TYPE_CHECKING:
     from ..planner.machine import Machine
@@ -61,7 +61,6 @@ def trace_events(plan: "Plan", side: "Side") -> Iterator[Event]:
 def work(program: Program, machine: "Machine", side: "Side") -> Iterator[Event]:
     """Runs on their units, copies on their links."""
     done: set[int] = set()
-    link_free = [0.0] * len(machine.links)
     for step, start in zip(side.schedule.instructions, side.report.starts, strict=True):
         if isinstance(step, Run):
             op = program.ops[step.op]
@@ -76,18 +75,10 @@ def work(program: Program, machine: "Machine", side: "Side") -> Iterator[Event]:
             category = "recompute" if again else op.phase.value
             event = slice_of(op.target, category, UNIT_TRACK + step.unit, start, op.seconds, facts)
             yield {**event, "cname": "bad"} if again else event
-        elif isinstance(step, Start):
-            link, buffer = machine.links[step.link], program.buffers[step.buffer]
-            began = max(start, link_free[step.link])
-            link_free[step.link] = began + link.latency + buffer.bytes / link.bandwidth
-            yield slice_of(
-                buffer.name,
-                "copy",
-                LINK_TRACK + step.link,
-                began,
-                link_free[step.link] - began,
-                {"size": show_bytes(buffer.bytes)},
-            )
+    for copy in copies(program, machine, side):
+        buffer = program.buffers[copy.buffer]
+        facts = {"size": show_bytes(buffer.bytes)}
+        yield slice_of(buffer.name, "copy", LINK_TRACK + copy.link, copy.begin, copy.end - copy.begin, facts)
 
 
 def slice_of(name: str, category: str, track: int, start: float, seconds: float, facts: Event | None = None) -> Event:

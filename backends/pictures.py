@@ -1,4 +1,4 @@
-"""Pictures: the memory of a step over time, and peak against time over a sweep. Matplotlib without global state."""
+"""Pictures: the memory and the copies of a step over time, and peak against time. Matplotlib without global state."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 
 from ..planner.machine import Machine
 from ..planner.program import Kind, Phase, Program
+from ..planner.schedule import Wait
 from ..planner.units import show_bytes, show_seconds
-from .report import RECOMPUTED, WORKSPACE, layers, phases
+from .queues import INTO, OUT, RUNS, Lane, boxes, lanes
+from .report import RECOMPUTED, WORKSPACE, held, layers, phases
 
 if TYPE_CHECKING:
     from ..planner.plan import Plan, Side
@@ -35,6 +37,9 @@ COLOURS = {
     RECOMPUTED: "#8fd6bf",
     Kind.TEMPORARY: "#e69f00",
     WORKSPACE: "#f0d98c",
+    RUNS: "#4d4d4d",
+    OUT: "#d55e00",
+    INTO: "#cc79a7",
 }
 HATCHES = {RECOMPUTED: "////"}
 INK = "#333333"
@@ -42,20 +47,32 @@ COLUMNS = 1600  # a picture's resolution in time; longer schedules are thinned t
 
 
 def timeline(plan: "Plan") -> Figure:
-    """The step's live bytes, planned above unplanned on the same scales, stacked by kind of tensor."""
-    figure = new_figure(10.0, 6.2)
-    axes = [figure.add_subplot(2, 1, row + 1) for row in range(2)]
+    """The step's live bytes, planned above unplanned on the same scales, stacked by kind of tensor.
+
+    Below them, where the plan copies: what runs and what is copied when, and the bytes in each further tier that is used.
+    """
+    queues = lanes(plan.program, plan.machine, plan.planned)
+    behind = {
+        tier.name: values
+        for index, tier in enumerate(plan.machine.tiers)
+        if index and queues and (values := held(plan.program, plan.machine, plan.schedule, index)).any()
+    }
+    heights = [2.8, 2.8]
+    if queues:
+        heights += [0.2 + 0.25 * len(queues), *[1.0] * len(behind)]
+    figure = new_figure(10.0, 6.2 + 1.25 * sum(heights[2:]))
+    grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
+    axes = [figure.add_subplot(grid[row]) for row in range(len(heights))]
     used: set[str] = set()
     sides = [("planned", plan.planned), ("unplanned", plan.unplanned)]
-    for ax, (title, side) in zip(axes, sides, strict=True):
+    for ax, (title, side) in zip(axes[:2], sides, strict=True):
         used |= draw_side(ax, side.program, plan.machine, side)
         ax.set_title(f"{title}: {show_bytes(side.peak)}, {show_seconds(side.time)}", loc="left", fontsize=10, color=INK)
     top = 1.12 * max(side.peak for _, side in sides)
     longest = max(span(side)[1] for _, side in sides)
-    for ax in axes:
+    for ax in axes[:2]:
         ax.set_ylim(0, top)
         ax.set_yticks(byte_ticks(top))
-        ax.set_xlim(0, longest)
         if plan.budget is not None and plan.budget <= top:
             ax.axhline(plan.budget, color="#b3261e", linestyle=(0, (5, 3)), linewidth=1.2)
             ax.annotate(
@@ -69,8 +86,14 @@ def timeline(plan: "Plan") -> Figure:
                 va="bottom",
                 fontsize=8,
             )
-    axes[0].tick_params(labelbottom=False)
-    axes[1].set_xlabel("predicted time" if plan.unplanned.time > 0 else "instruction", fontsize=9)
+    if queues:
+        draw_queues(axes[2], plan.planned, queues)
+    for ax, (name, values) in zip(axes[len(axes) - len(behind) :], behind.items(), strict=True):
+        draw_behind(ax, plan.planned, name, values)
+    for ax in axes:
+        ax.set_xlim(0, longest)
+        ax.tick_params(labelbottom=ax is axes[-1])
+    axes[-1].set_xlabel("predicted time" if plan.unplanned.time > 0 else "instruction", fontsize=9)
     names = [layer for layer in COLOURS if layer in used]
     figure.legend(
         handles=[
@@ -96,11 +119,11 @@ def span(side: "Side") -> tuple[NDArray[np.float64], float]:
 def draw_side(ax: Axes, program: Program, machine: Machine, side: "Side") -> set[str]:
     """One schedule's stack and its phases. Returns the layers drawn."""
     starts, end = span(side)
-    held = layers(program, machine, side.schedule)
+    stacked = layers(program, machine, side.schedule)
     shown = thinned(starts, end, np.asarray(side.report.timeline))
     edges = np.append(starts[shown], end)
     floor = np.zeros(len(edges))
-    for name, values in held.items():
+    for name, values in stacked.items():
         # The last value is repeated, for a step drawn "post" ends where its last point is.
         stack = floor + np.append(values[shown], values[shown][-1:] if len(shown) else 0)
         ax.fill_between(
@@ -136,7 +159,39 @@ def draw_side(ax: Axes, program: Program, machine: Machine, side: "Side") -> set
             color=INK,
         )
     dress(ax, show_seconds if side.time > 0 else "{:.0f}".format, show_bytes)
-    return set(held)
+    return set(stacked)
+
+
+def draw_queues(ax: Axes, side: "Side", queues: dict[str, Lane]) -> None:
+    """A lane of bars for the compute and for each link, on the time of the memory above."""
+    for row, lane in enumerate(queues.values()):
+        for name, bars in boxes(lane, row, side.time):
+            edge = 0.3 if len(bars) < COLUMNS / 10 else 0.0
+            look = {"facecolors": COLOURS[name], "hatch": HATCHES.get(name), "edgecolors": "white", "linewidths": edge}
+            ax.add_collection(PolyCollection(bars, **look))
+    dress(ax, show_seconds, str)
+    ax.grid(visible=False)
+    ax.set_ylim(0.5 - len(queues), 0.5)
+    ax.set_yticks([-row for row in range(len(queues))], list(queues))
+    ax.tick_params(axis="y", length=0)
+    starts = np.append(side.report.starts, side.time)
+    waits = [isinstance(step, Wait) for step in side.schedule.instructions]
+    waited = float(np.diff(starts)[waits].sum())
+    title = f"planned: {show_seconds(waited) if waited else 'no time'} spent waiting for copies"
+    ax.set_title(title, loc="left", fontsize=10, color=INK)
+
+
+def draw_behind(ax: Axes, side: "Side", tier: str, values: NDArray[np.int64]) -> None:
+    """Bytes over time in a tier behind the device's memory."""
+    starts, end = span(side)
+    shown = thinned(starts, end, values)
+    edges, heights = np.append(starts[shown], end), np.append(values[shown], values[-1])
+    ax.fill_between(edges, heights, step="post", facecolor=COLOURS[OUT], alpha=0.2, linewidth=0.0)
+    ax.step(edges, heights, where="post", color=COLOURS[OUT], linewidth=1.0)
+    ax.set_ylim(0, 1.15 * float(values.max()))
+    ax.set_yticks(byte_ticks(ax.get_ylim()[1])[::2])
+    dress(ax, show_seconds, show_bytes)
+    ax.set_title(f"planned, in {tier}: {show_bytes(float(values.max()))}", loc="left", fontsize=10, color=INK)
 
 
 def thinned(starts: NDArray[np.float64], end: float, totals: NDArray[np.int64]) -> NDArray[np.intp]:

@@ -1,12 +1,15 @@
 """What lives when: the replay behind every picture and export.
 
-    lives(program, machine, schedule)   each stay of a buffer in the device's memory, as a range of instructions
+    lives(program, machine, schedule)   each stay of a buffer in the device's memory, or another, as a range of instructions
     layers(...)                         live bytes per instruction, for each colour of a picture
+    held(...)                           live bytes per instruction in any tier
+    copies(program, machine, side)      when each copy is on its link
 
 The referee judges; this only draws what it has accepted, so nothing is checked here.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +17,9 @@ from numpy.typing import NDArray
 from ..planner.machine import Machine
 from ..planner.program import Kind, Phase, Program
 from ..planner.schedule import Free, Run, Schedule, Start
+
+if TYPE_CHECKING:
+    from ..planner.plan import Side
 
 WORKSPACE = "workspace"
 RECOMPUTED = "recomputed"
@@ -33,7 +39,7 @@ LAYERS = (
 
 @dataclass(frozen=True)
 class Life:
-    """One stay in the first tier.
+    """One stay in a tier.
 
     Attributes:
         buffer: its index in the program, or -1 for the workspace of one run.
@@ -54,15 +60,24 @@ class Life:
     final: bool = False
 
 
-def lives(program: Program, machine: Machine, schedule: Schedule) -> list[Life]:
-    """Every stay in the first tier, in the order in which they end.
+class Copy(NamedTuple):
+    """One copy: indices of its link and its buffer, and the seconds from when to when the link is busy with it."""
 
-    At each instruction the bytes of the lives that cover it add up to the referee's `Report.timeline`.
+    link: int
+    buffer: int
+    begin: float
+    end: float
+
+
+def lives(program: Program, machine: Machine, schedule: Schedule, tier: int = 0) -> list[Life]:
+    """Every stay in one tier, in the order in which they end.
+
+    At each instruction the bytes of the first tier's lives that cover it add up to the referee's `Report.timeline`.
     """
     end = len(schedule.instructions)
-    on_device = [unit.tier == machine.tiers[0].name for unit in machine.units]
-    to_device = [link.target == machine.tiers[0].name for link in machine.links]
-    born = {buffer: (0, -1, False) for buffer, op in enumerate(program.producer) if op < 0}
+    works_here = [unit.tier == machine.tiers[tier].name for unit in machine.units]
+    leads_here = [link.target == machine.tiers[tier].name for link in machine.links]
+    born = {buffer: (0, -1, False) for buffer, op in enumerate(program.producer) if op < 0 and tier == 0}
     done: set[int] = set()
     ended: list[Life] = []
 
@@ -71,7 +86,7 @@ def lives(program: Program, machine: Machine, schedule: Schedule) -> list[Life]:
         ended.append(Life(buffer, program.buffers[buffer].bytes, lower, upper, maker, again, final))
 
     for at, step in enumerate(schedule.instructions):
-        if isinstance(step, Run) and on_device[step.unit]:
+        if isinstance(step, Run) and works_here[step.unit]:
             op = program.ops[step.op]
             for _, old in step.reuse:
                 close(old, at)
@@ -81,9 +96,9 @@ def lives(program: Program, machine: Machine, schedule: Schedule) -> list[Life]:
             if op.workspace:
                 ended.append(Life(-1, op.workspace, at, at + 1, at, step.op in done))
             done.add(step.op)
-        elif isinstance(step, Free) and step.tier == 0:
+        elif isinstance(step, Free) and step.tier == tier:
             close(step.buffer, at + 1)
-        elif isinstance(step, Start) and to_device[step.link]:
+        elif isinstance(step, Start) and leads_here[step.link]:
             born[step.buffer] = (at, at, False)
     for buffer in sorted(born):
         close(buffer, end, final=True)
@@ -105,6 +120,28 @@ def layers(program: Program, machine: Machine, schedule: Schedule) -> dict[str, 
         change[layer_of(program, life)][life.upper] -= life.bytes
     stacked = {layer: np.cumsum(step)[:-1] for layer, step in change.items()}
     return {layer: held for layer, held in stacked.items() if held.any()}
+
+
+def held(program: Program, machine: Machine, schedule: Schedule, tier: int) -> NDArray[np.int64]:
+    """Live bytes in one tier while each instruction runs; a copy's target counts from when the copy is queued."""
+    change = np.zeros(len(schedule.instructions) + 1, np.int64)
+    for life in lives(program, machine, schedule, tier):
+        change[life.lower] += life.bytes
+        change[life.upper] -= life.bytes
+    return np.cumsum(change)[:-1]
+
+
+def copies(program: Program, machine: Machine, side: "Side") -> list[Copy]:
+    """The copies of a schedule, in the order in which they are queued: a link carries one at a time, first in, first out."""
+    free = [0.0] * len(machine.links)
+    found = []
+    for step, start in zip(side.schedule.instructions, side.report.starts, strict=True):
+        if isinstance(step, Start):
+            link = machine.links[step.link]
+            begin = max(start, free[step.link])
+            free[step.link] = begin + link.latency + program.buffers[step.buffer].bytes / link.bandwidth
+            found.append(Copy(step.link, step.buffer, begin, free[step.link]))
+    return found
 
 
 def phases(program: Program, schedule: Schedule) -> list[tuple[Phase, int]]:

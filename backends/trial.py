@@ -59,6 +59,14 @@ class Request(msgspec.Struct, frozen=True):
     device: str | None = None
 
 
+class Copies(msgspec.Struct, frozen=True):
+    """Copies of one way in a step: bytes, seconds spent copying, and seconds that the step waited for them."""
+
+    bytes: float
+    busy: float
+    stalled: float
+
+
 class Trial(msgspec.Struct, frozen=True):
     """What was measured.
 
@@ -67,12 +75,14 @@ class Trial(msgspec.Struct, frozen=True):
         seconds: the median step.
         losses: the loss of each step, exactly, as `float.hex` writes it.
         gradients: a checksum of all gradients after each step.
+        copies: what a step moves to other tiers (`out`) and back (`in`), on average over the steps that are timed.
     """
 
     peak: int | None
     seconds: float
     losses: tuple[str, ...]
     gradients: tuple[str, ...]
+    copies: dict[str, Copies] = {}
 
 
 def in_fresh_process(request: Request) -> Trial:
@@ -137,6 +147,9 @@ def run(request: Request) -> Trial:
         gradients.append(checksum(model))
         model.zero_grad(set_to_none=True)
     keep_freed_memory()
+    tiers = getattr(getattr(getattr(called, "forward", None), "code", None), "tiers", {})
+    for tier in tiers.values():
+        tier.reset()
     seconds = []
     for number in range(request.steps + 1):
         began = time.perf_counter()
@@ -144,7 +157,9 @@ def run(request: Request) -> Trial:
         seconds.append(time.perf_counter() - began)
         model.zero_grad(set_to_none=True)
     known = [peak for peak in peaks if peak is not None]
-    return Trial(max(known, default=None), statistics.median(seconds[1:]), tuple(losses), tuple(gradients))
+    copies = {way: Copies(*(sum(getattr(tier.traffic[way], part) for tier in tiers.values()) / len(seconds)
+                            for part in ("bytes", "busy", "stalled"))) for way in ("out", "in") if tiers}  # fmt: skip
+    return Trial(max(known, default=None), statistics.median(seconds[1:]), tuple(losses), tuple(gradients), copies)
 
 
 def arena_bytes(called: Any) -> int:

@@ -34,6 +34,8 @@ def facts_of(plan: Plan) -> Row:
         "unplanned_peak": plan.unplanned.peak,
         "unplanned_time": plan.unplanned.time,
         "recomputed": plan.counts.recompute,
+        "offloaded": plan.counts.offload,
+        "moved": plan.moved,
         "ops": len(plan.program.ops),
         "capture_seconds": plan.capture_seconds,
         "solve_seconds": plan.solve_seconds,
@@ -41,11 +43,13 @@ def facts_of(plan: Plan) -> Row:
     }
 
 
-def attempt(session: Session, label: str, budget: int | str | None, folder: Path, arena: bool = False) -> Row:
+def attempt(
+    session: Session, label: str, budget: int | str | None, folder: Path, arena: bool = False, strategy: str | None = None
+) -> Row:
     """One plan, saved; where no schedule fits, the smallest budget that works."""
     began = time.monotonic()
     try:
-        plan = session.plan(budget, arena)
+        plan = session.plan(budget, arena, strategy)
     except BudgetError as error:
         return {"label": label, "budget": budget, "infeasible": True, "minimum": error.minimum}
     row = facts_of(plan) | {"label": label, "wall_seconds": time.monotonic() - began}

@@ -52,7 +52,8 @@ class Liveness:
 def last_reads(program: Program, order: Sequence[int]) -> dict[tuple[int, int], int]:
     """For each (position, buffer written or read there) the last position of the buffer's life; -1 if it is not needed.
 
-    The key of a read is present only where the buffer has a producer.
+    The key of a read is present only where the buffer has a producer. A number below zero in the order, `-1 - buffer`, is the
+    buffer's fetch from another tier, which begins a life as its writing does.
     """
     end = len(order)
     wanted = {buffer: end for buffer in program.outputs}
@@ -63,6 +64,9 @@ def last_reads(program: Program, order: Sequence[int]) -> dict[tuple[int, int], 
     for at, index in enumerate(order):
         first.setdefault(index, at)
     for at in range(end - 1, -1, -1):
+        if order[at] < 0:
+            result[at, -1 - order[at]] = current.pop(-1 - order[at], -1)
+            continue
         op = program.ops[order[at]]
         for buffer in op.writes:
             held = buffer in wanted and first[order[at]] != at

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..planner.machine import Machine
 from ..planner.program import Program
-from ..solvers.timeline import Problem
+from ..solvers.timeline import NO_TIERS, Problem
+from .transfers import routes_of
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,13 @@ class Flat:
     ops: np.ndarray
 
 
-def flatten(program: Program, order: Sequence[int] | None = None) -> Flat:
+def flatten(program: Program, order: Sequence[int] | None = None, machine: Machine | None = None) -> Flat:
     """The arrays of a program whose costs are filled in; its resident buffers become one sum.
 
     Args:
         program: what is to be planned.
         order: the base order, as op indices; default: the program's own.
+        machine: whose tiers behind the device may be used; default: none.
     """
     base = list(range(len(program.ops))) if order is None else list(order)
     ops = [program.ops[index] for index in base]
@@ -67,10 +70,21 @@ def flatten(program: Program, order: Sequence[int] | None = None) -> Flat:
             repeatable=np.array([op.repeatable for op in ops], np.bool_),
             resident=program.resident_bytes,
             boundary=program.boundary,
+            tiers=NO_TIERS if machine is None else tiers_of(machine),
         ),
         np.array(owned, np.int32),
         np.array(base, np.int32),
     )
+
+
+def tiers_of(machine: Machine) -> np.ndarray:
+    """`Problem.tiers` of a machine."""
+    rows = []
+    for route in routes_of(machine):
+        out, back = machine.links[route.out], machine.links[route.back]
+        ways = out.bandwidth, out.latency, out.load, back.bandwidth, back.latency, back.load
+        rows.append((*ways, float(machine.tiers[route.tier].capacity)))
+    return np.array(rows, float).reshape(-1, 7)
 
 
 def ragged(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from ..passes.addresses import Place
 from ..passes.outside import LeaveOutside
 from .cost import Table, apply_costs
@@ -41,6 +43,8 @@ def plan(
     time_limit: float = 60.0,
     seed: int = 0,
     arena: bool = False,
+    strategy: str | None = None,
+    host_budget: int | str | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """The fastest step of a model that provably fits a number of bytes, with the same numbers as before.
@@ -55,12 +59,17 @@ def plan(
         loss: from the model's output to a scalar, where the caller computes it; default: the output itself or its `.loss`.
         optimizer: None, "sgd", "adam", "adamw" or a torch optimizer: its state and its step's temporaries count.
         machine: a preset's name, a TOML path or a `Machine`; default: the one the model is on, found out and measured.
-        allow: which levers may be used, out of "recompute" and "reorder" (and, once they exist, "offload" and "tile");
-            default: all that exist.
+        allow: which levers may be used, out of "recompute", "reorder" and "offload" (and, once it exists, "tile");
+            default: "recompute" and "reorder". Offload moves activations to the tiers behind the device: the host's memory
+            for a GPU, a file for a CPU (in `MEMPLAN_OFFLOAD`, or else beside the measurements).
         time_limit: seconds for measuring and planning together, at most.
         seed: of the search.
         arena: plan an address for every tensor that the step makes and keeps to itself: applied, the plan runs in one
             arena, made once, and fits the budget with it. Gradients and outputs are the caller's and lie beside it.
+        strategy: "memo" for MEMO's own rule of offload and recomputation (see `solvers/memo.py`), to compare with; default:
+            the fastest that is found.
+        host_budget: bytes that may be used in each tier behind the device, in the same forms as `budget` ("50%" of the
+            tier); default: what the machine has.
         progress: is told (stage, fraction of it).
 
     Returns:
@@ -77,10 +86,12 @@ def plan(
         >>> planned = memplan.plan(model, None, (torch.randn(8, 64),), loss=lambda out: out.sum()).apply(model)
         >>> planned(torch.randn(8, 64)).sum().backward()
     """
+    if strategy is not None and allow is None:
+        allow = ("reorder", "recompute", "offload")
     return Session(
         model, args, kwargs, train=train, loss=loss, optimizer=optimizer, machine=machine, allow=allow,
-        time_limit=time_limit, seed=seed, progress=progress,
-    ).plan(budget, arena)  # fmt: skip
+        time_limit=time_limit, seed=seed, host_budget=host_budget, progress=progress,
+    ).plan(budget, arena, strategy)  # fmt: skip
 
 
 def sweep(
@@ -127,6 +138,7 @@ class Session:
         allow: Iterable[str] | None = None,
         time_limit: float = 60.0,
         seed: int = 0,
+        host_budget: int | str | None = None,
         progress: Progress | None = None,
     ):
         levers = check_levers(allow)
@@ -150,19 +162,22 @@ class Session:
         )
         real = known is None and all(value.device.type != "meta" for value in model.parameters())
         table = None
+        self.offload = "offload" in levers
         if known is None:
             from .local import device_key, local_machine
 
-            known = local_machine(self.captured.program.device)
+            known = local_machine(self.captured.program.device, offload=self.offload)
             if machine not in (None, "local", known.name):
                 raise MachineError(f"machine={machine!r}, but the model is on {known.device}: move it, or ask for 'local'")
             table = Table(device_key(self.captured.program.device))
             if real:
                 self.measure(known, table, progress)
         began = time.monotonic()
-        self.machine = known
+        known = self.machine = limit_tiers(known, host_budget)
         program = apply_costs(self.captured.program, known, table)
-        self.planner = Planner(program, known, "recompute" in levers, "reorder" in levers, seed, progress=progress)
+        self.planner = Planner(
+            program, known, "recompute" in levers, "reorder" in levers, self.offload, seed, progress=progress
+        )
         self.solve_began = time.monotonic() - began
 
     def measure(self, machine: Machine, table: Table, progress: Progress | None) -> None:
@@ -219,8 +234,12 @@ class Session:
             return Answer(floor, min(planner.bound(budget), floor.time)), floor.peak
         raise planner.refuse(budget, floor)
 
-    def plan(self, budget: int | str | None, arena: bool = False) -> Plan:
-        """The plan for one budget; with `arena`, with addresses."""
+    def plan(self, budget: int | str | None, arena: bool = False, strategy: str | None = None) -> Plan:
+        """The plan for one budget; with `arena`, with addresses; by a strategy other than the best."""
+        if strategy not in (None, "memo"):
+            raise MemplanError(f"strategy={strategy!r}: it is 'memo' or None")
+        if strategy and arena:
+            raise MemplanError("strategy='memo' has no addresses: plan without arena")
         began = time.monotonic()
         planner = self.static_planner if arena else self.planner
         planner.deadline = began + self.time_limit
@@ -230,6 +249,9 @@ class Session:
         limit = min(asked if asked is not None else capacity, capacity)
         if arena:
             answer, minimum = self.solve_placed(limit)
+        elif strategy:
+            answer = planner.solve_memo(limit)
+            minimum = answer.side.peak
         else:
             answer = planner.solve(limit)
             minimum = min(planner.floor.peak, answer.side.peak)
@@ -246,6 +268,15 @@ class Session:
             solve_seconds=time.monotonic() - began + self.solve_began,
         )
         return assemble(body, answer.side, unplanned, self.captured)
+
+
+def limit_tiers(machine: Machine, budget: int | str | None) -> Machine:
+    """The machine with no more than a number of bytes in each tier behind the first."""
+    if budget is None:
+        return machine
+    rest = [msgspec.structs.replace(tier, capacity=min(tier.capacity, parse_bytes(budget, of=tier.capacity)))
+            for tier in machine.tiers[1:]]  # fmt: skip
+    return msgspec.structs.replace(machine, tiers=(machine.tiers[0], *rest))
 
 
 def traced_device(machine: Machine | None) -> str | None:

@@ -6,7 +6,6 @@ status: 0, 1 for an error, 2 for usage, 3 for a budget that cannot be met.
 
 import csv
 import json
-import math
 import shutil
 import sys
 import tempfile
@@ -19,16 +18,15 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from rich.text import Text
 
 from .errors import BudgetError, InvalidSchedule, MachineError, MemplanError
 from .schedule import LEVERS
+from .tables import overhead, plan_facts, plan_table, run_facts, run_table, table
 from .units import parse_bytes, show_bytes, show_seconds
 
 # torch and matplotlib take seconds to import: the commands that need them import them inside.
 if TYPE_CHECKING:
-    from ..backends.trial import Trial
     from .machine import Machine
     from .plan import Plan
 
@@ -116,6 +114,11 @@ Infer = Annotated[bool, typer.Option("--infer", help="Plan the forward pass alon
 Counted = Annotated[Optimizer | None, typer.Option("--optimizer", help="Count this optimizer's state.")]
 TimeLimit = Annotated[float, typer.Option(help="Seconds that planning may take.", min=0.0)]
 Seed = Annotated[int, typer.Option(help="Of the search.")]
+Strategy = Annotated[str | None, typer.Option(help="memo: MEMO's own rule of offload, to compare with; left out: the fastest.")]
+HostBudget = Annotated[
+    str | None,
+    typer.Option(help="Bytes that may be used in each tier behind the device: 64GiB, or 50% of it.", callback=readable),
+]
 Placed = Annotated[bool, typer.Option("--arena", help="Plan addresses too: the step runs in one arena, made once.")]
 
 
@@ -130,6 +133,8 @@ def plan(
     time_limit: TimeLimit = 60.0,
     seed: Seed = 0,
     arena: Placed = False,
+    strategy: Strategy = None,
+    host_budget: HostBudget = None,
     out: Annotated[Path | None, output("Write the plan here.", "-o", "--output")] = None,
     as_json: Json = False,
 ) -> None:
@@ -138,9 +143,10 @@ def plan(
     from .models import load_model
 
     options = planning(allow, optimizer, time_limit, seed, train=not infer, machine=machine)
+    options |= {"arena": arena, "strategy": strategy, "host_budget": host_budget}
     with progress("building the model") as report:
         module, args, kwargs = load_model(model, meta=True)
-        made = api.plan(module, budget, args, kwargs, **options, arena=arena, progress=report)
+        made = api.plan(module, budget, args, kwargs, **options, progress=report)
     if out is not None:
         made.save(out)
     answer(as_json, plan_facts(made) | ({"output": str(out)} if out else {}), plan_table(made))
@@ -213,6 +219,8 @@ def run(
     time_limit: TimeLimit = 60.0,
     seed: Seed = 0,
     arena: Placed = False,
+    strategy: Strategy = None,
+    host_budget: HostBudget = None,
     as_json: Json = False,
 ) -> None:
     """Train for real, unplanned and planned side by side, each in a fresh process."""
@@ -220,11 +228,11 @@ def run(
     from . import api
     from .models import load_model
 
-    options = planning(allow, optimizer, time_limit, seed)
+    options = planning(allow, optimizer, time_limit, seed, arena=arena, strategy=strategy, host_budget=host_budget)
     stepped = options["optimizer"]
     with progress("building the model") as report, tempfile.TemporaryDirectory() as folder:
         module, args, kwargs = to_device(device, *load_model(model, meta=False))
-        made = api.plan(module, budget, args, kwargs, **options, arena=arena, progress=report)
+        made = api.plan(module, budget, args, kwargs, **options, progress=report)
         del module, args, kwargs  # the runs want the memory
         made.save(Path(folder) / "plan.json")
         report("running unplanned", 0.0)
@@ -423,101 +431,6 @@ def local_gpu() -> "list[Machine]":
         return [local_machine("cuda")]
     except MachineError:
         return []
-
-
-def overhead(made: "Plan") -> float:
-    """How much longer than unplanned: 0.25 for a quarter."""
-    return made.time / made.unplanned.time - 1 if made.unplanned.time > 0 else 0.0
-
-
-def plan_facts(made: "Plan") -> dict[str, Any]:
-    """A plan's figures for programs."""
-    counts = made.counts
-    return {
-        "budget": made.budget,
-        "peak": made.peak,
-        "time": made.time,
-        "unplanned": {"peak": made.unplanned.peak, "time": made.unplanned.time},
-        "status": made.status,
-        "gap": made.gap,
-        "minimum_budget": made.minimum,
-        "capture_seconds": made.capture_seconds,
-        "solve_seconds": made.solve_seconds,
-        "counts": {"keep": counts.keep, "recompute": counts.recompute, "offload": counts.offload},
-        "machine": made.machine.name,
-        "ops": len(made.program.ops),
-        "buffers": len(made.program.buffers),
-        **({"arena": made.arena} if made.arena else {}),
-    }
-
-
-def plan_table(made: "Plan") -> RenderableType:
-    """A plan's figures for people."""
-    saved = made.peak / made.unplanned.peak - 1 if made.unplanned.peak else 0.0
-    rows = [
-        ("peak", show_bytes(made.peak), show_bytes(made.unplanned.peak), f"{saved:+.1%}"),
-        ("step time (predicted)", show_seconds(made.time), show_seconds(made.unplanned.time), f"{overhead(made):+.1%}"),
-    ]
-    words = made.summary().splitlines()[len(rows) + 1 :]
-    return Group(table((made.program.name, "planned", "unplanned", ""), rows), Text("\n".join(words)))
-
-
-def run_facts(made: "Plan", plain: "Trial", planned: "Trial") -> dict[str, Any]:
-    """Predictions beside measurements, and whether the numbers agree."""
-
-    def side(predicted: Any, trial: "Trial") -> dict[str, Any]:
-        losses = [float.fromhex(loss) for loss in trial.losses]
-        return {
-            "peak": {"predicted": predicted.peak, "measured": trial.peak},
-            "time": {"predicted": predicted.time, "measured": trial.seconds},
-            "losses": [loss if math.isfinite(loss) else None for loss in losses],
-        }
-
-    return {
-        "budget": made.budget,
-        "machine": made.machine.name,
-        "unplanned": side(made.unplanned, plain),
-        "planned": side(made.planned, planned),
-        "losses_equal": plain.losses == planned.losses,
-        "gradients_equal": plain.gradients == planned.gradients,
-    }
-
-
-def run_table(made: "Plan", plain: "Trial", planned: "Trial") -> RenderableType:
-    """The same for people."""
-
-    def measured(peak: int | None) -> str:
-        return "unknown here" if peak is None else show_bytes(peak)
-
-    asked = "no budget" if made.budget is None else f"budget {show_bytes(made.budget)}"
-    rows = [
-        ("peak, measured", measured(planned.peak), measured(plain.peak)),
-        ("peak, predicted", show_bytes(made.peak), show_bytes(made.unplanned.peak)),
-        ("step time, measured", show_seconds(planned.seconds), show_seconds(plain.seconds)),
-        ("step time, predicted", show_seconds(made.time), show_seconds(made.unplanned.time)),
-    ]
-    pairs = enumerate(zip(planned.losses, plain.losses, strict=True), 1)
-    rows += [(f"loss, step {number}", *(f"{float.fromhex(loss):.6f}" for loss in pair)) for number, pair in pairs]
-    verdicts = [
-        equality("losses", planned.losses == plain.losses),
-        equality("gradients", planned.gradients == plain.gradients),
-    ]
-    return Group(table((asked, "planned", "unplanned"), rows), *verdicts)
-
-
-def equality(what: str, equal: bool) -> Text:
-    """`losses: bit-equal`, in colour."""
-    return Text(f"{what}: {'bit-equal' if equal else 'not bit-equal'}", style="green" if equal else "yellow")
-
-
-def table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
-    """A table whose figures are flush right."""
-    drawn = Table(box=None, show_header=bool(heads), header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    for column in range(max(map(len, [heads, *rows]))):
-        drawn.add_column(heads[column] if heads else "", justify="right" if column else "left", no_wrap=True)
-    for row in rows:
-        drawn.add_row(*(Text(cell) for cell in row))
-    return drawn
 
 
 def answer(as_json: bool, facts: dict[str, Any], shown: RenderableType) -> None:

@@ -1,7 +1,7 @@
 """The machine at hand, as a `Machine`: what the system says, and what a probe of a second or so finds out.
 
 The probe's figures are kept beside the measurements (`cost.cache_directory`) and not taken again; capacities are asked
-for each time, for limits change.
+for each time, for limits change. The disk is looked at (`disk`) only where offload is asked for.
 """
 
 import os
@@ -12,14 +12,17 @@ from collections.abc import Callable
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
 from .cost import cache_directory, file_name, write_atomically
+from .disk import DiskRates, free_bytes, offload_directory, probe_disk
 from .errors import MachineError
 from .machine import PRESETS, Link, Machine, Tier, Unit, load_machine
 
 PAGE = 4096  # bytes
+DISK_LATENCY = 1e-4  # seconds: estimate of handing a copy to the thread that does it, while torch's threads are busy
 CPU_ALIGNMENT = 64  # bytes: c10::gAlignment
 CUDA_ROUNDING = 512  # bytes: kMinBlockSize of the caching allocator
 TYPES = ("float32", "float64", "bfloat16", "float16")
@@ -31,6 +34,7 @@ KNOWN_GPUS = {
     "H100 80GB HBM3": "h100-80gb",
     "H200": "h200",
     "A100-SXM4-80GB": "a100-80gb",
+    "A800-SXM4-80GB": "a800-80gb",
     "RTX 4090": "rtx4090",
 }
 # Settings that change how a process gets its memory, and so what an output costs.
@@ -45,33 +49,53 @@ class Rates(msgspec.Struct, frozen=True):
     launch: float
     link: float = 0.0
 
+    @property
+    def sound(self) -> bool:
+        """Whether a plan can rest on the figures."""
+        return min(self.bandwidth, self.launch, self.flops.get("default", 0.0), *self.flops.values()) > 0
 
-def local_machine(device: str = "cpu") -> Machine:
+
+Figures = TypeVar("Figures", Rates, DiskRates)
+
+
+def local_machine(device: str = "cpu", offload: bool = False) -> Machine:
     """The machine that this process runs on.
 
     Args:
         device: `cpu`, or `cuda` for the current GPU with this host behind it.
+        offload: put the disk behind the CPU's memory; the first time for a directory, that takes a probe of about two
+            seconds. A GPU has this host behind it anyway.
 
     Raises:
-        MachineError: there is no such device here.
+        MachineError: there is no such device here, or no disk that files can be laid down on.
     """
     if device == "cpu":
-        return local_cpu()
+        return local_cpu(offload)
     if device == "cuda":
         return local_cuda()
     raise MachineError(f"no local machine for device {device!r}: it is 'cpu' or 'cuda'")
 
 
-def local_cpu() -> Machine:
-    """This host.
+def local_cpu(offload: bool = False) -> Machine:
+    """This host, with its disk where offload is asked for.
 
     Sizes are rounded to pages: resident pages are what a limit on memory counts, and blocks large enough to matter are
     mapped singly. A small block takes less than its page; the error is on the safe side.
     """
     rates = known_rates("cpu")
-    tier = Tier("device", memory_limit(), rates.bandwidth, rounding=PAGE, alignment=CPU_ALIGNMENT)
+    tiers = [Tier("device", memory_limit(), rates.bandwidth, rounding=PAGE, alignment=CPU_ALIGNMENT)]
+    links = []
+    if offload:
+        directory = offload_directory()
+        capacity = free_bytes(directory)
+        disk = kept("disk", f"{device_key()}, {directory}", DiskRates, lambda: probe_disk(directory))
+        tiers.append(Tier("disk", capacity, min(disk.write, disk.read), rounding=PAGE, alignment=PAGE))
+        links = [
+            Link("device", "disk", disk.write, DISK_LATENCY, disk.write_load),
+            Link("disk", "device", disk.read, DISK_LATENCY, disk.read_load),
+        ]
     unit = Unit("cores", "device", rates.flops, launch=rates.launch)
-    machine = Machine("local-cpu", "cpu", (tier,), (unit,))
+    machine = Machine("local-cpu", "cpu", tuple(tiers), (unit,), tuple(links))
     machine.verify()
     return machine
 
@@ -159,18 +183,23 @@ def control_group_limits(root: Path) -> list[int]:
 
 
 def known_rates(device: str) -> Rates:
-    """The probe's figures for the device: read, or else taken and kept."""
-    path = cache_directory() / file_name("rates", device_key(device))
+    """The probe's figures for the device."""
+    return kept("rates", device_key(device), Rates, lambda: probe(device))
+
+
+def kept(prefix: str, key: str, kind: type[Figures], measure: Callable[[], Figures]) -> Figures:
+    """Figures of a kind for what the key names: read, or else measured and kept."""
+    path = cache_directory() / file_name(prefix, key)
     with suppress(OSError, msgspec.MsgspecError, UnicodeDecodeError):
-        rates = msgspec.json.decode(path.read_bytes(), type=Rates)
-        if min(rates.bandwidth, rates.launch, rates.flops.get("default", 0.0), *rates.flops.values()) > 0:
-            return rates
-    rates = probe(device)
+        figures = msgspec.json.decode(path.read_bytes(), type=kind)
+        if figures.sound:
+            return figures
+    figures = measure()
     try:
-        write_atomically(path, msgspec.json.encode(rates))
+        write_atomically(path, msgspec.json.encode(figures))
     except OSError as error:
-        warnings.warn(f"cannot keep the device's rates in {path}: {error.strerror}", stacklevel=2)
-    return rates
+        warnings.warn(f"cannot keep what was measured in {path}: {error.strerror}", stacklevel=2)
+    return figures
 
 
 def probe(device: str) -> Rates:

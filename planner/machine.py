@@ -53,12 +53,22 @@ class Unit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Link(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A one-way FIFO queue of copies between two tiers: bytes per second, and seconds per copy."""
+    """A one-way FIFO queue of copies between two tiers.
+
+    Attributes:
+        source: name of the tier copied from.
+        target: name of the tier copied to.
+        bandwidth: bytes per second.
+        latency: seconds per copy.
+        load: seconds of the computing units' time that each second of copying costs: 0 for an engine of its own, more where
+            the same cores copy.
+    """
 
     source: str
     target: str
     bandwidth: float
     latency: float = 0.0
+    load: float = 0.0
 
 
 class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
@@ -95,8 +105,10 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True
         for link in self.links:
             self.tier_index(link.source)
             self.tier_index(link.target)
-            if link.bandwidth <= 0 or link.latency < 0:
-                raise MachineError(f"link {link.source}->{link.target} of {self.name}: bandwidth must be positive")
+            if link.bandwidth <= 0 or link.latency < 0 or link.load < 0:
+                raise MachineError(
+                    f"link {link.source}->{link.target} of {self.name}: bandwidth must be positive, latency and load at least 0"
+                )
 
 
 def preset_names() -> list[str]:

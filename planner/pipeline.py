@@ -5,7 +5,9 @@
 One `Planner` serves many budgets of one program: everything that does not depend on the budget is made once.
 """
 
+import dataclasses
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,17 +20,19 @@ import numpy as np
 from ..passes.liveness import Liveness
 from ..passes.problem import Flat, flatten
 from ..passes.reorder import Reorder
+from ..passes.transfers import Transfers, routes_of
 from ..solvers.anneal import anneal, make_space
 from ..solvers.bound import CutModel
 from ..solvers.master import Master, find_slots
+from ..solvers.memo import memo
 from ..solvers.segments import find_segments
-from ..solvers.timeline import KEEP, SINCE, order_of, profile, score
-from .errors import BudgetError, InvalidSchedule
+from ..solvers.timeline import KEEP, SINCE, events_of, profile, score
+from .errors import BudgetError, InvalidSchedule, MemplanError
 from .machine import Machine
 from .plan import Side, as_eager, unlimited
 from .program import Program
 from .referee import Report, referee
-from .schedule import Free, Run, Schedule
+from .schedule import Free, Run, Schedule, Start
 from .units import show_bytes
 
 Progress = Callable[[str, float], None]
@@ -67,6 +71,7 @@ class Planner:
         machine: what it runs on.
         recompute: whether ops may run again.
         reorder: whether the backward pass may run in another order.
+        offload: whether values may lie in other tiers of the machine, if it has any with links there and back.
         seed: of the search; the same seed, program and budget give the same schedule.
         effort: simulations per start of the search; by default as many as a few seconds allow.
     """
@@ -75,6 +80,7 @@ class Planner:
     machine: Machine
     recompute: bool = True
     reorder: bool = True
+    offload: bool = False
     seed: int = 0
     effort: int | None = None
     progress: Progress | None = None
@@ -90,12 +96,25 @@ class Planner:
     @cached_property
     def flat(self) -> Flat:
         """The arrays that the solvers work on, ops in base order: the rearranged one where its peak is no higher."""
-        traced = flatten(self.program)
+        machine = self.machine if self.offload else None
+        traced = self.restricted(flatten(self.program, None, machine))
         if not self.reorder:
             return traced
-        moved = flatten(self.program, Reorder()(self.program))
+        moved = self.restricted(flatten(self.program, Reorder()(self.program), machine))
         peaks = [score(flat.problem, flat.problem.keep_all(), 0).peak for flat in (traced, moved)]
         return moved if peaks[1] <= peaks[0] else traced
+
+    def restricted(self, flat: Flat) -> Flat:
+        """The same, with no op that may be repeated if recomputation is not allowed."""
+        if self.recompute:
+            return flat
+        once = dataclasses.replace(flat.problem, repeatable=np.zeros_like(flat.problem.repeatable))
+        return dataclasses.replace(flat, problem=once)
+
+    @property
+    def moves(self) -> bool:
+        """Whether there is a tier to move values to."""
+        return self.offload and bool(routes_of(self.machine))
 
     @cached_property
     def base_seconds(self) -> float:
@@ -134,7 +153,7 @@ class Planner:
 
     def bound(self, budget: int) -> float:
         """A lower bound on the time of any schedule within the budget that keeps the base order; infinite if none is."""
-        if not self.recompute:
+        if not self.recompute and not self.moves:
             return self.base_seconds
         return self.base_seconds + max((cut.solve(budget).seconds for cut in self.cuts), default=0.0)
 
@@ -145,10 +164,40 @@ class Planner:
 
     def finish(self, solution: np.ndarray, budget: int | None) -> Side:
         """A solution as a schedule that the referee has accepted."""
-        order = self.flat.ops[order_of(self.flat.problem, solution)]
-        schedule = Liveness()(self.program, order.tolist())
+        found = events_of(self.flat.problem, solution)
+        runs, ops, buffers = found.order >= 0, self.flat.ops, self.flat.buffers
+        events = np.where(runs, ops[np.maximum(found.order, 0)], -1 - buffers[np.maximum(-1 - found.order, 0)])
         machine = self.machine if budget is not None else unlimited(self.machine)
-        return Side(self.program, schedule, referee(self.program, machine, schedule, budget))
+        if runs.all():
+            schedule = Liveness()(self.program, events.tolist())
+            return Side(self.program, schedule, referee(self.program, machine, schedule, budget))
+        tier = dict(zip(buffers.tolist(), found.tier.tolist(), strict=True))
+        limit = budget if budget is not None else score(self.flat.problem, solution, 0).peak
+        return self.moved(machine, events.tolist(), tier, limit)
+
+    def moved(self, machine: Machine, events: list[int], tier: dict[int, int], budget: int) -> Side:
+        """The schedule of events with copies.
+
+        What was to be fetched before it had left stays; if that is all that becomes of a copy out, it is left out, where the
+        schedule is no worse without it.
+        """
+        best: Side | None = None
+        while True:
+            schedule = Transfers(budget)(self.program, self.machine, events, tier)
+            try:
+                side = Side(self.program, schedule, referee(self.program, machine, schedule, budget))
+            except InvalidSchedule:
+                if best is None:
+                    raise
+                return best
+            if best is not None and side.time > best.time:
+                return best
+            best = side
+            left = Counter(step.buffer for step in schedule.instructions if isinstance(step, Start))
+            idle = {buffer for buffer, count in left.items() if count == 1}
+            if not idle:
+                return best
+            events = [event for event in events if event >= 0 or -1 - event not in idle]
 
     @cached_property
     def kept(self) -> Side:
@@ -167,14 +216,20 @@ class Planner:
             solution = problem.keep_all()
             solution[SINCE, slots.gap[first]] = times[first]
             made.append(solution)
-        return made
+        return [*([self.all_moved()] if self.moves else []), *(made if self.recompute else [])]
+
+    def all_moved(self) -> np.ndarray:
+        """The solution that moves whatever may be moved to the first tier."""
+        solution = self.flat.problem.keep_all()
+        self.master.move(solution, self.master.slots.movable > 0, 1)
+        return solution
 
     def starts(self, budget: int) -> list[np.ndarray]:
         """Where the search begins: answers of the integer program and of its relaxation, then simple rules."""
         rounded = self.master.iterate(budget, rounds=4, seconds=4.0, integer=False)[1:]
         if len(self.program.ops) > LARGE:
-            return [*rounded, *self.rules()[:3]]
-        return [*self.master.iterate(budget, rounds=4, seconds=4.0)[1:], *rounded[1:], *self.rules()[:3]]
+            return [*rounded, *self.rules()[: 3 + self.moves]]
+        return [*self.master.iterate(budget, rounds=4, seconds=4.0)[1:], *rounded[1:], *self.rules()[: 3 + self.moves]]
 
     @cached_property
     def steps(self) -> int:
@@ -223,7 +278,7 @@ class Planner:
     @cached_property
     def floor(self) -> Side:
         """The smallest schedule known."""
-        if not self.recompute or self.space.uses == 0:
+        if not (self.recompute or self.moves) or self.space.uses == 0:
             return self.kept
         return self.finish(self.smallest, None)
 
@@ -231,7 +286,8 @@ class Planner:
     def smallest(self) -> np.ndarray:
         """The solution of smallest peak known: the search run for ever smaller budgets, whatever the time."""
         problem = self.flat.problem
-        choices = [problem.keep_all(), *self.rules()]
+        rules = self.rules()
+        choices = [problem.keep_all(), *(choice for choice in rules if score(problem, choice, 2**62).excess <= 0)]
         peaks = [score(problem, choice, 0).peak for choice in choices]
         best, peak = choices[int(np.argmin(peaks))], min(peaks)
         current, tries, shrink = best, 0, 0.9
@@ -255,6 +311,24 @@ class Planner:
                 break
         return best
 
+    def solve_memo(self, budget: int) -> Answer:
+        """What MEMO's own rule gives, whatever the budget's size: it has no such parameter (see `solvers/memo.py`).
+
+        Raises:
+            BudgetError: it takes more than the budget, or does not apply.
+        """
+        attention = np.array(["scaled_dot_product" in self.program.ops[index].target for index in self.flat.ops])
+        solution = memo(self.flat.problem, self.segments, self.master.slots, attention) if self.moves else None
+        if solution is None:
+            raise MemplanError(
+                f"strategy='memo' wants three equal layers or more and a tier behind the device: {self.program.name} on "
+                f"{self.machine.name} lacks one of them; plan without strategy"
+            )
+        side = self.finish(solution, None)
+        if side.peak > budget:
+            raise self.refuse(budget, side)
+        return Answer(side, min(self.bound(side.peak), side.time))
+
     def solve(self, budget: int) -> Answer:
         """The fastest schedule found within a budget.
 
@@ -263,7 +337,7 @@ class Planner:
         """
         if self.kept.peak <= budget:
             return Answer(self.kept, self.base_seconds)
-        if not self.recompute:
+        if not self.recompute and not self.moves:
             raise self.refuse(budget, self.kept)
         self.tell("bounding", 0.0)
         bound = self.bound(budget)

@@ -11,7 +11,7 @@ from .errors import PlanMismatch
 from .machine import Machine
 from .program import Program
 from .referee import Report, referee
-from .schedule import Run, Schedule
+from .schedule import Run, Schedule, Start
 from .units import show_bytes, show_seconds
 
 if TYPE_CHECKING:
@@ -121,16 +121,23 @@ class Plan:
     @property
     def counts(self) -> Counts:
         """How many activations are kept, recomputed, offloaded."""
-        again = set()
-        seen = set()
+        again, seen, moved = set(), set(), set()
         for step in self.schedule.instructions:
-            if isinstance(step, Run):
+            if isinstance(step, Start):
+                moved.add(step.buffer)
+            elif isinstance(step, Run):
                 again.update(buffer for buffer in step.keep if buffer in seen)
                 seen.update(step.keep)
         program = self.program
         late = [op for op in program.ops[program.boundary :]]
         used = {buffer for op in late for buffer in op.reads if 0 <= program.producer[buffer] < program.boundary}
-        return Counts(keep=len(used - again), recompute=len(again), offload=0)
+        return Counts(keep=len(used - again - moved), recompute=len(again - moved), offload=len(moved))
+
+    @property
+    def moved(self) -> dict[str, int]:
+        """Bytes that a step carries over each link, by `source to target`; links that carry nothing are left out."""
+        links = zip(self.machine.links, self.planned.report.moved, strict=True)
+        return {f"{link.source} to {link.target}": size for link, size in links if size}
 
     def summary(self) -> str:
         """A few lines for people."""
@@ -146,10 +153,12 @@ class Plan:
         lines += [
             f"budget {asked} on {self.machine.name}; smallest known to work {show_bytes(self.minimum)}",
             f"{self.status}, within {self.gap:.1%} of the fastest possible; "
-            f"{counts.keep} activations kept, {counts.recompute} recomputed",
+            f"{counts.keep} activations kept, {counts.recompute} recomputed, {counts.offload} moved",
             f"traced in {self.capture_seconds:.1f} s, solved in {self.solve_seconds:.1f} s; "
             f"{len(self.program.ops)} ops, {len(self.program.buffers)} buffers",
         ]
+        if self.moved:
+            lines.append("moved in a step: " + ", ".join(f"{show_bytes(size)} {link}" for link, size in self.moved.items()))
         if self.arena:
             beside = f" and {len(self.schedule.outside)} short-lived results" if self.schedule.outside else ""
             lines.append(f"addresses planned: one arena of {show_bytes(self.arena)}; gradients, outputs{beside} lie outside it")

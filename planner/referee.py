@@ -199,7 +199,9 @@ def referee(program: Program, machine: Machine, schedule: Schedule, budget: int 
                 refuse("copy", f"{name[step.buffer]} is not in {link.source}", at)
             if step.buffer in live[target]:
                 refuse("fresh", f"{name[step.buffer]} is in {link.target} already", at)
-            link_free[step.link] = max(clock, link_free[step.link]) + link.latency + size[step.buffer] / link.bandwidth
+            seconds = size[step.buffer] / link.bandwidth
+            link_free[step.link] = max(clock, link_free[step.link]) + link.latency + seconds
+            clock += link.load * seconds
             flying[step.buffer, step.link] = link_free[step.link]
             live[target].add(step.buffer)
             used[target] += counted([step.buffer], target)

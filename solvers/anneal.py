@@ -13,8 +13,9 @@ import numpy as np
 from numba import njit
 
 from .master import Slots
+from .replay import evaluate
 from .segments import Segments
-from .timeline import BEGIN, EAGER, HOLD, NEVER, SINCE, Problem, _evaluate
+from .timeline import BEGIN, EAGER, HOLD, MOVE, NEVER, SINCE, Problem
 
 RELATED = 4  # at most so many gaps change in one move, beside the moves on layers
 FEW = 150  # ops: programs up to this size are searched for eager starts and middle intervals more
@@ -57,6 +58,7 @@ class Space:
         return (
             slots.gap, slots.before, slots.at, slots.last, self.segment, self.opened, self.group_start, self.group,
             self.place_start, self.place, self.kind, self.uses, self.draw_from, self.boundary, slots.buffer, self.slot_of,
+            slots.movable,
         )  # fmt: skip
 
 
@@ -139,9 +141,29 @@ def _shifted(time, source, target, opened, boundary, ops):  # pragma: no cover
 
 
 @njit(cache=True)
-def _draw(fresh, slot, before, at, last, segment, opened, boundary, fine):  # pragma: no cover
+def _draw(fresh, slot, before, at, last, segment, opened, boundary, fine, tiers, movable):  # pragma: no cover
     """Change a slot's times in place."""
     own = segment[slot]
+    if movable[slot] > 0 and (movable[slot] == 2 or np.random.random() < 0.5):
+        fresh[BEGIN], fresh[HOLD], fresh[EAGER] = -1, -1, 0
+        fresh[MOVE] = 1 + np.random.randint(tiers)
+        dice = np.random.random()
+        if last[slot]:  # read by recomputations alone, mostly by those of the segments that follow
+            other = min(own + np.random.randint(3), len(opened) - 1)
+            fresh[HOLD] = opened[other]
+            fresh[BEGIN] = -1 if dice < 0.2 else max(opened[min(other + 1, len(opened) - 1)], boundary)
+            return
+        if dice < 0.3:
+            fresh[SINCE], fresh[MOVE] = -1, 0
+        elif dice < 0.5:
+            fresh[SINCE] = opened[own]
+        elif dice < 0.8:  # while the backward pass of a segment before is running
+            fresh[SINCE] = opened[min(own + 1 + np.random.randint(3), len(opened) - 1)]
+        else:
+            fresh[SINCE] = at[slot] - np.random.randint(32)
+        fresh[SINCE] = -1 if fresh[SINCE] < 0 else min(max(fresh[SINCE], before[slot] + 1, boundary), at[slot])
+        return
+    fresh[MOVE] = 0
     low, high = max(before[slot], boundary), at[slot]
     if high <= low:
         low = before[slot]
@@ -194,11 +216,11 @@ def _place(
     """Write one slot's times, moved to where the target is, into the solution. Returns whether that changes anything."""
     changed[moved] = target
     real = False
-    for row in range(4):
+    for row in range(5):
         value = fresh[row]
         if row == SINCE and value == at[slot]:
             value = at[target]
-        elif row != EAGER:
+        elif row != EAGER and row != MOVE:
             value = _shifted(value, source, segment[target], opened, boundary, ops)
         former[row, moved] = solution[row, gap[target]]
         real |= former[row, moved] != value
@@ -211,7 +233,7 @@ def _relative(slot, fresh, owner, slot_of, use_start, use, producer, read_start,
     """A slot that a slot's new times concern: of another output, or of an input, of the op that is to run then; or -1."""
     now = fresh[SINCE] if fresh[SINCE] < NEVER else fresh[HOLD]
     op = producer[owner[slot]]
-    if now < 0:
+    if now < 0 or fresh[MOVE] > 0:
         return -1
     dice = np.random.randint(3)
     if dice == 0 and write_start[op + 1] - write_start[op] > 1:
@@ -231,20 +253,20 @@ def _relative(slot, fresh, owner, slot_of, use_start, use, producer, read_start,
 @njit(cache=True, nogil=True)
 def _anneal(
     seconds, workspace, size, producer, read_start, read, write_start, write, reuse_start, reuse_new, reuse_old,
-    use_start, use_list, output, repeatable, resident,
+    use_start, use_list, output, repeatable, resident, tiers,
     gap, before, at, last, segment, opened, group_start, group, place_start, place, kind, uses, draw_from, boundary,
-    owner, slot_of, solution, budget, steps, hot, seed, care, single, fine,
+    owner, slot_of, movable, solution, budget, steps, hot, seed, care, single, fine,
 ):  # fmt: skip # pragma: no cover
     np.random.seed(seed)
     slots, segments, ops = len(gap), len(kind), len(seconds)
     base = seconds.sum()
-    time, _, excess, _ = _evaluate(
+    time, _, excess, _ = evaluate(
         seconds, workspace, size, producer, read_start, read, write_start, write, reuse_start, reuse_new, reuse_old,
-        use_start, use_list, output, repeatable, resident, solution, budget,
+        use_start, use_list, output, repeatable, resident, tiers, solution, budget,
     )  # fmt: skip
     best, best_time, best_excess = solution.copy(), np.inf, np.inf
     changed = np.empty(slots + RELATED, np.int64)
-    former, fresh = np.empty((4, slots + RELATED), np.int32), np.empty(4, np.int32)
+    former, fresh = np.empty((5, slots + RELATED), np.int32), np.empty(5, np.int32)
     for step in range(steps):
         progress = step / steps
         heat = hot * (1.0 - progress) ** 2 + 1e-9
@@ -259,7 +281,7 @@ def _anneal(
             while moved < RELATED:
                 if not linked:
                     fresh[:] = solution[:, gap[slot]]
-                    _draw(fresh, slot, before, at, last, segment, opened, boundary, fine)
+                    _draw(fresh, slot, before, at, last, segment, opened, boundary, fine, len(tiers), movable)
                 real |= _place(
                     solution, former, changed, moved, fresh, segment[slot], slot, slot, gap, at, segment, opened,
                     boundary, ops,
@@ -275,14 +297,14 @@ def _anneal(
                 if linked and producer[owner[slot]] != producer[owner[changed[moved - 1]]]:
                     now = fresh[SINCE] if fresh[SINCE] < NEVER else fresh[HOLD]
                     fresh[:] = solution[:, gap[slot]]
-                    fresh[BEGIN], fresh[HOLD], fresh[EAGER] = -1, now, fresh[EAGER] & 1
+                    fresh[BEGIN], fresh[HOLD], fresh[EAGER], fresh[MOVE] = -1, now, fresh[EAGER] & 1, 0
         elif dice < 0.5 + single / 2:  # the same gap in a range of layers
             g = np.random.randint(len(group_start) - 1)
             low, high = group_start[g], group_start[g + 1]
             pick, other = low + np.random.randint(high - low), low + np.random.randint(high - low)
             slot = group[pick]
             fresh[:] = solution[:, gap[slot]]
-            _draw(fresh, slot, before, at, last, segment, opened, boundary, fine)
+            _draw(fresh, slot, before, at, last, segment, opened, boundary, fine, len(tiers), movable)
             whole = np.random.random() < 0.3
             for k in range(low if whole else min(pick, other), high if whole else max(pick, other) + 1):
                 real |= _place(
@@ -304,9 +326,9 @@ def _anneal(
                         moved += 1
         if not real:
             continue
-        new_time, _, new_excess, _ = _evaluate(
+        new_time, _, new_excess, _ = evaluate(
             seconds, workspace, size, producer, read_start, read, write_start, write, reuse_start, reuse_new,
-            reuse_old, use_start, use_list, output, repeatable, resident, solution, budget,
+            reuse_old, use_start, use_list, output, repeatable, resident, tiers, solution, budget,
         )  # fmt: skip
         delta = care * new_time / base + weight * new_excess - energy
         if delta <= 0 or np.random.random() < np.exp(-delta / heat):

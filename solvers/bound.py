@@ -5,6 +5,10 @@ it, are tied by two rules: a value that is used later is resident or made again,
 input resident or made again. With the bytes that the cut op itself needs set aside, the cheapest such set is a linear
 program (a minimum cut with one knapsack row); its value is a bound for every schedule, because nothing is assumed of
 what happens before or after. The largest over several cuts is returned.
+
+Where there are tiers behind the device a third choice is that the value lies there. Then it has been copied out before the
+cut and is copied in after it (a copy under way takes its bytes on the device at either end, so counts as resident): neither
+part of the step is shorter than its copies take over all links together.
 """
 
 from dataclasses import dataclass
@@ -13,6 +17,7 @@ from typing import Any
 import highspy
 import numpy as np
 
+from .replay import IN, IN_LOAD, OUT, OUT_LOAD, ROOM
 from .timeline import Problem
 
 
@@ -22,7 +27,7 @@ class Cut:
 
     Attributes:
         at: base time of the cut op.
-        seconds: the least time spent in recomputation after the cut; infinite where nothing fits.
+        seconds: the least time spent in recomputation after the cut and in stalls; infinite where nothing fits.
         keep: for each buffer how much of it is resident, 0 to 1.
         again: for each op how much of it is run again, 0 to 1.
         price: seconds saved per byte more of budget (the dual of the capacity row).
@@ -45,28 +50,62 @@ class CutModel:
         self.column = np.full(buffers, -1, np.int64)
         self.column[before] = ops + np.arange(len(before))
         self.before = before
-        upper = np.concatenate([problem.repeatable[:ops].astype(float), np.ones(len(before))])
-        lower = np.zeros(ops + len(before))
+        tiers = len(problem.tiers) > 0
+        moved = ops + len(before)  # the first column of what lies in another tier; two for stalls follow
+        movable = ((problem.producer[before] < problem.boundary) & ~problem.output[before]).astype(float)
+        more = [movable, np.full(2, 1e9)] if tiers else []
+        upper = np.concatenate([problem.repeatable[:ops].astype(float), np.ones(len(before)), *more])
+        lower = np.zeros(len(upper))
         here = problem.read[problem.read_start[at] : problem.read_start[at + 1]]
         lower[self.column[here]] = 1.0
         rows: list[tuple[list[int], list[float], float]] = []
         later = used_from(problem, at)
-        for buffer in before:
+
+        def there(buffer: int) -> list[int]:
+            """The columns that have a value at hand: resident, run again, elsewhere."""
+            column = int(self.column[buffer])
+            return [column, int(problem.producer[buffer]), *([column + len(before)] if tiers else [])]
+
+        for buffer in before.tolist():
             if later[buffer]:
-                rows.append(([self.column[buffer], int(problem.producer[buffer])], [1.0, 1.0], 1.0))
+                rows.append((there(buffer), [1.0] * len(there(buffer)), 1.0))
         for op in range(ops):
             if problem.repeatable[op]:
                 for buffer in problem.read[problem.read_start[op] : problem.read_start[op + 1]]:
-                    columns = [int(self.column[buffer]), int(problem.producer[buffer]), op]
-                    rows.append((columns, [1.0, 1.0, -1.0], 0.0))
+                    rows.append(([*there(buffer), op], [1.0] * len(there(buffer)) + [-1.0], 0.0))
+        if tiers:
+            rows += self.link_rows(ops, moved, len(before))
         self.capacity_row = len(rows)
         self.model = highs_model(
-            cost=np.concatenate([problem.seconds[:ops], np.zeros(len(before))]),
+            cost=np.concatenate([problem.seconds[:ops], np.zeros(len(before)), *self.move_costs()]),
             lower=lower,
             upper=upper,
             rows=rows,
             knapsack=(ops + np.arange(len(before)), problem.size[before].astype(float)),
         )
+
+    def move_costs(self) -> list[np.ndarray]:
+        """Costs of what lies elsewhere: the computing that copies hold up, on the tier where that is least; and of stalls."""
+        tiers = self.problem.tiers
+        if not len(tiers):
+            return []
+        load = (tiers[:, OUT_LOAD] / tiers[:, OUT]).min() + (tiers[:, IN_LOAD] / tiers[:, IN]).min()
+        return [self.problem.size[self.before] * load, np.ones(2)]
+
+    def link_rows(self, ops: int, moved: int, count: int) -> list[tuple[list[int], list[float], float]]:
+        """Copies out take no longer than what runs before the cut and the stalls there; copies in, after it."""
+        problem = self.problem
+        size = problem.size[self.before].astype(float)
+        tiers = problem.tiers
+        leaving = size * (1 / tiers[:, OUT].sum() - (tiers[:, OUT_LOAD] / tiers[:, OUT]).min())
+        coming = size * (1 / tiers[:, IN].sum() - (tiers[:, IN_LOAD] / tiers[:, IN]).min())
+        columns = list(range(moved, moved + count))
+        before, after = float(problem.seconds[:ops].sum()), float(problem.seconds[ops:].sum())
+        return [
+            ([*columns, moved + count], [*-leaving, 1.0], -before),
+            ([*columns, moved + count + 1, *range(ops)], [*-coming, 1.0, *problem.seconds[:ops]], -after),
+            (columns, [*-size], -float(tiers[:, ROOM].sum())),
+        ]
 
     def room(self, budget: int) -> float:
         """Bytes that resident values may take while the cut op runs."""
@@ -87,7 +126,7 @@ class CutModel:
         solution = self.model.getSolution()
         values = np.array(solution.col_value)
         again[:ops] = values[:ops]
-        keep[self.before] = values[ops:]
+        keep[self.before] = values[ops : ops + len(self.before)]
         price = abs(solution.row_dual[self.capacity_row])
         return Cut(self.at, float(self.model.getInfo().objective_function_value), keep, again, price)
 

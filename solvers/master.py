@@ -1,9 +1,11 @@
-"""Which values to keep from the forward pass: one integer program over the whole timeline, corrected by simulation.
+"""Which values to keep from the forward pass, and which to move: one integer program, corrected by simulation.
 
-The program has a keep-or-recompute choice for every value, the closure rule of `solvers.bound` (what is recomputed
-needs its inputs), and a capacity row for the worst moment of every segment's backward pass. What a row cannot know (the
-transients of the recomputation that a choice leads to) is measured by simulating the answer, and the row is corrected
-by the difference; a few rounds of this settle.
+The program has a keep, move or recompute choice for every value, the closure rule of `solvers.bound` (what is recomputed
+needs its inputs), a capacity row for the worst moment of every segment's backward pass, and for each tier behind the device
+a row for its bytes and one for each of its links: copies out hide behind the forward pass, copies in behind the backward
+pass, and what does not is stalled for. What a row cannot know (the transients of the recomputation that a choice leads to,
+and bytes in flight) is measured by simulating the answer, and the row is corrected by the difference; a few rounds of this
+settle.
 """
 
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ import numpy as np
 
 from .bound import highs_model, used_from
 from .segments import Segments
-from .timeline import HOLD, KEEP, SINCE, Problem, profile
+from .timeline import BEGIN, HOLD, KEEP, MOVE, SINCE, Problem, profile
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Slots:
         before: base time of the use before it, or of the buffer's making.
         at: base time of the use that ends it; the number of ops for a last gap.
         last: gaps that no use ends, in which a value can only be held for recomputations.
+        movable: 1 where the value may wait for the gap's end in another tier, 2 where nothing else will do; else 0.
     """
 
     gap: np.ndarray
@@ -34,6 +37,7 @@ class Slots:
     before: np.ndarray
     at: np.ndarray
     last: np.ndarray
+    movable: np.ndarray
 
 
 def find_slots(problem: Problem, everything: bool) -> Slots:
@@ -51,17 +55,25 @@ def find_slots(problem: Problem, everything: bool) -> Slots:
             continue
         previous = op
         for index in range(problem.use_start[buffer], problem.use_start[buffer + 1]):
-            if problem.repeatable[op] and (problem.use[index] > problem.boundary or everything):
-                rows.append((index + buffer, buffer, previous, int(problem.use[index]), 0))
+            late = bool(problem.use[index] > problem.boundary)
+            moves = len(problem.tiers) > 0 and op < problem.boundary and late and not problem.output[buffer]
+            if moves or (problem.repeatable[op] and (late or everything)):
+                movable = 0 if not moves else 1 if problem.repeatable[op] else 2
+                rows.append((index + buffer, buffer, previous, int(problem.use[index]), 0, movable))
             previous = int(problem.use[index])
         if not problem.output[buffer]:
-            rows.append((problem.use_start[buffer + 1] + buffer, buffer, previous, ops, 1))
-    table = np.array(rows, np.int64).reshape(-1, 5)
+            moves = len(problem.tiers) > 0 and op < problem.boundary
+            rows.append((problem.use_start[buffer + 1] + buffer, buffer, previous, ops, 1, int(moves)))
+    table = np.array(rows, np.int64).reshape(-1, 6)
     return Slots(*(np.ascontiguousarray(column) for column in table.T))
 
 
 class Master:
-    """The keep-or-recompute program of one problem."""
+    """The keep, move or recompute program of one problem.
+
+    Its columns are: for each op of the forward pass how much of it is run again; for each value of the forward pass how
+    much of it is kept; the same for moved to each tier in turn; and for each link seconds stalled for it.
+    """
 
     def __init__(self, problem: Problem, segments: Segments, slots: Slots):
         self.problem, self.segments, self.slots = problem, segments, slots
@@ -71,23 +83,49 @@ class Master:
         column[self.early] = ops + np.arange(len(self.early))
         rows: list[tuple[list[int], list[float], float]] = []
         late = used_from(problem, ops + 1)
-        for buffer in self.early:
+        count, tiers = len(self.early), len(problem.tiers)
+        for buffer in self.early.tolist():
             if late[buffer]:
-                rows.append(([int(column[buffer]), int(problem.producer[buffer])], [1.0, 1.0], 1.0))
+                there = self.there(column, buffer)
+                rows.append((there, [1.0] * len(there), 1.0))
         for op in range(ops):
             if problem.repeatable[op]:
                 for buffer in problem.read[problem.read_start[op] : problem.read_start[op + 1]]:
-                    rows.append(([int(column[buffer]), int(problem.producer[buffer]), op], [1.0, 1.0, -1.0], 0.0))
-        upper = np.concatenate([problem.repeatable[:ops].astype(float), np.ones(len(self.early))])
-        self.rows, self.upper = rows, upper
-        self.cost = np.concatenate([problem.seconds[:ops], np.zeros(len(self.early))])
+                    there = self.there(column, buffer)
+                    rows.append(([*there, op], [1.0] * len(there) + [-1.0], 0.0))
+        movable = np.isin(self.early, slots.buffer[slots.movable > 0]).astype(float)
+        self.rows, self.stalls = rows, ops + (1 + tiers) * count
+        self.add_links(ops, count)
+        self.upper = np.concatenate(
+            [problem.repeatable[:ops].astype(float), np.ones(count), *[movable] * tiers, np.full(2 * tiers, 1e9)]
+        )
+        size = problem.size[self.early].astype(float)
+        loads = [size * (out_load / out + back_load / back) for out, _, out_load, back, _, back_load, _ in problem.tiers]
+        self.cost = np.concatenate([problem.seconds[:ops], np.zeros(count), *loads, np.ones(2 * tiers)])
         # a kept value is resident until its segment's backward pass opens; from then on it is there either way
         self.until = segments.opened[segments.of_buffer[self.early]]
         self.weight = problem.size[self.early].astype(float)
-        self.choice = np.isin(np.arange(len(problem.size)), slots.buffer)
+
+    def there(self, column: np.ndarray, buffer: int) -> list[int]:
+        """The columns that have a value at hand: kept, run again, moved to each tier."""
+        moved = [int(column[buffer]) + (1 + tier) * len(self.early) for tier in range(len(self.problem.tiers))]
+        return [int(column[buffer]), int(self.problem.producer[buffer]), *moved]
+
+    def add_links(self, ops: int, count: int) -> None:
+        """The rows of each tier: seconds of copies out, of copies in, and bytes."""
+        problem = self.problem
+        size = problem.size[self.early].astype(float)
+        forward, backward = problem.seconds[:ops].sum(), problem.seconds[ops:].sum()
+        for number, (out, out_delay, out_load, back, back_delay, back_load, room) in enumerate(problem.tiers):
+            moved = (ops + (1 + number) * count + np.arange(count)).tolist()
+            leaving, coming = -(size / out * (1 - out_load) + out_delay), -(size / back * (1 - back_load) + back_delay)
+            self.rows.append(([*moved, self.stalls + 2 * number], [*leaving, 1.0], -forward))
+            self.rows.append(([*moved, self.stalls + 2 * number + 1, *range(ops)],
+                              [*coming, 1.0, *problem.seconds[:ops]], -backward))  # fmt: skip
+            self.rows.append((moved, (-size).tolist(), -room))
 
     def solve(self, moments: np.ndarray, room: np.ndarray, time_limit: float, integer: bool = True) -> np.ndarray | None:
-        """Which buffers to keep, shape (buffers,), or None where no choice fits.
+        """How much of each buffer to keep, and to move to each tier, shape (1 + tiers, buffers), or None where nothing fits.
 
         Args:
             moments: base times at which memory is limited.
@@ -104,7 +142,8 @@ class Master:
         everything = (ops + np.arange(len(self.early)), np.full(len(self.early), 1e-9))
         model = highs_model(self.cost, np.zeros(len(self.cost)), self.upper, rows, everything)
         if integer:
-            kinds = [highspy.HighsVarType.kContinuous] * ops + [highspy.HighsVarType.kInteger] * len(self.early)
+            kinds = [highspy.HighsVarType.kContinuous] * len(self.cost)
+            kinds[ops : self.stalls] = [highspy.HighsVarType.kInteger] * (self.stalls - ops)
             model.changeColsIntegrality(len(kinds), np.arange(len(kinds), dtype=np.int32), np.array(kinds))
             model.setOptionValue("mip_rel_gap", 2e-3)
             model.setOptionValue("time_limit", time_limit)
@@ -112,21 +151,41 @@ class Master:
         values = np.array(model.getSolution().col_value)
         if len(values) == 0 or model.getInfo().primal_solution_status != 2:
             return None
-        keep = np.zeros(len(self.problem.size))
-        keep[self.early] = values[ops:]
-        return keep
+        choice = np.zeros((1 + len(self.problem.tiers), len(self.problem.size)))
+        choice[:, self.early] = values[ops : self.stalls].reshape(len(choice), -1)
+        return choice
 
-    def solution(self, keep: np.ndarray) -> np.ndarray:
-        """The solution that keeps these buffers and recomputes the others when their segment's backward pass opens."""
-        slots = self.slots
+    def solution(self, choice: np.ndarray) -> np.ndarray:
+        """The solution that keeps and moves these buffers, and recomputes the others.
+
+        They are recomputed when their segment's backward pass opens, and fetched while the one before it runs.
+        """
+        slots, keep = self.slots, choice[0]
         solution = self.problem.keep_all()
         crossing = (slots.before <= self.problem.boundary) & (slots.at > self.problem.boundary)
-        dropped = crossing & (keep[slots.buffer] < 0.5) & (slots.last == 0)
+        moved = (slots.movable > 0) & (choice[1:, slots.buffer].max(axis=0, initial=0.0) > 0.5)
+        dropped = crossing & (keep[slots.buffer] < 0.5) & (slots.last == 0) & (slots.movable < 2) & ~moved
         solution[SINCE, slots.gap[dropped]] = self.opened(slots.buffer[dropped])
+        self.move(solution, moved, choice[1:, slots.buffer[moved]].argmax(axis=0) + 1 if moved.any() else 1)
         held = crossing & (keep[slots.buffer] > 0.5) & (slots.last == 1)
         own = self.segments.opened[self.segments.of_buffer[slots.buffer[held]]]
         solution[HOLD, slots.gap[held]] = np.where(own < len(self.problem.seconds), own, KEEP)
         return solution
+
+    def move(self, solution: np.ndarray, which: np.ndarray, tier: np.ndarray | int) -> None:
+        """Move the values of some slots to a tier (numbered from 1).
+
+        They are fetched while the segment after theirs runs backward. What only recomputations read is fetched one segment
+        earlier, for it is the next segment that is made from it.
+        """
+        slots, opened = self.slots, self.segments.opened
+        gap, own, last = slots.gap[which], self.segments.of_buffer[slots.buffer[which]], slots.last[which] == 1
+        ahead = [opened[np.minimum(own + number, len(opened) - 1)] for number in (1, 2)]
+        early = np.maximum(np.minimum(ahead[0], slots.at[which]), np.maximum(slots.before[which] + 1, self.problem.boundary))
+        solution[SINCE, gap] = np.where(last, solution[SINCE, gap], early)
+        solution[BEGIN, gap] = np.where(last, np.maximum(ahead[1], self.problem.boundary), solution[BEGIN, gap])
+        solution[HOLD, gap] = np.where(last, ahead[0], solution[HOLD, gap])
+        solution[MOVE, gap] = tier
 
     def opened(self, buffers: np.ndarray) -> np.ndarray:
         """From when a recomputed buffer stays: at once where later segments are rebuilt from it, else when its own opens."""
@@ -144,17 +203,18 @@ class Master:
                 little, it is as good and takes milliseconds.
         """
         moments, used = self.worst(self.problem.keep_all())
-        keep = np.ones(len(self.problem.size))
+        choice = np.ones((1, len(self.problem.size)))
         found = []
         slack = 0.0
         for _ in range(rounds):
-            held = np.array([self.weight[(self.until > moment) & (keep[self.early] > 0.5)].sum() for moment in moments])
+            kept = choice[0, self.early] > 0.5
+            held = np.array([self.weight[(self.until > moment) & kept].sum() for moment in moments])
             room = budget - slack - (used - held)
             answer = self.solve(moments, np.maximum(room, 0.0), seconds / rounds, integer)
             if answer is None:
                 break
-            keep = np.round(answer)
-            solution = self.solution(keep)
+            choice = np.round(answer)
+            solution = self.solution(choice)
             found.append(solution)
             moments, used = self.worst(solution)
             if not len(moments):  # it would have to repeat what may not be repeated

@@ -170,10 +170,15 @@ def test_costs_come_from_the_table_first(tmp_path: Path) -> None:
 
 
 def test_presets_are_sound() -> None:
-    one, eight = load_machine("h100-80gb"), load_machine("h100-8x80gb")
-    assert set(preset_names()) >= {"a100-80gb", "h100-80gb", "h100-8x80gb", "h200", "rtx4090"}
-    assert eight.tiers[0].capacity == 8 * one.tiers[0].capacity
-    assert eight.units[0].flops == {name: 8 * rate for name, rate in one.units[0].flops.items()}
+    singles = {"a100-80gb", "a800-80gb", "h100-80gb", "h200", "rtx4090"}
+    assert set(preset_names()) >= singles | {"a800-8x80gb", "h100-8x80gb"}
+    for name in preset_names():
+        assert load_machine(name).name == name
+    for maker in ("a800", "h100"):
+        one, eight = load_machine(f"{maker}-80gb"), load_machine(f"{maker}-8x80gb")
+        assert eight.tiers[0].capacity == 8 * one.tiers[0].capacity
+        assert eight.units[0].flops == {name: 8 * rate for name, rate in one.units[0].flops.items()}
+        assert [link.bandwidth for link in eight.links] == [8 * link.bandwidth for link in one.links]
 
 
 def test_local_machine_is_probed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from memplan.planner.machine import Link, Machine, Tier, Unit
 from memplan.planner.program import Buffer, Kind, Op, Phase, Program
 from memplan.planner.referee import RULES, check_places, referee
 from memplan.planner.schedule import Free, Placement, Run, Schedule, Start, Wait
-from memplan.solvers.timeline import BEGIN, EAGER, HOLD, SINCE, order_of, profile, score
+from memplan.solvers.timeline import BEGIN, EAGER, HOLD, SINCE, events_of, profile, score
 from strategies import ROOMY, make_program, planned_orders
 
 W, A, B, M, T, GB, GW = range(7)  # the buffers of `step`
@@ -365,7 +365,7 @@ def test_simulator_and_referee_agree(seed, forward, repeated, share):
         if rng.random() < share:
             solution[EAGER, gap] = rng.randint(0, 3)
     found = score(problem, solution, 10**9)
-    order = order_of(problem, solution)
+    order = events_of(problem, solution).order
     runs, _, memory = profile(problem, solution)
     assert runs.tolist() == order.tolist()
     if not np.isfinite(found.time):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from memplan.passes.liveness import Liveness
 from memplan.planner.pipeline import Planner
 from memplan.planner.referee import referee
-from memplan.solvers.timeline import EAGER, HOLD, SINCE, order_of, score
+from memplan.solvers.timeline import EAGER, HOLD, SINCE, events_of, score
 from strategies import ROOMY, make_order, make_program
 
 
@@ -46,7 +46,7 @@ def test_no_random_solution_beats_the_bound(seed, forward, share):
             if rng.random() < share / 4:
                 solution[HOLD, gap] = rng.randint(0, len(program.ops))
         found = score(problem, solution, 0)
-        if np.isfinite(found.time) and len(order_of(problem, solution)):
+        if np.isfinite(found.time) and len(events_of(problem, solution).order):
             assert planner.bound(found.peak) <= found.time * (1 + 1e-9)
 
 

@@ -1,0 +1,129 @@
+"""Moves between tiers: the simulation, the schedule made of it and the referee's books agree; bounds hold."""
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from memplan.passes.problem import flatten
+from memplan.passes.transfers import Transfers, routes_of
+from memplan.planner.errors import BudgetError
+from memplan.planner.machine import Link, Machine, Tier, Unit
+from memplan.planner.pipeline import Planner
+from memplan.planner.referee import referee
+from memplan.planner.schedule import Start
+from memplan.solvers.bound import CutModel
+from memplan.solvers.timeline import BEGIN, EAGER, HOLD, MOVE, SINCE, events_of, profile, score
+from strategies import make_program
+
+
+def machine_of(host: int = 1 << 40, rate: float = 1e4, disk: bool = True) -> Machine:
+    """A device with a host behind it, and a slower disk, whose copies have a latency and hold the computing up."""
+    tiers = [Tier("device", 1 << 50, 1e9), Tier("host", host, 1e9)]
+    links = [Link("device", "host", rate), Link("host", "device", rate)]
+    if disk:
+        tiers.append(Tier("disk", 1 << 50, 1e9))
+        links += [Link("device", "disk", rate / 4, 1e-4, 0.3), Link("disk", "device", rate / 2, 2e-4, 1.2)]
+    return Machine("tiered", "cpu", tuple(tiers), (Unit("core", "device", {"default": 1e9}),), tuple(links))
+
+
+def scramble(rng: random.Random, planner: Planner, share: float) -> np.ndarray:
+    """A random solution: retention intervals, and values of the forward pass moved where the backward pass reads them."""
+    problem = planner.flat.problem
+    solution = problem.keep_all()
+    for gap in range(solution.shape[1]):
+        for row in (SINCE, BEGIN, HOLD):
+            if rng.random() < share / 2:
+                solution[row, gap] = rng.randint(-1, len(problem.seconds))
+        if rng.random() < share / 2:
+            solution[EAGER, gap] = rng.randint(0, 3)
+    slots = planner.master.slots
+    for slot in np.flatnonzero(slots.movable):
+        if rng.random() < share and slots.last[slot]:
+            solution[MOVE, slots.gap[slot]] = rng.randint(1, len(problem.tiers))
+        elif rng.random() < share:
+            solution[SINCE, slots.gap[slot]] = rng.randint(max(int(slots.before[slot]) + 1, problem.boundary), slots.at[slot])
+            solution[MOVE, slots.gap[slot]] = rng.randint(1, len(problem.tiers))
+    return solution
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 2**32), st.integers(2, 12), st.floats(0, 1), st.floats(0, 1.2), st.sampled_from([1e3, 1e4, 1e6]))
+def test_simulator_and_referee_agree_on_moves(seed, forward, share, tight, rate):
+    """Time, peak and the bytes at every event of a random solution, with copies waited for where the budget asks for it."""
+    rng = random.Random(seed)
+    machine = machine_of(rate=rate)
+    planner = Planner(make_program(rng, forward), machine, offload=True)
+    problem, solution = planner.flat.problem, scramble(rng, planner, share)
+    budget = int(tight * planner.kept.peak)
+    found = score(problem, solution, budget)
+    if not np.isfinite(found.time):
+        return
+    events = events_of(problem, solution)
+    ops, buffers = planner.flat.ops, planner.flat.buffers
+    order = [int(ops[event]) if event >= 0 else -1 - int(buffers[-1 - event]) for event in events.order]
+    tier = dict(zip(buffers.tolist(), events.tier.tolist(), strict=True))
+    schedule = Transfers(budget)(planner.program, machine, order, tier)
+    report = referee(planner.program, machine, schedule)
+
+    assert report.time == pytest.approx(found.time, rel=1e-12)
+    assert report.peak[0] == found.peak
+    assert max(profile(problem, solution, budget)[2]) == found.peak
+    moved = {step.buffer for step in schedule.instructions if isinstance(step, Start)}
+    assert moved <= {buffer for buffer, number in tier.items() if number}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.integers(2, 9), st.floats(0, 1), st.floats(0.3, 1.1), st.sampled_from([1e3, 1e4, 1e5]))
+def test_no_solution_beats_the_bound(seed, forward, share, tight, rate):
+    """The linear program's value is no more than the time of any solution that fits."""
+    rng = random.Random(seed)
+    planner = Planner(make_program(rng, forward), machine_of(rate=rate), offload=True, reorder=False)
+    problem = planner.flat.problem
+    budget = int(tight * planner.kept.peak)
+    late = range(problem.boundary + 1, len(problem.seconds))
+    bound = planner.base_seconds + max((CutModel(problem, at).solve(budget).seconds for at in late), default=0.0)
+    for _ in range(20):
+        found = score(problem, scramble(rng, planner, share), budget)
+        if found.excess <= 0 and np.isfinite(found.time):
+            assert found.time >= bound - 1e-9
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.integers(0, 2**32), st.floats(0.5, 1.0))
+def test_planned_moves_fit_and_are_no_worse_than_one_lever(seed, tight):
+    """With both levers the plan fits, and takes no longer than with either alone."""
+    program = make_program(random.Random(seed), 8, plain=True)
+    machine = machine_of(rate=3e4, disk=False)
+    kinds = {"both": (True, True), "recompute": (True, False), "offload": (False, True)}
+    planners = {name: Planner(program, machine, again, offload=out, effort=4000) for name, (again, out) in kinds.items()}
+    budget = int(tight * planners["both"].kept.peak)
+    times = {}
+    for name, planner in planners.items():
+        try:
+            times[name] = planner.solve(budget).side
+        except BudgetError:
+            continue
+        assert times[name].peak <= budget
+    for name, side in times.items():
+        assert times["both"].time <= side.time * 1.02, name
+
+
+def test_a_slow_link_is_not_used():
+    """Where a copy takes longer than everything else, nothing is moved."""
+    program = make_program(random.Random(3), 10, plain=True)
+    planner = Planner(program, machine_of(rate=1.0), offload=True, effort=3000)
+    budget = (planner.kept.peak + planner.floor.peak) // 2
+    alone = Planner(program, machine_of(rate=1.0), effort=3000)
+    if alone.floor.peak <= budget:
+        assert not any(planner.solve(budget).side.report.moved)
+
+
+def test_routes_need_both_ways():
+    """A tier that has no link back is no place to put a value."""
+    machine = machine_of()
+    assert [route.tier for route in routes_of(machine)] == [1, 2]
+    one_way = Machine("one way", "cpu", machine.tiers, machine.units, machine.links[:3])
+    assert [route.tier for route in routes_of(one_way)] == [1]
+    assert flatten(make_program(random.Random(1), 3), None, one_way).problem.tiers.shape == (1, 7)
