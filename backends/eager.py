@@ -112,6 +112,15 @@ class _Runner:
         flat = [results[leaf] if isinstance(leaf, int) else leaf[0] for leaf in self.captured.outputs]
         return pytree.tree_unflatten(flat, self.captured.output_spec)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Runner":
+        """The runner of a copied module: on its parameters, with the same code, which names none of them."""
+        made = object.__new__(type(self))
+        memo[id(self)] = made
+        shared = ("original", "captured", "code", "changing")
+        for key, value in vars(self).items():
+            setattr(made, key, value if key in shared else copy.deepcopy(value, memo))
+        return made
+
     def check_call(self, args: tuple, kwargs: dict) -> list[Any]:
         """The call's leaves, if it is the call that was planned for.
 

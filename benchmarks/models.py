@@ -259,6 +259,45 @@ def llama_shape(layers: int, width: int, heads: int, key_heads: int, inner: int,
     return made
 
 
+class GPTBlock(nn.Module):
+    """A block as Megatron-LM has it: norm, attention, norm, two linear layers with GeLU between; no dropout."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.after, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(self.norm(x)).chunk(3, dim=-1))
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.after(x))))
+
+
+class LongGPT(nn.Module):
+    """MEMO's GPT (arXiv 2407.12117, section 5): the loss is taken in pieces of the sequence, for the logits are large."""
+
+    def __init__(self, layers: int, width: int, heads: int, vocab: int, pieces: int):
+        super().__init__()
+        self.pieces = pieces
+        self.embedding = nn.Embedding(vocab, width)
+        self.blocks = nn.Sequential(*(GPTBlock(width, heads) for _ in range(layers)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocab, bias=False)
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        x = self.norm(self.blocks(self.embedding(ids)))
+        parts = zip(x.chunk(self.pieces, dim=1), labels.chunk(self.pieces, dim=1), strict=True)
+        losses = [F.cross_entropy(self.head(part).flatten(0, 1), label.flatten(), reduction="sum") for part, label in parts]
+        return torch.stack(losses).sum() / labels.numel()
+
+
+def gpt_7b(seq: int, layers: int = 32) -> Made:
+    """MEMO's 7B shape on meta, bfloat16, one sequence."""
+    with torch.device("meta"):
+        model = LongGPT(layers, 4096, 32, 50257, pieces=32).to(torch.bfloat16)
+        return model, (torch.zeros(1, seq, dtype=torch.int64), torch.zeros(1, seq, dtype=torch.int64))
+
+
 def llama_7b(layers: int = 32) -> Made:
     """Llama-2-7B's shape, or the same with more or fewer layers."""
     return llama_shape(layers, 4096, 32, 32, 11008)

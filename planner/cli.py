@@ -344,10 +344,13 @@ def calibrate(
     model: Model,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     infer: Infer = False,
+    offload: Annotated[bool, typer.Option("--offload", help="Measure the disk behind a CPU's memory too.")] = False,
     time_limit: TimeLimit = 60.0,
     as_json: Json = False,
 ) -> None:
     """Measure a model's operators on this machine, so that plans rest on their real times."""
+    import msgspec
+
     from ..backends.measure import calibrate as measure
     from .capture import capture
     from .cost import Table as Costs
@@ -355,7 +358,7 @@ def calibrate(
     from .models import load_model
 
     with progress("building the model") as report:
-        machine = local_machine(device)
+        machine = local_machine(device, offload)
         module, args, kwargs = load_model(model, meta=True)
         report("tracing", 0.0)
         program = capture(module, args, kwargs, train=not infer, device=machine.device).program
@@ -367,8 +370,12 @@ def calibrate(
             time_limit=time_limit,
             progress=lambda done, total: report("measuring", done / max(total, 1)),
         )
-    facts = {"machine": machine.name, "measured": count, "ops": len(program.ops), "file": str(costs.path)}
-    answer(as_json, facts, Text(f"{count} operators measured on {machine.name}; the table is {costs.path}"))
+    facts = {"machine": machine.name, "measured": count, "ops": len(program.ops), "file": str(costs.path),
+             "links": msgspec.to_builtins(machine.links)}  # fmt: skip
+    lines = [f"{count} operators measured on {machine.name}; the table is {costs.path}"]
+    lines += [f"{link.source} to {link.target}: {link.bandwidth / 1e9:.2f} GB/s, computing loses {link.load:.0%} of the time"
+              for link in machine.links]  # fmt: skip
+    answer(as_json, facts, Text("\n".join(lines)))
 
 
 @app.command()

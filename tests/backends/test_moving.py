@@ -1,5 +1,6 @@
 """Steps that move activations between memory and a disk: eager's numbers, within the budget, whatever goes wrong."""
 
+import copy
 import errno
 import gc
 import os
@@ -232,3 +233,17 @@ def test_a_blank_tensor_has_the_layout_and_the_storage(layout):
     assert (found.dtype, found.shape, found.stride()) == (like.dtype, like.shape, like.stride())
     assert found.storage_offset() == like.storage_offset()
     assert found.untyped_storage().nbytes() == like.untyped_storage().nbytes()
+
+
+@pytest.mark.parametrize("arena", [False, True])
+def test_a_deep_copy_moves_values_of_its_own(arena):
+    """A copy of a planned model shares the code and the tiers, not the parameters."""
+    _, planned, other, x = made(arena)
+    twin = copy.deepcopy(planned)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.mul_(0.5)
+    other.load_state_dict(twin.state_dict())
+    same_step(twin, other, x, 9)
+    other.load_state_dict(planned.state_dict())
+    same_step(planned, other, x, 10)
