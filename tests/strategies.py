@@ -2,9 +2,12 @@
 
 import random
 
+import numpy as np
 from hypothesis import strategies as st
 from memplan.planner.machine import Machine, Tier, Unit
+from memplan.planner.pipeline import Planner
 from memplan.planner.program import Buffer, Kind, Op, Phase, Program
+from memplan.solvers.timeline import BEGIN, EAGER, HOLD, MOVE, SINCE, events_of
 
 ROOMY = Machine("roomy", "cpu", (Tier("device", 1 << 50, 1e9),), (Unit("core", "device", {"default": 1e9}),))
 
@@ -176,3 +179,30 @@ def planned_orders(draw: st.DrawFn, most: int = 10, **options: object) -> tuple[
     """A program and a valid order of it."""
     program = draw(programs(most, **options))
     return program, draw(orders(program))
+
+
+def scramble(rng: random.Random, planner: Planner, share: float) -> np.ndarray:
+    """A random solution: retention intervals, and values of the forward pass moved where the backward pass reads them."""
+    problem = planner.flat.problem
+    solution = problem.keep_all()
+    for gap in range(solution.shape[1]):
+        for row in (SINCE, BEGIN, HOLD):
+            if rng.random() < share / 2:
+                solution[row, gap] = rng.randint(-1, len(problem.seconds))
+        if rng.random() < share / 2:
+            solution[EAGER, gap] = rng.randint(0, 3)
+    slots = planner.master.slots
+    for slot in np.flatnonzero(slots.movable):
+        if rng.random() < share and slots.last[slot]:
+            solution[MOVE, slots.gap[slot]] = rng.randint(1, len(problem.tiers))
+        elif rng.random() < share:
+            solution[SINCE, slots.gap[slot]] = rng.randint(max(int(slots.before[slot]) + 1, problem.boundary), slots.at[slot])
+            solution[MOVE, slots.gap[slot]] = rng.randint(1, len(problem.tiers))
+    return solution
+
+
+def events_of_program(planner: Planner, solution: np.ndarray) -> tuple[list[int], dict[int, int]]:
+    """The events of a solution by the program's numbers, and the tier of each of its buffers: none where it is impossible."""
+    events, ops, buffers = events_of(planner.flat.problem, solution), planner.flat.ops, planner.flat.buffers
+    order = [int(ops[event]) if event >= 0 else -1 - int(buffers[-1 - event]) for event in events.order]
+    return order, dict(zip(buffers.tolist(), events.tier.tolist(), strict=True))

@@ -14,12 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memplan.passes.liveness import Liveness
+from memplan.passes.transfers import Transfers
 from memplan.planner.errors import InvalidSchedule
 from memplan.planner.machine import Link, Machine, Tier, Unit
+from memplan.planner.pipeline import Planner
 from memplan.planner.program import Phase, Program
 from memplan.planner.referee import referee
 from memplan.planner.schedule import Free, Instruction, Run, Schedule, Start, Wait
-from strategies import ROOMY, make_order, make_program
+from strategies import ROOMY, events_of_program, make_order, make_program, scramble
 
 POISON = "poison"
 TIERS = Machine(
@@ -329,3 +331,22 @@ def test_every_single_change_to_a_planned_model():
                 verdicts[check(program, plan.machine, mutant, wanted)] += 1
 
     assert verdicts[False] > 0.5 * verdicts.total()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 2**32), st.integers(2, 9), st.floats(0.2, 1), st.floats(0, 1.1))
+def test_planned_moves_replay_to_the_same_values(seed, forward, share, tight):
+    """Copies that run beside the ops, waited for late or early, and what the referee accepts of their mutants."""
+    rng = random.Random(seed)
+    planner = Planner(make_program(rng, forward), TIERS, offload=True)
+    events, tier = events_of_program(planner, scramble(rng, planner, share))
+    if not events:
+        return
+    program, wanted = planner.program, expected(planner.program, TIERS)
+    steps = Transfers(int(tight * planner.kept.peak))(program, TIERS, events, tier).instructions
+    assert check(program, TIERS, steps, wanted)
+    for _ in range(8):
+        mutant = steps
+        for _ in range(rng.choice([1, 1, 2])):
+            mutant = mutate(rng, program, mutant)
+        check(program, TIERS, mutant, wanted)

@@ -14,8 +14,8 @@ from memplan.planner.pipeline import Planner
 from memplan.planner.referee import referee
 from memplan.planner.schedule import Start
 from memplan.solvers.bound import CutModel
-from memplan.solvers.timeline import BEGIN, EAGER, HOLD, MOVE, SINCE, events_of, profile, score
-from strategies import make_program
+from memplan.solvers.timeline import profile, score
+from strategies import events_of_program, make_program, scramble
 
 
 def machine_of(host: int = 1 << 40, rate: float = 1e4, disk: bool = True) -> Machine:
@@ -26,26 +26,6 @@ def machine_of(host: int = 1 << 40, rate: float = 1e4, disk: bool = True) -> Mac
         tiers.append(Tier("disk", 1 << 50, 1e9))
         links += [Link("device", "disk", rate / 4, 1e-4, 0.3), Link("disk", "device", rate / 2, 2e-4, 1.2)]
     return Machine("tiered", "cpu", tuple(tiers), (Unit("core", "device", {"default": 1e9}),), tuple(links))
-
-
-def scramble(rng: random.Random, planner: Planner, share: float) -> np.ndarray:
-    """A random solution: retention intervals, and values of the forward pass moved where the backward pass reads them."""
-    problem = planner.flat.problem
-    solution = problem.keep_all()
-    for gap in range(solution.shape[1]):
-        for row in (SINCE, BEGIN, HOLD):
-            if rng.random() < share / 2:
-                solution[row, gap] = rng.randint(-1, len(problem.seconds))
-        if rng.random() < share / 2:
-            solution[EAGER, gap] = rng.randint(0, 3)
-    slots = planner.master.slots
-    for slot in np.flatnonzero(slots.movable):
-        if rng.random() < share and slots.last[slot]:
-            solution[MOVE, slots.gap[slot]] = rng.randint(1, len(problem.tiers))
-        elif rng.random() < share:
-            solution[SINCE, slots.gap[slot]] = rng.randint(max(int(slots.before[slot]) + 1, problem.boundary), slots.at[slot])
-            solution[MOVE, slots.gap[slot]] = rng.randint(1, len(problem.tiers))
-    return solution
 
 
 @settings(max_examples=300, deadline=None)
@@ -60,10 +40,7 @@ def test_simulator_and_referee_agree_on_moves(seed, forward, share, tight, rate)
     found = score(problem, solution, budget)
     if not np.isfinite(found.time):
         return
-    events = events_of(problem, solution)
-    ops, buffers = planner.flat.ops, planner.flat.buffers
-    order = [int(ops[event]) if event >= 0 else -1 - int(buffers[-1 - event]) for event in events.order]
-    tier = dict(zip(buffers.tolist(), events.tier.tolist(), strict=True))
+    order, tier = events_of_program(planner, solution)
     schedule = Transfers(budget)(planner.program, machine, order, tier)
     report = referee(planner.program, machine, schedule)
 
