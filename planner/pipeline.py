@@ -62,6 +62,9 @@ class Found:
     seconds: float
 
 
+NOTHING = Found(None, float("inf"))
+
+
 @dataclass
 class Planner:
     """Plans one program on one machine for any budget.
@@ -227,9 +230,12 @@ class Planner:
     def starts(self, budget: int) -> list[np.ndarray]:
         """Where the search begins: answers of the integer program and of its relaxation, then simple rules."""
         rounded = self.master.iterate(budget, rounds=4, seconds=4.0, integer=False)[1:]
+        rules = self.rules()[: 3 + self.moves]
+        if self.memo_solution is not None and self.recompute:
+            rules.insert(0, self.memo_solution)
         if len(self.program.ops) > LARGE:
-            return [*rounded, *self.rules()[: 3 + self.moves]]
-        return [*self.master.iterate(budget, rounds=4, seconds=4.0)[1:], *rounded[1:], *self.rules()[: 3 + self.moves]]
+            return [*rounded, *rules]
+        return [*self.master.iterate(budget, rounds=4, seconds=4.0)[1:], *rounded[1:], *rules]
 
     @cached_property
     def steps(self) -> int:
@@ -248,6 +254,11 @@ class Planner:
         with ThreadPoolExecutor(TOGETHER) as pool:
             return list(pool.map(one, range(len(tries))))
 
+    def rated(self, solution: np.ndarray, budget: int) -> Found:
+        """A solution as found without a search."""
+        found = score(self.flat.problem, solution, budget)
+        return Found(solution, found.time) if found.excess <= 0 and np.isfinite(found.time) else NOTHING
+
     def search(self, budget: int, bound: float) -> np.ndarray | None:
         """The best solution found within the budget, or None.
 
@@ -259,9 +270,13 @@ class Planner:
         tries = [(start, self.steps // 2, hot) for start in self.starts(budget)]
         if len(self.program.ops) <= TINY:
             tries += [(start, self.steps, heat) for start in (nothing, self.smallest, nothing) for heat in HEATS]
-        best = Found(None, float("inf"))
+        best = min((self.rated(start, budget) for start, *_ in tries), key=lambda each: each.seconds, default=NOTHING)
         for number in range(0, len(tries) + TOGETHER, TOGETHER):
-            if best.solution is not None and (best.seconds <= bound * (1 + GOOD) or time.monotonic() > self.deadline):
+            if (
+                number
+                and best.solution is not None
+                and (best.seconds <= bound * (1 + GOOD) or time.monotonic() > self.deadline)
+            ):
                 break
             self.tell("searching", number / (len(tries) + TOGETHER))
             batch = tries[number : number + TOGETHER]
@@ -311,14 +326,19 @@ class Planner:
                 break
         return best
 
+    @cached_property
+    def memo_solution(self) -> np.ndarray | None:
+        """MEMO's rule, where it applies."""
+        attention = np.array(["scaled_dot_product" in self.program.ops[index].target for index in self.flat.ops])
+        return memo(self.flat.problem, self.segments, self.master.slots, attention) if self.moves else None
+
     def solve_memo(self, budget: int) -> Answer:
         """What MEMO's own rule gives, whatever the budget's size: it has no such parameter (see `solvers/memo.py`).
 
         Raises:
             BudgetError: it takes more than the budget, or does not apply.
         """
-        attention = np.array(["scaled_dot_product" in self.program.ops[index].target for index in self.flat.ops])
-        solution = memo(self.flat.problem, self.segments, self.master.slots, attention) if self.moves else None
+        solution = self.memo_solution
         if solution is None:
             raise MemplanError(
                 f"strategy='memo' wants three equal layers or more and a tier behind the device: {self.program.name} on "
