@@ -71,11 +71,17 @@ def solved(kind: str, planner: Planner, room: int, time_limit: float) -> tuple[S
         answer = planner.solve(room)
         return answer.side, max(0.0, 1 - answer.bound / answer.side.time)
     if kind == "memo":
-        return planner.solve_memo(2**62).side, None
+        return planner.solve_memo(room).side, None
     if kind == "full":
-        return planner.finish(full_recomputation(planner), None), None
+        return within(planner, full_recomputation(planner), room), None
     alone = dataclasses.replace(planner, recompute=False)
-    return alone.finish(alone.all_moved(), None), None
+    return within(alone, alone.all_moved(), room), None
+
+
+def within(planner: Planner, solution: np.ndarray, room: int) -> Side:
+    """A solution's schedule, which waits for copies only as the room asks for it; the smallest, if it does not fit."""
+    fits = planner.rated(solution, room).solution is not None
+    return planner.finish(solution, room if fits else None)
 
 
 def full_recomputation(planner: Planner) -> np.ndarray:

@@ -333,10 +333,11 @@ class Planner:
         return memo(self.flat.problem, self.segments, self.master.slots, attention) if self.moves else None
 
     def solve_memo(self, budget: int) -> Answer:
-        """What MEMO's own rule gives, whatever the budget's size: it has no such parameter (see `solvers/memo.py`).
+        """What MEMO's own rule gives: the budget decides only how long the step waits for copies out (see `solvers/memo.py`).
 
         Raises:
-            BudgetError: it takes more than the budget, or does not apply.
+            BudgetError: it takes more than the budget.
+            MemplanError: it does not apply.
         """
         solution = self.memo_solution
         if solution is None:
@@ -344,10 +345,10 @@ class Planner:
                 f"strategy='memo' wants three equal layers or more and a tier behind the device: {self.program.name} on "
                 f"{self.machine.name} lacks one of them; plan without strategy"
             )
-        side = self.finish(solution, None)
-        if side.peak > budget:
-            raise self.refuse(budget, side)
-        return Answer(side, min(self.bound(side.peak), side.time))
+        if self.rated(solution, budget) is NOTHING:
+            raise self.refuse(budget, self.finish(solution, None))
+        side = self.finish(solution, budget)
+        return Answer(side, min(self.bound(budget), side.time))
 
     def solve(self, budget: int) -> Answer:
         """The fastest schedule found within a budget.

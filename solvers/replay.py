@@ -3,8 +3,8 @@
 import numpy as np
 from numba import njit
 
-SINCE, BEGIN, HOLD, EAGER, MOVE = range(5)  # rows of a solution, as in `timeline`
-NEVER = 2**30
+SINCE, BEGIN, HOLD, EAGER, MOVE = range(5)  # rows of a solution: see `timeline`
+NEVER = 2**30  # a time after any base time: the `since` of a buffer's last gap, which no use ends
 OUT, OUT_DELAY, OUT_LOAD, IN, IN_DELAY, IN_LOAD, ROOM = range(7)  # columns of `tiers`
 
 

@@ -28,11 +28,9 @@ from typing import Any
 
 import numpy as np
 
-from .replay import evaluate, expand, replay
+from .replay import BEGIN, EAGER, HOLD, MOVE, NEVER, SINCE, evaluate, expand, replay
 
-SINCE, BEGIN, HOLD, EAGER, MOVE = range(5)  # rows of a solution
 KEEP = -1  # a time before any base time: kept throughout, or not held
-NEVER = 2**30  # a time after any base time: the `since` of a buffer's last gap, which no use ends
 NO_TIERS = np.zeros((0, 7))
 
 
@@ -152,3 +150,9 @@ def profile(problem: Problem, solution: np.ndarray, budget: int = 2**62) -> tupl
     found = (events.order, events.when, len(events.order), events.tier)
     replay(*given, *found, np.int64(budget), memory)  # pyright: ignore[reportCallIssue]
     return events.order, events.when, memory
+
+
+__all__ = [
+    "BEGIN", "EAGER", "HOLD", "KEEP", "MOVE", "NEVER", "NO_TIERS", "SINCE",
+    "Events", "Problem", "Score", "events_of", "profile", "score",
+]  # fmt: skip
