@@ -109,6 +109,7 @@ def referee(program: Program, machine: Machine, schedule: Schedule, budget: int 
     for buffer in loose:
         if not 0 <= buffer < len(size):
             refuse("range", f"buffer {buffer}, said to lie outside, does not exist")
+    elsewhere = given | loose
     last_draw = -1
     flying: dict[tuple[int, int], float] = {}  # (buffer, link) -> when the copy arrives
     link_free = [0.0] * len(machine.links)
@@ -117,7 +118,7 @@ def referee(program: Program, machine: Machine, schedule: Schedule, budget: int 
 
     def counted(buffers: Iterable[int], tier: int) -> int:
         """Bytes of buffers that lie outside the planned addresses: without any, of all."""
-        return sum(size[buffer] for buffer in buffers if not schedule.placements or (buffer in given | loose and tier == 0))
+        return sum(size[buffer] for buffer in buffers if not schedule.placements or (buffer in elsewhere and tier == 0))
 
     if used[0] > capacity[0]:
         refuse(
