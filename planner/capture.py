@@ -177,8 +177,11 @@ class _Step(nn.Module):
             elif leaf is None or isinstance(leaf, bool | int | float | str):
                 kept.append(leaf)
             else:
-                raise CaptureError(f"the model returns a {type(leaf).__name__}, of which memplan cannot see the tensors; "
-                                   "return tensors in tuples, lists, dicts or a registered pytree node")  # fmt: skip
+                advice = "return tensors in tuples, lists, dicts or a registered pytree node"
+                if hasattr(getattr(self.model, "config", None), "use_cache"):
+                    advice = "set model.config.use_cache = False"
+                kind = type(leaf).__name__
+                raise CaptureError(f"the model returns a {kind}, of which memplan cannot see the tensors; {advice}")
         self.outputs, self.plain = tuple(kept), frozenset(plain)
         return tuple(found)
 

@@ -9,6 +9,7 @@ from memplan.planner.capture import capture
 from memplan.planner.errors import BudgetError, CaptureError, MachineError, MemplanError
 from memplan.planner.program import Kind, Phase
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 X = (torch.randn(64, 32),)
 
@@ -102,6 +103,14 @@ def test_what_makes_no_sense_is_refused_in_words(model, args, options, words):
     """One CaptureError each, that says what is wrong."""
     with pytest.raises(CaptureError, match=words):
         make(None, model, args, **options)
+
+
+def test_a_cache_that_a_model_returns_is_refused_saying_which_switch():
+    """As transformers' language models do unless told not to."""
+    config = GPT2Config(vocab_size=16, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+    ids = torch.zeros(1, 8, dtype=torch.int64)
+    with pytest.raises(CaptureError, match=r"DynamicCache.*config\.use_cache = False"):
+        memplan.plan(GPT2LMHeadModel(config), kwargs={"input_ids": ids, "labels": ids})
 
 
 def test_nothing_that_needs_a_gradient():

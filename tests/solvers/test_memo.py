@@ -4,21 +4,25 @@ import memplan
 import numpy as np
 import pytest
 import torch
-from memplan.benchmarks.models import LongGPT
 from memplan.planner.api import Session
 from memplan.planner.pipeline import Planner
 from memplan.solvers.memo import LAST, find_layers
 from memplan.solvers.timeline import MOVE, SINCE
+from transformers import GPT2Config, GPT2LMHeadModel
 
 LAYERS = 5
+PLAIN = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "use_cache": False}
 
 
 def session(host: str | None = None) -> Session:
     """A small GPT for a machine with a host behind it."""
+    config = GPT2Config(vocab_size=64, n_positions=64, n_embd=32, n_layer=LAYERS, n_head=2, **PLAIN)
     with torch.device("meta"):
-        model = LongGPT(LAYERS, 32, 2, 64, pieces=2)
+        model = GPT2LMHeadModel(config)
         ids = torch.zeros(1, 64, dtype=torch.int64)
-    return Session(model, (ids, ids), machine="a800-80gb", allow=("recompute", "offload"), time_limit=2.0, host_budget=host)
+    levers = ("recompute", "offload")
+    step = {"input_ids": ids, "labels": ids}
+    return Session(model, (), step, machine="a800-80gb", allow=levers, time_limit=2.0, host_budget=host)
 
 
 @pytest.fixture(scope="module")
