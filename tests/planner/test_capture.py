@@ -110,7 +110,7 @@ def test_a_cache_that_a_model_returns_is_refused_saying_which_switch():
     config = GPT2Config(vocab_size=16, n_positions=8, n_embd=8, n_layer=1, n_head=2)
     ids = torch.zeros(1, 8, dtype=torch.int64)
     with pytest.raises(CaptureError, match=r"DynamicCache.*config\.use_cache = False"):
-        memplan.plan(GPT2LMHeadModel(config), kwargs={"input_ids": ids, "labels": ids})
+        memplan.plan(GPT2LMHeadModel(config), None, kwargs={"input_ids": ids, "labels": ids})
 
 
 def test_nothing_that_needs_a_gradient():
