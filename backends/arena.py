@@ -23,6 +23,7 @@ from ..planner.machine import Machine
 from ..planner.program import Op, Program
 from ..planner.schedule import Run, Schedule
 from .codegen import Generated, Writer
+from .updates import Updates
 
 
 class Token:
@@ -99,16 +100,18 @@ def find_operator(name: str) -> Any:
     return found if isinstance(found, torch._ops.OpOverload) else None
 
 
-def generate_static(traced: Traced, schedule: Schedule, machine: Machine | None = None) -> Generated:
+def generate_static(
+    traced: Traced, schedule: Schedule, machine: Machine | None = None, updates: Updates | None = None
+) -> Generated:
     """Write and compile the functions that carry out a schedule with placements, and make their arena."""
-    return ArenaWriter(traced, schedule, machine).write()
+    return ArenaWriter(traced, schedule, machine, updates).write()
 
 
 class ArenaWriter(Writer):
     """Writes functions whose variables are only what the caller owns or is given."""
 
-    def __init__(self, traced: Traced, schedule: Schedule, machine: Machine | None = None):
-        super().__init__(traced, schedule, machine)
+    def __init__(self, traced: Traced, schedule: Schedule, machine: Machine | None = None, updates: Updates | None = None):
+        super().__init__(traced, schedule, machine, updates)
         here = [place for place in schedule.placements if place.tier == 0]
         self.places = {(place.buffer, place.lower): place.offset for place in here}
         end = max((place.offset + self.program.buffers[place.buffer].bytes for place in here), default=0)

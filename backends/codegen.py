@@ -18,6 +18,7 @@ from ..planner.machine import Machine
 from ..planner.program import Phase, Program
 from ..planner.schedule import Free, Run, Schedule, Start, Wait
 from .moving import blank, make_tier, places_of
+from .updates import Updates
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Generated:
         states: how many generator states follow.
         arena: where the step's own tensors lie, if their addresses are planned.
         tiers: the memories that values are moved to, by the machine's number.
+        updates: the updates that the step runs in backward.
     """
 
     source: str
@@ -47,6 +49,7 @@ class Generated:
     states: int = 0
     arena: Any = None
     tiers: dict[int, Any] = field(default_factory=dict)
+    updates: Updates | None = None
 
 
 @dataclass
@@ -61,8 +64,9 @@ class Scope:
 class Writer:
     """Walks a schedule once and writes both functions."""
 
-    def __init__(self, traced: Traced, schedule: Schedule, machine: Machine | None = None):
+    def __init__(self, traced: Traced, schedule: Schedule, machine: Machine | None = None, updates: Updates | None = None):
         self.traced = traced
+        self.updates = updates
         self.program: Program = traced.program
         self.schedule = schedule
         self.machine = machine
@@ -115,7 +119,7 @@ class Writer:
             backward = [*tail, *self.scope.lines, *closed, f"    return [{', '.join(returned)}]"]
         source = "\n".join([*forward, "", *backward]) + "\n"
         order = {node: index for index, (node, _) in enumerate(placeholders)}
-        space: dict[str, Any] = {**self.constants, "get_state": get_state, "set_state": set_state}
+        space: dict[str, Any] = {**self.constants, "get_state": get_state, "set_state": set_state, "updates": self.updates}
         space |= {f"open_{tier}": memory.open for tier, memory in self.tiers.items()}
         exec(compile(source, "<memplan schedule>", "exec"), space)
         return Generated(
@@ -128,6 +132,7 @@ class Writer:
             saved=tuple(saved),
             states=len(states),
             tiers=self.tiers,
+            updates=self.updates,
         )
 
     def phase(self, step: Run) -> Phase:
@@ -189,6 +194,9 @@ class Writer:
                 place = next(known for known, source in self.traced.sources.items() if source == target)
                 value = self.read(node)
                 self.line(f"{self.constant(torch.ops.aten.copy_.default, 'copy')}({self.read(place)}, {value})")
+            elif step.op in self.traced.updates:
+                gradients = ", ".join(self.read(node) for _, node in self.traced.updates[step.op])
+                self.line(f"updates.update({step.op}, [{gradients}])")
             elif self.traced.nodes[step.op] is not None:
                 self.call(step, self.traced.nodes[step.op])
 
@@ -325,15 +333,16 @@ class Writer:
         return self.constant_names[key]
 
 
-def generate(traced: Traced, schedule: Schedule, machine: Machine | None = None) -> Generated:
+def generate(traced: Traced, schedule: Schedule, machine: Machine | None = None, updates: Updates | None = None) -> Generated:
     """Write and compile the functions that carry out a schedule.
 
     Args:
         traced: what is scheduled.
         schedule: of its program.
         machine: whose tiers the schedule's copies name; needed only where it has any.
+        updates: of the parameters; needed only where the program updates any in backward.
     """
-    return Writer(traced, schedule, machine).write()
+    return Writer(traced, schedule, machine, updates).write()
 
 
 def get_state() -> list[torch.Tensor]:

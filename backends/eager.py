@@ -27,22 +27,29 @@ from ..planner.errors import MemplanError, PlanMismatch
 from ..planner.graph import Source
 from .arena import generate_static
 from .codegen import Generated, generate
+from .updates import Updates
 
 if TYPE_CHECKING:
     from ..planner.plan import Plan
 
 
-def apply(plan: "Plan", model: nn.Module, loss: Any = None) -> nn.Module:
+def apply(plan: "Plan", model: nn.Module, loss: Any = None, optimizer: Any = None) -> nn.Module:
     """The planned module: see `Plan.apply`."""
+    if plan.recipe.in_backward != (optimizer is not None):
+        asked = "wants" if plan.recipe.in_backward else "has no optimizer_in_backward, so does not take"
+        raise MemplanError(f"this plan {asked} an optimizer: plan.apply(model{', optimizer=...' * plan.recipe.in_backward})")
+    if optimizer is not None and type(optimizer).__name__.lower() != str(plan.recipe.optimizer).lower():
+        raise PlanMismatch(f"the plan was made for {plan.recipe.optimizer}, not for {type(optimizer).__name__}: plan again")
     captured = plan.captured
     if captured is None:
-        captured = recapture(plan, model, loss)
+        captured = recapture(plan, model, loss, optimizer)
     check_parameters(model, captured)
+    updates = None if optimizer is None else Updates(model, optimizer, captured.traced)
     write = generate_static if plan.schedule.placements else generate
-    return planned_module(model, captured, write(captured.traced, plan.schedule, plan.machine))
+    return planned_module(model, captured, write(captured.traced, plan.schedule, plan.machine, updates))
 
 
-def recapture(plan: "Plan", model: nn.Module, loss: Any) -> Captured:
+def recapture(plan: "Plan", model: nn.Module, loss: Any, optimizer: Any = None) -> Captured:
     """Capture the model of a plan that was loaded from a file.
 
     Raises:
@@ -54,8 +61,8 @@ def recapture(plan: "Plan", model: nn.Module, loss: Any) -> Captured:
     args, kwargs = rebuild_inputs(plan.recipe.inputs)
     recipe = plan.recipe
     captured = capture(
-        model, args, kwargs, train=recipe.train, loss=loss, optimizer=recipe.optimizer, device=plan.program.device,
-        runs_on=plan.machine.device,
+        model, args, kwargs, train=recipe.train, loss=loss, optimizer=optimizer or recipe.optimizer,
+        in_backward=recipe.in_backward, device=plan.program.device, runs_on=plan.machine.device,
     )  # fmt: skip
     if apply_costs(captured.program, plan.machine).digest != plan.program.digest:
         raise PlanMismatch(f"this {type(model).__name__} does not trace to the program that the plan was made for "
@@ -113,7 +120,14 @@ class _Runner:
         return pytree.tree_unflatten(flat, self.captured.output_spec)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Runner":
-        """The runner of a copied module: on its parameters, with the same code, which names none of them."""
+        """The runner of a copied module: on its parameters, with the same code, which names none of them.
+
+        Raises:
+            MemplanError: the code updates parameters, which it has to name.
+        """
+        if self.code.updates is not None:
+            raise MemplanError("a planned module that updates its parameters cannot be copied: copy the model, and apply the "
+                               "plan to the copy with an optimizer of its own")  # fmt: skip
         made = object.__new__(type(self))
         memo[id(self)] = made
         shared = ("original", "captured", "code", "changing")
@@ -187,6 +201,8 @@ class _Planned(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, runner: _Runner, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
         ctx.set_materialize_grads(False)
+        if runner.code.updates is not None:
+            runner.code.updates.begin()
         ctx.token = runner.code.arena.claim() if runner.code.arena is not None else None
         # nothing is recorded below autograd, but some kernels (LSTM's on CPU) save what backward needs only if this is on
         with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
@@ -218,8 +234,14 @@ class _Planned(torch.autograd.Function):
         ctx.saved = None
         ctx.watched = None
         given = [laid_out(tangents[index], like) for index, like in runner.code.tangents.items()]
-        with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
-            found = runner.code.backward(saved, given)
+        updates = runner.code.updates
+        try:
+            with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
+                found = runner.code.backward(saved, given)
+        except Exception as error:
+            if updates is None or not updates.done:
+                raise
+            raise updates.explain(error) from error
         ctx.token = None
         result: list[torch.Tensor | None] = [None] * (1 + len(runner.code.arguments))
         for position, gradient in zip(runner.code.gradients, found, strict=True):

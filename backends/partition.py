@@ -92,6 +92,7 @@ def describe(graph: fx.GraphModule, arguments: Sequence[Argument], forward_outpu
         train=len(values) > forward_outputs,
         loss=None,
         optimizer=None,
+        in_backward=False,
         trainable=set(),
         runs_on=device,
     )

@@ -50,6 +50,7 @@ class Request(msgspec.Struct, frozen=True):
         steps: how many to measure, once for memory and once for time, each after one that is not measured.
         optimizer: a key of `OPTIMIZERS`, or None to leave the parameters alone.
         device: where to move the model; None for where it is.
+        in_backward: the planned step updates parameters itself, so that they are compared, for gradients are gone.
     """
 
     model: str
@@ -57,6 +58,7 @@ class Request(msgspec.Struct, frozen=True):
     steps: int
     optimizer: str | None = None
     device: str | None = None
+    in_backward: bool = False
 
 
 class Copies(msgspec.Struct, frozen=True):
@@ -74,7 +76,7 @@ class Trial(msgspec.Struct, frozen=True):
         peak: bytes, everything counted; None where this system does not tell.
         seconds: the median step.
         losses: the loss of each step, exactly, as `float.hex` writes it.
-        gradients: a checksum of all gradients after each step.
+        gradients: a checksum of all gradients after each step, or of the parameters if `Request.in_backward`.
         copies: what a step moves to other tiers (`out`) and back (`in`), on average over the steps that are timed.
     """
 
@@ -117,11 +119,12 @@ def run(request: Request) -> Trial:
 
     model, args, kwargs = load_model(request.model, meta=False)
     model, args, kwargs = to_device(request.device, model, args, kwargs)
-    called = model if request.plan is None else load(request.plan).apply(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = None
     if request.optimizer is not None:
         optimizer = getattr(torch.optim, OPTIMIZERS[request.optimizer])(parameters, lr=LEARNING_RATE)
+    given = optimizer if request.in_backward else None
+    called = model if request.plan is None else load(request.plan).apply(model, optimizer=given)
     meter = Meter(parameters[0].device.type if parameters else "cpu")
 
     def step(number: int) -> float:
@@ -144,7 +147,7 @@ def run(request: Request) -> Trial:
         meter.reset()
         losses.append(step(number).hex())
         peaks.append(meter.peak(fixed))
-        gradients.append(checksum(model))
+        gradients.append(checksum(model, request.in_backward))
         model.zero_grad(set_to_none=True)
     keep_freed_memory()
     tiers = getattr(getattr(getattr(called, "forward", None), "code", None), "tiers", {})
@@ -194,15 +197,16 @@ def tensors(nested: Any) -> "Iterator[torch.Tensor]":
     yield from (leaf for leaf in pytree.tree_leaves(nested) if isinstance(leaf, torch.Tensor))
 
 
-def checksum(model: "nn.Module") -> str:
-    """A hash of every gradient's bits."""
+def checksum(model: "nn.Module", values: bool = False) -> str:
+    """A hash of every gradient's bits, or of every parameter's."""
     import torch
 
     sha = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
+        tensor = parameter.detach() if values else parameter.grad
+        if tensor is not None:
             sha.update(name.encode())
-            sha.update(parameter.grad.contiguous().cpu().flatten().view(torch.uint8).numpy().data)
+            sha.update(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 

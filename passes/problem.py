@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..planner.machine import Machine
-from ..planner.program import Program
+from ..planner.program import Op, Program
 from ..solvers.timeline import NO_TIERS, Problem
 from .transfers import routes_of
 
@@ -67,7 +67,7 @@ def flatten(program: Program, order: Sequence[int] | None = None, machine: Machi
             use_start=use_start,
             use=use,
             output=np.array([buffer in outputs for buffer in owned], np.bool_),
-            repeatable=np.array([op.repeatable for op in ops], np.bool_),
+            repeatable=repeatable_until(ops),
             resident=program.resident_bytes,
             boundary=program.boundary,
             tiers=NO_TIERS if machine is None else tiers_of(machine),
@@ -75,6 +75,17 @@ def flatten(program: Program, order: Sequence[int] | None = None, machine: Machi
         np.array(owned, np.int32),
         np.array(base, np.int32),
     )
+
+
+def repeatable_until(ops: Sequence[Op]) -> np.ndarray:
+    """`Problem.repeatable` of ops in base order: what reads a resident buffer may not run again once that has been changed."""
+    changed: dict[int, int] = {}
+    for at, op in enumerate(ops):
+        for buffer in op.mutates:
+            changed.setdefault(buffer, at)
+    end = len(ops)
+    limits = [min((changed.get(buffer, end) for buffer in op.reads), default=end) for op in ops]
+    return np.array([limit if op.repeatable else 0 for op, limit in zip(ops, limits, strict=True)], np.int32)
 
 
 def tiers_of(machine: Machine) -> np.ndarray:

@@ -45,6 +45,7 @@ def plan(
     arena: bool = False,
     strategy: str | None = None,
     host_budget: int | str | None = None,
+    optimizer_in_backward: bool = False,
     progress: Progress | None = None,
 ) -> Plan:
     """The fastest step of a model that provably fits a number of bytes, with the same numbers as before.
@@ -70,6 +71,9 @@ def plan(
             the fastest that is found.
         host_budget: bytes that may be used in each tier behind the device, in the same forms as `budget` ("50%" of the
             tier); default: what the machine has.
+        optimizer_in_backward: the planned step updates each parameter itself, as soon as its gradient is complete, so that
+            gradients never pile up; apply the plan with `plan.apply(model, optimizer=...)`. The numbers are those of a step
+            after the backward pass; gradients are gone, so nothing can be clipped or accumulated.
         progress: is told (stage, fraction of it).
 
     Returns:
@@ -90,7 +94,8 @@ def plan(
         allow = ("reorder", "recompute", "offload")
     return Session(
         model, args, kwargs, train=train, loss=loss, optimizer=optimizer, machine=machine, allow=allow,
-        time_limit=time_limit, seed=seed, host_budget=host_budget, progress=progress,
+        time_limit=time_limit, seed=seed, host_budget=host_budget, optimizer_in_backward=optimizer_in_backward,
+        progress=progress,
     ).plan(budget, arena, strategy)  # fmt: skip
 
 
@@ -139,6 +144,7 @@ class Session:
         time_limit: float = 60.0,
         seed: int = 0,
         host_budget: int | str | None = None,
+        optimizer_in_backward: bool = False,
         progress: Progress | None = None,
     ):
         levers = check_levers(allow)
@@ -150,8 +156,8 @@ class Session:
         began = time.monotonic()
         self.time_limit = time_limit
         self.captured: Captured = capture(
-            model, args, dict(kwargs or {}), train=train, loss=loss, optimizer=optimizer, device=traced_device(known),
-            runs_on=None if known is None else known.device,
+            model, args, dict(kwargs or {}), train=train, loss=loss, optimizer=optimizer, in_backward=optimizer_in_backward,
+            device=traced_device(known), runs_on=None if known is None else known.device,
         )  # fmt: skip
         self.capture_seconds = time.monotonic() - began
         self.recipe = Recipe(
@@ -159,6 +165,7 @@ class Session:
             train=train,
             loss=loss is not None,
             optimizer=None if optimizer is None else optimizer if isinstance(optimizer, str) else type(optimizer).__name__,
+            in_backward=optimizer_in_backward,
         )
         real = known is None and all(value.device.type != "meta" for value in model.parameters())
         table = None

@@ -236,6 +236,7 @@ def capture(
     train: bool = True,
     loss: Callable[[Any], torch.Tensor] | None = None,
     optimizer: Any = None,
+    in_backward: bool = False,
     device: str | None = None,
     runs_on: str | None = None,
 ) -> Captured:
@@ -248,6 +249,7 @@ def capture(
         train: trace the backward pass too.
         loss: from the output to a scalar, where the caller computes it; it is measured, not captured into the program.
         optimizer: None, `sgd`, `adam`, `adamw` or a torch optimizer, whose state and temporaries are counted.
+        in_backward: its updates are part of the step: each parameter's runs as soon as its gradient is complete.
         device: the device type to trace for; by default where the model is, and cpu for a model on meta.
         runs_on: the device type that the step is for, where it cannot be traced for here; default: `device`.
 
@@ -261,6 +263,8 @@ def capture(
     except TypeError as error:
         raise CaptureError(f"the arguments do not fit {type(model).__name__}.forward: {error}") from None
     device = device or device_of(model, leaves)
+    if in_backward and (optimizer is None or not train):
+        raise CaptureError("optimizer_in_backward wants an optimizer and a training step: pass optimizer=, and train=True")
     fixed = {index: leaf for index, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor)}
     mode = _Constants(allow_non_fake_inputs=True)
     inputs = [fake(mode, leaf, device) for leaf in leaves if isinstance(leaf, torch.Tensor)]
@@ -268,6 +272,7 @@ def capture(
     parameters = {name: TensorFacts.of(value) for name, value in named_tensors(model)}
     step = _Step(model, spec, fixed, train, loss is not None)
     step.training = model.training  # without `train()`, which would reach into the model
+    updated = trainable(model, optimizer)
     with fake_parameters(model, mode, device) as names, ExitStack() as stack:
         joint = trace(step, inputs, mode, train, stack)
         loss_cost = trace_loss(step, joint.graph_module, loss, mode) if train and loss is not None else None
@@ -280,7 +285,8 @@ def capture(
             train=train,
             loss=loss_cost,
             optimizer=optimizer,
-            trainable={name for name, value in model.named_parameters() if value.requires_grad},
+            in_backward=in_backward,
+            trainable=updated,
             runs_on=runs_on or device,
         )
     assert step.output_spec is not None
@@ -300,6 +306,15 @@ def capture(
         train=train,
         plain=step.plain,
     )
+
+
+def trainable(model: nn.Module, optimizer: Any) -> set[str]:
+    """Names of the parameters that an optimizer updates: those that a torch optimizer holds, else all that want gradients."""
+    wanted = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    if optimizer is None or isinstance(optimizer, str):
+        return set(wanted)
+    held = {id(value) for group in getattr(optimizer, "param_groups", ()) for value in group["params"]}
+    return {name for name, value in wanted.items() if id(value) in held}
 
 
 def trace(step: nn.Module, inputs: list[torch.Tensor], mode: FakeTensorMode, train: bool, stack: ExitStack) -> Any:

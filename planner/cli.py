@@ -112,6 +112,9 @@ MachineName = Annotated[str | None, typer.Option("--machine", help="A preset, a 
 Allow = Annotated[str | None, typer.Option(help=f"What the plan may do: a list of {', '.join(LEVERS)}.")]
 Infer = Annotated[bool, typer.Option("--infer", help="Plan the forward pass alone.")]
 Counted = Annotated[Optimizer | None, typer.Option("--optimizer", help="Count this optimizer's state.")]
+InBackward = Annotated[
+    bool, typer.Option("--optimizer-in-backward", help="Update each parameter as soon as its gradient is complete.")
+]
 TimeLimit = Annotated[float, typer.Option(help="Seconds that planning may take.", min=0.0)]
 Seed = Annotated[int, typer.Option(help="Of the search.")]
 Strategy = Annotated[str | None, typer.Option(help="memo: MEMO's own rule of offload, to compare with; left out: the fastest.")]
@@ -135,6 +138,7 @@ def plan(
     arena: Placed = False,
     strategy: Strategy = None,
     host_budget: HostBudget = None,
+    in_backward: InBackward = False,
     out: Annotated[Path | None, output("Write the plan here.", "-o", "--output")] = None,
     as_json: Json = False,
 ) -> None:
@@ -143,7 +147,7 @@ def plan(
     from .models import load_model
 
     options = planning(allow, optimizer, time_limit, seed, train=not infer, machine=machine)
-    options |= {"arena": arena, "strategy": strategy, "host_budget": host_budget}
+    options |= {"arena": arena, "strategy": strategy, "host_budget": host_budget, "optimizer_in_backward": in_backward}
     with progress("building the model") as report:
         module, args, kwargs = load_model(model, meta=True)
         made = api.plan(module, budget, args, kwargs, **options, progress=report)
@@ -221,6 +225,7 @@ def run(
     arena: Placed = False,
     strategy: Strategy = None,
     host_budget: HostBudget = None,
+    in_backward: InBackward = False,
     as_json: Json = False,
 ) -> None:
     """Train for real, unplanned and planned side by side, each in a fresh process."""
@@ -229,6 +234,7 @@ def run(
     from .models import load_model
 
     options = planning(allow, optimizer, time_limit, seed, arena=arena, strategy=strategy, host_budget=host_budget)
+    options["optimizer_in_backward"] = in_backward
     stepped = options["optimizer"]
     with progress("building the model") as report, tempfile.TemporaryDirectory() as folder:
         module, args, kwargs = to_device(device, *load_model(model, meta=False))
@@ -236,9 +242,9 @@ def run(
         del module, args, kwargs  # the runs want the memory
         made.save(Path(folder) / "plan.json")
         report("running unplanned", 0.0)
-        plain = in_fresh_process(Request(model, None, steps, stepped, device))
+        plain = in_fresh_process(Request(model, None, steps, stepped, device, in_backward))
         report("running planned", 0.5)
-        planned = in_fresh_process(Request(model, str(Path(folder) / "plan.json"), steps, stepped, device))
+        planned = in_fresh_process(Request(model, str(Path(folder) / "plan.json"), steps, stepped, device, in_backward))
     answer(as_json, run_facts(made, plain, planned), run_table(made, plain, planned))
 
 
@@ -250,6 +256,7 @@ def sweep(
     allow: Allow = None,
     infer: Infer = False,
     optimizer: Counted = None,
+    in_backward: InBackward = False,
     time_limit: TimeLimit = 60.0,
     seed: Seed = 0,
     png: Annotated[Path | None, output("The curve as a picture.")] = None,
@@ -262,6 +269,7 @@ def sweep(
     from .models import load_model
 
     options = planning(allow, optimizer, time_limit, seed, train=not infer, machine=machine)
+    options["optimizer_in_backward"] = in_backward
     with progress("building the model") as report:
         module, args, kwargs = load_model(model, meta=True)
         plans = api.sweep(module, points, args, kwargs, **options, progress=report)

@@ -8,7 +8,7 @@ its result in place of an operand (same storage size, shape and strides, and a k
 import json
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import fx
 from torch.utils.flop_counter import flop_registry
 
 from .errors import CaptureError
-from .optimizers import update_op
+from .optimizers import update_op, update_ops
 from .program import Buffer, Kind, Op, Phase, Program
 from .restore import restore_dropout, sum_tied
 
@@ -63,6 +63,9 @@ class Traced:
         mutations: op -> (source of the tensor to overwrite, node of the new value).
         gradients: pairs (placeholder, node of its gradient); of the placeholders of a tied parameter, the first has the sum.
         in_place: (op, operand's buffer) -> how to write over it.
+        updates: for each op that updates parameters in backward, their names and the nodes of their gradients.
+        states: for each buffer of optimizer state whose parameter is updated in backward, that parameter's name, and which of
+            its states it is.
     """
 
     program: Program
@@ -74,6 +77,8 @@ class Traced:
     mutations: dict[int, tuple[Source, fx.Node]]
     gradients: tuple[tuple[fx.Node, fx.Node], ...]
     in_place: dict[tuple[int, int], InPlace]
+    updates: dict[int, tuple[tuple[str, fx.Node], ...]] = field(default_factory=dict)
+    states: dict[int, tuple[str, int]] = field(default_factory=dict)
 
 
 def lower(
@@ -86,6 +91,7 @@ def lower(
     train: bool,
     loss: fx.GraphModule | None,
     optimizer: Any,
+    in_backward: bool,
     trainable: set[str],
     runs_on: str,
 ) -> Traced:
@@ -100,6 +106,7 @@ def lower(
         train: whether there is a backward pass.
         loss: the graph of the caller's own loss, whose cost lies between the passes.
         optimizer: see `planner.optimizers`.
+        in_backward: the step updates each parameter as soon as its gradient is complete.
         trainable: names of the parameters that the optimizer updates.
         runs_on: the type of device that the step is for: it decides the optimizer's temporaries, and on the CPU dropout
             is spelled out as eager computes it.
@@ -107,7 +114,8 @@ def lower(
     sum_tied(graph, parameter_name)
     if device == runs_on == "cpu":
         restore_dropout(graph)
-    return _Lowering(graph, device, parameter_name, input_leaf).run(name, train, loss, optimizer, trainable, runs_on)
+    lowering = _Lowering(graph, device, parameter_name, input_leaf)
+    return lowering.run(name, train, loss, optimizer, in_backward, trainable, runs_on)
 
 
 class _Lowering:
@@ -129,9 +137,13 @@ class _Lowering:
         self.sources: dict[fx.Node, Source] = {}
         self.in_place: dict[tuple[int, int], InPlace] = {}
         self.mutations: dict[int, tuple[Source, fx.Node]] = {}
+        self.updates: dict[int, tuple[tuple[str, fx.Node], ...]] = {}
+        self.states: dict[int, tuple[str, int]] = {}
         self.where = ""
 
-    def run(self, name: str, train: bool, loss: Any, optimizer: Any, trainable: set[str], runs_on: str) -> Traced:
+    def run(
+        self, name: str, train: bool, loss: Any, optimizer: Any, in_backward: bool, trainable: set[str], runs_on: str
+    ) -> Traced:
         """The stages in order."""
         ends = next(node for node in self.graph.graph.nodes if node.op == "output")
         described = [pair for pair in zip(ends.args[0], ends.meta["desc"], strict=True) if pair[1] is not None]
@@ -159,12 +171,15 @@ class _Lowering:
             self.add_node(node, Phase.BACKWARD, changed)
         gradients = tuple((self.find(desc), node) for node, desc in grads if node is not None)
         held = [self.owner[node] for node in outputs if isinstance(node, fx.Node)]
-        held += [self.owner[node] for _, node in gradients]
         held += [self.owner[node] for node in tangents]
         resident = {self.owner[node] for node in self.sources if node not in tangents and node in self.owner}
-        self.name_kinds(held, {self.owner[node] for _, node in gradients}, len(self.ops))
-        if optimizer is not None and train:
+        made = {self.owner[node] for _, node in gradients}
+        self.name_kinds(held, made, len(self.ops))
+        if optimizer is not None and train and in_backward:
+            gradients = self.add_updates(optimizer, trainable, runs_on, gradients)
+        elif optimizer is not None and train:
             self.add_update(optimizer, trainable, runs_on)
+        held += [self.owner[node] for _, node in gradients]
         program = Program(
             name=name,
             buffers=tuple(self.buffers),
@@ -183,6 +198,8 @@ class _Lowering:
             mutations=self.mutations,
             gradients=gradients,
             in_place=self.in_place,
+            updates=self.updates,
+            states=self.states,
         )
 
     def find(self, desc: Any) -> fx.Node:
@@ -335,6 +352,32 @@ class _Lowering:
         self.buffers.extend(states)
         self.ops.append(op)
         self.nodes.append(None)
+
+    def add_updates(
+        self, optimizer: Any, trainable: set[str], runs_on: str, gradients: tuple[tuple[fx.Node, fx.Node], ...]
+    ) -> tuple[tuple[fx.Node, fx.Node], ...]:
+        """The optimizer's state, and an op for each parameter that updates it. Returns the gradients that are left over."""
+        pairs: dict[int, list[tuple[str, fx.Node]]] = {}
+        left = []
+        for place, node in gradients:
+            source = self.sources[place]
+            if source.kind == "parameter" and source.name in trainable:
+                pairs.setdefault(self.owner[place], []).append((source.name, node))
+            else:
+                left.append((place, node))
+        sizes = {buffer: self.buffers[buffer].bytes for buffer in pairs}
+        read = {buffer: [self.owner[node] for _, node in rows] for buffer, rows in pairs.items()}
+        names = {buffer: rows[0][0] for buffer, rows in pairs.items()}
+        states, ops = update_ops(optimizer, sizes, read, names, len(self.buffers), runs_on)
+        for number in range(len(states)):
+            buffer = list(pairs)[number % len(pairs)]
+            self.states[len(self.buffers) + number] = names[buffer], number // len(pairs)
+        self.buffers.extend(states)
+        for buffer, op in zip(pairs, ops, strict=True):
+            self.updates[len(self.ops)] = tuple(pairs[buffer])
+            self.ops.append(op)
+            self.nodes.append(None)
+        return tuple(left)
 
     def name_kinds(self, held: list[int], gradients: set[int], end: int) -> None:
         """Give activations, gradients and outputs their kind, now that all readers are known."""

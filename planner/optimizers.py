@@ -1,6 +1,13 @@
-"""What an optimizer keeps, and what its step needs: counted into the program as resident state and one update op."""
+"""What an optimizer keeps, and what its step needs: counted into the program as resident state and update ops.
+
+By default one op updates everything, after the backward pass; the caller runs it. *In backward* there is one op for each
+parameter, which the plan runs as soon as the gradient is complete and nobody reads the old value any more, so that gradients
+never pile up.
+"""
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,53 +15,127 @@ import torch
 from .errors import CaptureError
 from .program import Buffer, Kind, Op, Phase
 
-# name -> (state tensors per parameter, temporaries per parameter of the for-loop step, of the multi-tensor step)
-# Read in torch/optim: Adam's step makes `exp_avg_sq.sqrt()` and the denominator derived from it.
-KNOWN = {"sgd": (0, 0, 0), "adam": (2, 2, 1), "adamw": (2, 2, 1)}
+# name -> (state tensors per parameter, temporaries per parameter of the for-loop step, of the multi-tensor step, times
+# that the for-loop step reads or writes a tensor of the parameter's size). Read in torch/optim: Adam's step makes
+# `exp_avg_sq.sqrt()` and the denominator derived from it.
+KNOWN = {"sgd": (0, 0, 0, 3), "adam": (2, 2, 1, 18), "adamw": (2, 2, 1, 20)}
 
 
-def update_op(
-    optimizer: Any, parameters: dict[int, torch.Tensor], gradients: list[int], first: int, device: str
-) -> tuple[list[Buffer], Op]:
-    """State buffers and the update op.
+@dataclass(frozen=True)
+class Kept:
+    """An optimizer's figures.
+
+    Attributes:
+        name: `sgd`, `adam` or `adamw`.
+        states: tensors of the parameter's size that it keeps for each.
+        temporaries: such tensors that a step makes and frees again.
+        together: whether a step makes those of all parameters at once.
+        passes: how often a step reads or writes such a tensor.
+    """
+
+    name: str
+    states: int
+    temporaries: int
+    together: bool
+    passes: int
+
+
+def kept_by(optimizer: Any, device: str) -> Kept:
+    """The figures of an optimizer.
 
     Args:
         optimizer: `sgd`, `adam`, `adamw`, or a torch optimizer of one of these classes.
-        parameters: buffer -> fake tensor of each parameter that is updated.
-        gradients: buffers of gradients.
-        first: index of the first new buffer.
         device: cuda takes the multi-tensor step by default, cpu the for-loop one.
 
     Raises:
         CaptureError: an optimizer that memplan does not know.
     """
-    name = optimizer if isinstance(optimizer, str) else type(optimizer).__name__
-    name = name.lower()
+    name = (optimizer if isinstance(optimizer, str) else type(optimizer).__name__).lower()
     if name not in KNOWN:
         raise CaptureError(f"unknown optimizer {name!r}: memplan counts the state of {', '.join(KNOWN)}")
-    states, each, multi = KNOWN[name]
-    if name == "sgd" and not isinstance(optimizer, str):
-        states = int(any(group.get("momentum", 0) for group in optimizer.param_groups))
-    sizes = [tensor.untyped_storage().nbytes() for tensor in parameters.values()]
-    buffers = [
+    states, each, multi, passes = KNOWN[name]
+    groups = [] if isinstance(optimizer, str) else optimizer.param_groups
+    if name == "sgd" and any(group.get("momentum", 0) for group in groups):
+        states, passes = 1, 6
+    states += any(group.get("amsgrad") for group in groups)
+    if any(group.get("fused") for group in groups):
+        return Kept(name, states, 0, False, 3 + 2 * states)
+    return Kept(name, states, multi if device == "cuda" else each, device == "cuda", passes)
+
+
+def state_buffers(states: int, sizes: Mapping[int, int]) -> list[Buffer]:
+    """Resident buffers: the first state of every parameter, then the second of every parameter."""
+    return [
         Buffer(name=f"state {number} of parameter {index}", bytes=size, kind=Kind.STATE)
         for number in range(states)
-        for index, size in enumerate(sizes)
+        for index, size in enumerate(sizes.values())
     ]
-    fused = not isinstance(optimizer, str) and any(group.get("fused") for group in optimizer.param_groups)
-    workspace = 0 if fused else (multi * sum(sizes) if device == "cuda" else each * max(sizes, default=0))
-    traffic = sum(sizes) * (3 + 2 * states)
-    op = Op(
-        name=f"{name} step",
-        target=f"optimizer.{name}",
-        key=json.dumps({"op": f"optimizer.{name}", "args": [traffic], "kwargs": {}}),
-        phase=Phase.UPDATE,
-        reads=tuple(sorted(gradients)),
+
+
+def update_op(
+    optimizer: Any, parameters: dict[int, torch.Tensor], gradients: list[int], first: int, device: str
+) -> tuple[list[Buffer], Op]:
+    """State buffers and the one op that updates everything.
+
+    Args:
+        optimizer: as for `kept_by`.
+        parameters: buffer -> fake tensor of each parameter that is updated.
+        gradients: buffers of gradients.
+        first: index of the first new buffer.
+        device: as for `kept_by`.
+
+    Raises:
+        CaptureError: an optimizer that memplan does not know.
+    """
+    known = kept_by(optimizer, device)
+    sizes = {buffer: tensor.untyped_storage().nbytes() for buffer, tensor in parameters.items()}
+    buffers = state_buffers(known.states, sizes)
+    total = sum(sizes.values())
+    workspace = known.temporaries * (total if known.together else max(sizes.values(), default=0))
+    mutates = [*parameters, *range(first, first + len(buffers))]
+    return buffers, make_op(f"{known.name} step", known, Phase.UPDATE, gradients, mutates, total, workspace)
+
+
+def update_ops(
+    optimizer: Any, parameters: Mapping[int, int], gradients: Mapping[int, list[int]], names: Mapping[int, str], first: int,
+    device: str,
+) -> tuple[list[Buffer], list[Op]]:  # fmt: skip
+    """State buffers, and for each parameter the op that updates it in backward.
+
+    Args:
+        optimizer: as for `kept_by`.
+        parameters: buffer -> bytes of each parameter that is updated.
+        gradients: for each of them the buffers of its gradients.
+        names: of the parameters.
+        first: index of the first new buffer.
+        device: as for `kept_by`.
+    """
+    known = kept_by(optimizer, device)
+    buffers = state_buffers(known.states, parameters)
+    ops = []
+    for index, (buffer, size) in enumerate(parameters.items()):
+        own = [buffer, *(first + number * len(parameters) + index for number in range(known.states))]
+        reads, workspace = sorted({*own, *gradients[buffer]}), known.temporaries * size
+        op = make_op(f"{known.name} of {names[buffer]}", known, Phase.BACKWARD, reads, own, size, workspace)
+        ops.append(op)
+    return buffers, ops
+
+
+def make_op(
+    name: str, known: Kept, phase: Phase, reads: list[int], mutates: list[int], size: int, workspace: int
+) -> Op:  # fmt: skip
+    """An update of parameters of `size` bytes."""
+    traffic = size * known.passes
+    return Op(
+        name=name,
+        target=f"optimizer.{known.name}",
+        key=json.dumps({"op": f"optimizer.{known.name}", "args": [traffic], "kwargs": {}}),
+        phase=phase,
+        reads=tuple(sorted(reads)),
         writes=(),
-        mutates=tuple(sorted([*parameters, *range(first, first + len(buffers))])),
+        mutates=tuple(sorted(mutates)),
         repeatable=False,
         flops=4.0 * traffic / 4,
         traffic=traffic,
         workspace=workspace,
     )
-    return buffers, op

@@ -19,6 +19,7 @@ import numpy as np
 
 from ..passes.liveness import Liveness
 from ..passes.problem import Flat, flatten
+from ..passes.promptly import Promptly
 from ..passes.reorder import Reorder
 from ..passes.transfers import Transfers, routes_of
 from ..solvers.anneal import anneal, make_space
@@ -100,10 +101,11 @@ class Planner:
     def flat(self) -> Flat:
         """The arrays that the solvers work on, ops in base order: the rearranged one where its peak is no higher."""
         machine = self.machine if self.offload else None
-        traced = self.restricted(flatten(self.program, None, machine))
+        program = self.program
+        traced = self.restricted(flatten(program, Promptly()(program, range(len(program.ops))), machine))
         if not self.reorder:
             return traced
-        moved = self.restricted(flatten(self.program, Reorder()(self.program), machine))
+        moved = self.restricted(flatten(program, Promptly()(program, Reorder()(program)), machine))
         peaks = [score(flat.problem, flat.problem.keep_all(), 0).peak for flat in (traced, moved)]
         return moved if peaks[1] <= peaks[0] else traced
 

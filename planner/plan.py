@@ -30,12 +30,14 @@ class Recipe(msgspec.Struct, frozen=True):
         train: whether the program holds a backward pass.
         loss: the loss was the caller's own function, which a file cannot carry.
         optimizer: the name of the optimizer counted in, or None.
+        in_backward: the step runs the optimizer's updates itself.
     """
 
     inputs: str
     train: bool
     loss: bool
     optimizer: str | None
+    in_backward: bool = False
 
 
 class Counts(msgspec.Struct, frozen=True):
@@ -190,19 +192,20 @@ class Plan:
             (place.offset + sizes[place.buffer].bytes for place in self.schedule.placements if not place.tier), default=0
         )
 
-    def apply(self, model: "nn.Module", loss: Any = None) -> "nn.Module":
+    def apply(self, model: "nn.Module", loss: Any = None, optimizer: Any = None) -> "nn.Module":
         """The planned model: same call, same numbers, same parameters.
 
         Args:
             model: the model the plan was made for, or one of the same structure.
             loss: the loss function, for a plan that was made with one and then loaded from a file.
+            optimizer: the torch optimizer whose updates the planned step runs, for a plan with `optimizer_in_backward`.
 
         Raises:
             PlanMismatch: the model does not trace to the plan's program.
         """
         from ..backends.eager import apply
 
-        return apply(self, model, loss)
+        return apply(self, model, loss, optimizer)
 
 
 class PlanBody(msgspec.Struct, frozen=True):

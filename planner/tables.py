@@ -70,7 +70,7 @@ def run_facts(made: "Plan", plain: "Trial", planned: "Trial") -> dict[str, Any]:
         "unplanned": side(made.unplanned, plain),
         "planned": side(made.planned, planned),
         "losses_equal": plain.losses == planned.losses,
-        "gradients_equal": plain.gradients == planned.gradients,
+        "parameters_equal" if made.recipe.in_backward else "gradients_equal": plain.gradients == planned.gradients,
         **({"copies": msgspec.to_builtins(planned.copies)} if planned.copies else {}),
     }
 
@@ -95,7 +95,7 @@ def run_table(made: "Plan", plain: "Trial", planned: "Trial") -> RenderableType:
              for way, way_of in planned.copies.items()]  # fmt: skip
     verdicts = [
         equality("losses", planned.losses == plain.losses),
-        equality("gradients", planned.gradients == plain.gradients),
+        equality("parameters" if made.recipe.in_backward else "gradients", planned.gradients == plain.gradients),
     ]
     return Group(table((asked, "planned", "unplanned"), rows), *verdicts)
 

@@ -54,7 +54,7 @@ class CutModel:
         moved = ops + len(before)  # the first column of what lies in another tier; two for stalls follow
         movable = ((problem.producer[before] < problem.boundary) & ~problem.output[before]).astype(float)
         more = [movable, np.full(2, 1e9)] if tiers else []
-        upper = np.concatenate([problem.repeatable[:ops].astype(float), np.ones(len(before)), *more])
+        upper = np.concatenate([(problem.repeatable[:ops] > 0).astype(float), np.ones(len(before)), *more])
         lower = np.zeros(len(upper))
         here = problem.read[problem.read_start[at] : problem.read_start[at + 1]]
         lower[self.column[here]] = 1.0

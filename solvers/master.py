@@ -97,7 +97,7 @@ class Master:
         self.rows, self.stalls = rows, ops + (1 + tiers) * count
         self.add_links(ops, count)
         self.upper = np.concatenate(
-            [problem.repeatable[:ops].astype(float), np.ones(count), *[movable] * tiers, np.full(2 * tiers, 1e9)]
+            [(problem.repeatable[:ops] > 0).astype(float), np.ones(count), *[movable] * tiers, np.full(2 * tiers, 1e9)]
         )
         size = problem.size[self.early].astype(float)
         loads = [size * (out_load / out + back_load / back) for out, _, out_load, back, _, back_load, _ in problem.tiers]

@@ -124,7 +124,7 @@ def expand(producer, read_start, read, write_start, write, use_start, use, outpu
                 if missing:
                     continue
                 depth -= 1
-                if not repeatable[op] or op >= base or count >= limit - 2:
+                if base > repeatable[op] or op >= base or count >= limit - 2:
                     return order, when, -1, tier
                 order[count], when[count] = op, base
                 count += 1

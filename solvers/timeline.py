@@ -47,7 +47,7 @@ class Problem:
         reuse_start: op i may write `reuse_new[k]` in place of `reuse_old[k]` for k in its range.
         use_start: buffer b is read at base times `use[use_start[b]:use_start[b + 1]]`, ascending.
         output: buffers that are live at the end, shape (buffers,), bool.
-        repeatable: ops that may run again, shape (ops,), bool.
+        repeatable: the last base time before which each op may run again, shape (ops,), int32; 0 for one that may not.
         resident: bytes live throughout.
         boundary: base time of the loss; ops after it are the backward pass.
         tiers: the tiers behind the device, shape (tiers, 7): bytes per second out, seconds per copy out, seconds of computing

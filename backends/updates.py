@@ -1,0 +1,77 @@
+"""A torch optimizer run piece by piece: each parameter's update when the schedule says, by the optimizer's own code.
+
+For one parameter the optimizer's `step` is called on a stand-in of it that holds that parameter alone and shares its state
+and settings. Kernels, order of operations and state are therefore the optimizer's, and so are the bits; what it does for
+several parameters at once must not depend on the others, as in all of torch's that memplan counts.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..planner.capture import trainable
+from ..planner.errors import MemplanError, PlanMismatch
+from ..planner.graph import Traced
+
+
+class Updates:
+    """The updates of one model's parameters by one optimizer.
+
+    Attributes:
+        done: how many of this step's have run.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, traced: Traced):
+        named = dict(model.named_parameters(remove_duplicate=False))
+        self.optimizer = optimizer
+        self.rows = {op: [named[name] for name, _ in pairs] for op, pairs in traced.updates.items()}
+        self.done = 0
+        wanted = {name for pairs in traced.updates.values() for name, _ in pairs}
+        held = trainable(model, optimizer)
+        left = {traced.sources[place].name for place, _ in traced.gradients} & held
+        for name in sorted((wanted - held) | left)[:1]:
+            does = "does not hold" if name in wanted else "holds"
+            raise PlanMismatch(f"the optimizer {does} {name}, unlike the one planned for: plan again with this optimizer")
+        self.groups = {id(value): group for group in optimizer.param_groups for value in group["params"]}
+
+    def begin(self) -> None:
+        """A step starts.
+
+        Raises:
+            MemplanError: gradients are left over from elsewhere.
+        """
+        self.done = 0
+        for row in self.rows.values():
+            if any(value.grad is not None for value in row):
+                raise MemplanError("a parameter has a gradient already, to which a plan that updates in backward cannot add: "
+                                   "call optimizer.zero_grad() first")  # fmt: skip
+
+    def update(self, op: int, gradients: list[torch.Tensor]) -> None:
+        """Run one update op."""
+        kind = type(self.optimizer)
+        for value, gradient in zip(self.rows[op], gradients, strict=True):
+            alone = object.__new__(kind)
+            alone.__dict__.update(self.optimizer.__dict__)
+            group = self.group_of(value)
+            alone.param_groups = [{**group, "params": [value]}]
+            value.grad = gradient
+            try:
+                kind.step(alone)
+            finally:
+                value.grad = None
+            torch.autograd.graph.increment_version(value)  # it runs below autograd, which therefore sees nothing
+        self.done += 1
+
+    def group_of(self, value: torch.Tensor) -> dict[str, Any]:
+        """The settings for a parameter, as they are now: schedulers change them, and `load_state_dict` replaces them."""
+        group = self.groups.get(id(value))
+        if group is None or not any(group is known for known in self.optimizer.param_groups):
+            self.groups = {id(held): known for known in self.optimizer.param_groups for held in known["params"]}
+            group = self.groups[id(value)]
+        return group
+
+    def explain(self, error: Exception) -> MemplanError:
+        """The error of a step that has failed halfway."""
+        done = f"{self.done} of {len(self.rows)}"
+        return MemplanError(f"the step failed after it had updated {done} parameters: go back to a checkpoint ({error})")
