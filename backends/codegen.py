@@ -17,6 +17,7 @@ from ..planner.graph import Source, Traced, is_call, is_pick
 from ..planner.machine import Machine
 from ..planner.program import Phase, Program
 from ..planner.schedule import Free, Run, Schedule, Start, Wait
+from .homes import Homes
 from .moving import blank, make_tier, places_of
 from .updates import Updates
 
@@ -37,6 +38,7 @@ class Generated:
         arena: where the step's own tensors lie, if their addresses are planned.
         tiers: the memories that values are moved to, by the machine's number.
         updates: the updates that the step runs in backward.
+        homes: parameters and optimizer state that lie elsewhere between steps.
     """
 
     source: str
@@ -50,6 +52,7 @@ class Generated:
     arena: Any = None
     tiers: dict[int, Any] = field(default_factory=dict)
     updates: Updates | None = None
+    homes: Homes | None = None
 
 
 @dataclass
@@ -64,9 +67,17 @@ class Scope:
 class Writer:
     """Walks a schedule once and writes both functions."""
 
-    def __init__(self, traced: Traced, schedule: Schedule, machine: Machine | None = None, updates: Updates | None = None):
+    def __init__(
+        self,
+        traced: Traced,
+        schedule: Schedule,
+        machine: Machine | None = None,
+        updates: Updates | None = None,
+        homes: Homes | None = None,
+    ):
         self.traced = traced
-        self.updates = updates
+        self.updates, self.homes = updates, homes
+        self.away = {buffer for buffer, _ in schedule.homes}
         self.program: Program = traced.program
         self.schedule = schedule
         self.machine = machine
@@ -119,7 +130,13 @@ class Writer:
             backward = [*tail, *self.scope.lines, *closed, f"    return [{', '.join(returned)}]"]
         source = "\n".join([*forward, "", *backward]) + "\n"
         order = {node: index for index, (node, _) in enumerate(placeholders)}
-        space: dict[str, Any] = {**self.constants, "get_state": get_state, "set_state": set_state, "updates": self.updates}
+        space: dict[str, Any] = {
+            **self.constants,
+            "get_state": get_state,
+            "set_state": set_state,
+            "updates": self.updates,
+            "homes": self.homes,
+        }
         space |= {f"open_{tier}": memory.open for tier, memory in self.tiers.items()}
         exec(compile(source, "<memplan schedule>", "exec"), space)
         return Generated(
@@ -133,6 +150,7 @@ class Writer:
             states=len(states),
             tiers=self.tiers,
             updates=self.updates,
+            homes=self.homes,
         )
 
     def phase(self, step: Run) -> Phase:
@@ -184,7 +202,9 @@ class Writer:
     def instruction(self, step: Any) -> None:
         """The lines of one instruction."""
         if isinstance(step, Free):
-            if step.tier == 0:
+            if step.tier == 0 and step.buffer in self.away:
+                self.release(step.buffer)
+            elif step.tier == 0:
                 self.drop(step.buffer)
         elif isinstance(step, Start | Wait):
             self.move(step)
@@ -206,6 +226,10 @@ class Writer:
         link = self.machine.links[step.link]
         source, target = self.machine.tier_index(link.source), self.machine.tier_index(link.target)
         visit = f"t{source or target}"
+        if step.buffer in self.away:
+            verb = "wait" if isinstance(step, Wait) else "store" if source == 0 else "fetch"
+            self.line(f"homes.{verb}({step.buffer})")
+            return
         if isinstance(step, Wait):
             self.line(f"{visit}.wait({step.buffer})")
             return
@@ -215,6 +239,14 @@ class Writer:
             self.arrive(node)
         verb, value = "get" if target == 0 else "put", self.storage_of(node)
         self.line(f"{visit}.start({step.buffer}, {visit}.{verb}({offset}, {value}))")
+
+    def release(self, buffer: int) -> None:
+        """The lines that take the memory of a resident tensor: its views go, its own variable stays."""
+        nodes = self.scope.of_buffer.get(buffer, [])
+        self.scope.of_buffer[buffer] = [node for node in nodes if node not in self.traced.sources]
+        self.drop(buffer)
+        self.scope.of_buffer[buffer] = [node for node in nodes if node in self.traced.sources]
+        self.line(f"homes.release({buffer})")
 
     def arrive(self, node: fx.Node) -> None:
         """A new tensor for a value that is about to be copied in."""
@@ -333,7 +365,13 @@ class Writer:
         return self.constant_names[key]
 
 
-def generate(traced: Traced, schedule: Schedule, machine: Machine | None = None, updates: Updates | None = None) -> Generated:
+def generate(
+    traced: Traced,
+    schedule: Schedule,
+    machine: Machine | None = None,
+    updates: Updates | None = None,
+    homes: Homes | None = None,
+) -> Generated:
     """Write and compile the functions that carry out a schedule.
 
     Args:
@@ -341,8 +379,9 @@ def generate(traced: Traced, schedule: Schedule, machine: Machine | None = None,
         schedule: of its program.
         machine: whose tiers the schedule's copies name; needed only where it has any.
         updates: of the parameters; needed only where the program updates any in backward.
+        homes: of the resident buffers; needed only where the schedule has any in another tier.
     """
-    return Writer(traced, schedule, machine, updates).write()
+    return Writer(traced, schedule, machine, updates, homes).write()
 
 
 def get_state() -> list[torch.Tensor]:

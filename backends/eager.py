@@ -27,6 +27,7 @@ from ..planner.errors import MemplanError, PlanMismatch
 from ..planner.graph import Source
 from .arena import generate_static
 from .codegen import Generated, generate
+from .homes import Homes
 from .updates import Updates
 
 if TYPE_CHECKING:
@@ -45,8 +46,11 @@ def apply(plan: "Plan", model: nn.Module, loss: Any = None, optimizer: Any = Non
         captured = recapture(plan, model, loss, optimizer)
     check_parameters(model, captured)
     updates = None if optimizer is None else Updates(model, optimizer, captured.traced)
-    write = generate_static if plan.schedule.placements else generate
-    return planned_module(model, captured, write(captured.traced, plan.schedule, plan.machine, updates))
+    traced, schedule, machine = captured.traced, plan.schedule, plan.machine
+    if schedule.placements:
+        return planned_module(model, captured, generate_static(traced, schedule, machine, updates))
+    homes = Homes(model, optimizer, traced, schedule, machine) if schedule.homes else None
+    return planned_module(model, captured, generate(traced, schedule, machine, updates, homes))
 
 
 def recapture(plan: "Plan", model: nn.Module, loss: Any, optimizer: Any = None) -> Captured:
@@ -107,9 +111,14 @@ class _Runner:
         self.changing = {source.name for source, _ in captured.traced.mutations.values()}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        homes = self.code.homes
         if self.captured.train and not torch.is_grad_enabled():
+            if homes is not None:
+                homes.restore()
             return self.original(self.module, *args, **kwargs)  # an evaluation: nothing is kept for a backward pass
         leaves = self.check_call(args, kwargs)
+        if homes is not None:
+            homes.begin()
         inputs = [self.fetch(source, slot, leaves) for source, slot in zip(self.code.arguments, self.slots, strict=True)]
         if self.captured.train:
             results = _Planned.apply(self, *inputs)
@@ -123,11 +132,11 @@ class _Runner:
         """The runner of a copied module: on its parameters, with the same code, which names none of them.
 
         Raises:
-            MemplanError: the code updates parameters, which it has to name.
+            MemplanError: the code updates or moves parameters, which it has to name.
         """
-        if self.code.updates is not None:
-            raise MemplanError("a planned module that updates its parameters cannot be copied: copy the model, and apply the "
-                               "plan to the copy with an optimizer of its own")  # fmt: skip
+        if self.code.updates is not None or self.code.homes is not None:
+            raise MemplanError("a planned module that updates or moves its parameters cannot be copied: copy the model, and "
+                               "apply the plan to the copy with an optimizer of its own")  # fmt: skip
         made = object.__new__(type(self))
         memo[id(self)] = made
         shared = ("original", "captured", "code", "changing")

@@ -6,6 +6,7 @@ up the moment that memory is short, a dirty one would have to be waited for. Wha
 the next step writes to the same pages.
 """
 
+import ctypes
 import errno
 import os
 import queue
@@ -69,8 +70,7 @@ class FileTier(Tier):
         assert isinstance(file, File)
         if not file.usable:
             raise MemplanError(FORKED)
-        view = place.numpy().data
-        job = FileJob(visit, file, way, offset, view, after, self.counts[way])
+        job = FileJob(visit, file, way, offset, place, after, self.counts[way])
         with LOCK:
             worker = self.workers.get(way)
             if worker is None or not worker.thread.is_alive():
@@ -104,11 +104,13 @@ class FileJob(Job):
 
     thread: threading.Thread
 
-    def __init__(self, visit: Visit, file: File, way: Way, offset: int, view: memoryview, after: list[Job], traffic: Traffic):
-        super().__init__(way, offset, offset + len(view), traffic)
+    def __init__(
+        self, visit: Visit, file: File, way: Way, offset: int, place: torch.Tensor, after: list[Job], traffic: Traffic
+    ):
+        super().__init__(way, offset, offset + place.numel(), traffic)
         self.visit = weakref.ref(visit)
         self.file: File | None = file
-        self.view: memoryview | None = view
+        self.place: torch.Tensor | None = place
         self.after = after
         self.done = threading.Event()
         self.running = self.cancelled = False
@@ -180,9 +182,10 @@ class FileJob(Job):
         Raises:
             OSError: the disk refused.
         """
-        file, rest, at = self.file, self.view, self.begin
+        file, place, at = self.file, self.place, self.begin
         assert file is not None
-        assert rest is not None
+        assert place is not None
+        rest = memory_of(place)
         while rest:
             if self.cancelled:
                 return CLOSED
@@ -217,5 +220,10 @@ class FileJob(Job):
 
     def let_go(self) -> None:
         """Hold no memory, no file and no other job any longer."""
-        self.file = self.view = None
+        self.file = self.place = None
         self.after = []
+
+
+def memory_of(place: torch.Tensor) -> memoryview:
+    """A flat tensor's bytes, for as long as the tensor is held. A view by numpy would keep its storage from being resized."""
+    return memoryview((ctypes.c_ubyte * place.numel()).from_address(place.data_ptr())).cast("B")

@@ -125,6 +125,8 @@ def run(request: Request) -> Trial:
         optimizer = getattr(torch.optim, OPTIMIZERS[request.optimizer])(parameters, lr=LEARNING_RATE)
     given = optimizer if request.in_backward else None
     called = model if request.plan is None else load(request.plan).apply(model, optimizer=given)
+    code = getattr(getattr(called, "forward", None), "code", None)
+    homes = getattr(code, "homes", None)
     meter = Meter(parameters[0].device.type if parameters else "cpu")
 
     def step(number: int) -> float:
@@ -147,11 +149,15 @@ def run(request: Request) -> Trial:
         meter.reset()
         losses.append(step(number).hex())
         peaks.append(meter.peak(fixed))
+        if homes is not None:
+            homes.restore()
         gradients.append(checksum(model, request.in_backward))
+        if homes is not None:
+            homes.begin()
         model.zero_grad(set_to_none=True)
     keep_freed_memory()
-    tiers = getattr(getattr(getattr(called, "forward", None), "code", None), "tiers", {})
-    for tier in tiers.values():
+    tiers = [*getattr(code, "tiers", {}).values(), *(homes.tiers.values() if homes is not None else ())]
+    for tier in tiers:
         tier.reset()
     seconds = []
     for number in range(request.steps + 1):
@@ -160,7 +166,7 @@ def run(request: Request) -> Trial:
         seconds.append(time.perf_counter() - began)
         model.zero_grad(set_to_none=True)
     known = [peak for peak in peaks if peak is not None]
-    copies = {way: Copies(*(sum(getattr(tier.traffic[way], part) for tier in tiers.values()) / len(seconds)
+    copies = {way: Copies(*(sum(getattr(tier.traffic[way], part) for tier in tiers) / len(seconds)
                             for part in ("bytes", "busy", "stalled"))) for way in ("out", "in") if tiers}  # fmt: skip
     return Trial(max(known, default=None), statistics.median(seconds[1:]), tuple(losses), tuple(gradients), copies)
 

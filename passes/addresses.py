@@ -89,7 +89,8 @@ def requests_of(lives: list[Life], size: np.ndarray, alignment: int) -> tuple[St
 
 def find_lives(program: Program, machine: Machine, schedule: Schedule) -> list[Life]:
     """Every stay of a buffer that the step makes and does not give away, but for those that lie outside."""
-    given, loose = set(program.outputs), set(schedule.outside)
+    given = {*program.outputs, *(buffer for buffer, _ in schedule.homes)}
+    loose = set(schedule.outside)
     lives: list[Life] = []
     open_at: dict[tuple[int, int], tuple[int, int]] = {}  # (buffer, tier) -> (since, request)
     requests = 0
@@ -124,7 +125,7 @@ def find_lives(program: Program, machine: Machine, schedule: Schedule) -> list[L
                 close(step.buffer, step.tier, at)
         elif isinstance(step, Start):
             tier = machine.tier_index(machine.links[step.link].target)
-            if not tier and step.buffer in given | loose:
+            if step.buffer in given or (not tier and step.buffer in loose):
                 continue
             open_at[step.buffer, tier] = at, requests
             requests += 1

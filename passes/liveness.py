@@ -5,7 +5,7 @@ lives from a run of its producer to its last read before the next run of its pro
 output of the program and that is the last run).
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from ..planner.program import Program
@@ -49,11 +49,11 @@ class Liveness:
         return Schedule(program=program.digest, instructions=tuple(instructions))
 
 
-def last_reads(program: Program, order: Sequence[int]) -> dict[tuple[int, int], int]:
+def last_reads(program: Program, order: Sequence[int], homes: Container[int] = ()) -> dict[tuple[int, int], int]:
     """For each (position, buffer written or read there) the last position of the buffer's life; -1 if it is not needed.
 
-    The key of a read is present only where the buffer has a producer. A number below zero in the order, `-1 - buffer`, is the
-    buffer's fetch from another tier, which begins a life as its writing does.
+    The key of a read is present only where the buffer has a producer or is one of `homes`. A number below zero in the order,
+    `-1 - buffer`, is the buffer's fetch from another tier, which begins a life as its writing does.
     """
     end = len(order)
     wanted = {buffer: end for buffer in program.outputs}
@@ -72,6 +72,6 @@ def last_reads(program: Program, order: Sequence[int]) -> dict[tuple[int, int], 
             held = buffer in wanted and first[order[at]] != at
             result[at, buffer] = -1 if held else current.pop(buffer, -1)
         for buffer in op.reads:
-            if owned[buffer] >= 0:
+            if owned[buffer] >= 0 or buffer in homes:
                 result[at, buffer] = current.setdefault(buffer, at)
     return result

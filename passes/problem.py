@@ -1,6 +1,6 @@
 """Program -> rematerialisation problem: the border between the nouns and the solvers' arrays."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,22 +26,27 @@ class Flat:
     ops: np.ndarray
 
 
-def flatten(program: Program, order: Sequence[int] | None = None, machine: Machine | None = None) -> Flat:
-    """The arrays of a program whose costs are filled in; its resident buffers become one sum.
+def flatten(
+    program: Program, order: Sequence[int] | None = None, machine: Machine | None = None, homes: Mapping[int, int] | None = None
+) -> Flat:
+    """The arrays of a program whose costs are filled in; its resident buffers on the device become one sum.
 
     Args:
         program: what is to be planned.
         order: the base order, as op indices; default: the program's own.
         machine: whose tiers behind the device may be used; default: none.
+        homes: resident buffers that lie in such a tier before and after the step, and its number, from 1.
     """
+    homes = homes or {}
     base = list(range(len(program.ops))) if order is None else list(order)
     ops = [program.ops[index] for index in base]
     when = {index: time for time, index in enumerate(base)}
-    owned = [buffer for buffer, op in enumerate(program.producer) if op >= 0]
+    owned = [*(buffer for buffer, op in enumerate(program.producer) if op >= 0), *homes]
     index = {buffer: position for position, buffer in enumerate(owned)}
     reads = [[index[buffer] for buffer in op.reads if buffer in index] for op in ops]
     writes = [[index[buffer] for buffer in op.writes] for op in ops]
     reuse = [[(index[new], index[old]) for new, old in op.reuse if old in index] for op in ops]
+    changed_start, changed = ragged([[index[buffer] for buffer in op.mutates if buffer in homes] for op in ops])
     uses: list[list[int]] = [[] for _ in owned]
     for at, row in enumerate(reads):
         for buffer in row:
@@ -56,7 +61,7 @@ def flatten(program: Program, order: Sequence[int] | None = None, machine: Machi
             seconds=np.array([op.seconds for op in ops]),
             workspace=np.array([op.workspace for op in ops], np.int64),
             size=np.array([program.buffers[buffer].bytes for buffer in owned], np.int64),
-            producer=np.array([when[program.producer[buffer]] for buffer in owned], np.int32),
+            producer=np.array([when.get(program.producer[buffer], len(ops)) for buffer in owned], np.int32),
             read_start=read_start,
             read=read,
             write_start=write_start,
@@ -68,9 +73,12 @@ def flatten(program: Program, order: Sequence[int] | None = None, machine: Machi
             use=use,
             output=np.array([buffer in outputs for buffer in owned], np.bool_),
             repeatable=repeatable_until(ops),
-            resident=program.resident_bytes,
+            resident=program.resident_bytes - sum(program.buffers[buffer].bytes for buffer in homes),
             boundary=program.boundary,
             tiers=NO_TIERS if machine is None else tiers_of(machine),
+            home=np.array([homes.get(buffer, 0) for buffer in owned], np.int8),
+            changed_start=changed_start,
+            changed=changed,
         ),
         np.array(owned, np.int32),
         np.array(base, np.int32),

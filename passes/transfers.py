@@ -1,13 +1,14 @@
 """Events -> schedule with copies between tiers: when each starts, and where the step waits for it.
 
-A value that is fetched later is copied out right after the run that makes it; the bytes it takes on the device are given
+A value that is fetched later is copied out right after the run that makes it, and what is at home in another tier right after
+the run that changes it; the bytes it takes on the device are given
 back once the copy has ended and nobody reads it there any more. Where bytes are short the step waits for copies out, the
 one that ends first before the others; a run waits for the copies in of what it reads. "Once" is by the machine's
 figures: a slower link makes the same schedule wait longer, not differ.
 """
 
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -49,7 +50,9 @@ class Transfers:
     name = "transfers"
     budget: int
 
-    def __call__(self, program: Program, machine: Machine, events: Sequence[int], tier: Mapping[int, int]) -> Schedule:
+    def __call__(
+        self, program: Program, machine: Machine, events: Sequence[int], tier: Mapping[int, int], homes: Container[int] = ()
+    ) -> Schedule:
         """The schedule.
 
         Args:
@@ -57,8 +60,9 @@ class Transfers:
             machine: whose links carry the copies.
             events: op indices and fetches (`-1 - buffer`) in time order.
             tier: for each buffer that is fetched the number, from 1, of its route.
+            homes: resident buffers that lie in their route's tier before and after the step.
         """
-        return _Walk(program, machine, events, tier, self.budget).schedule()
+        return _Walk(program, machine, events, tier, homes, self.budget).schedule()
 
 
 @dataclass
@@ -69,6 +73,7 @@ class _Walk:
     machine: Machine
     events: Sequence[int]
     tier: Mapping[int, int]
+    homes: Container[int]
     budget: int
     made: list[Instruction] = field(default_factory=list)
     clock: float = 0.0
@@ -82,11 +87,12 @@ class _Walk:
         self.routes = routes_of(self.machine)
         self.free = [0.0] * len(self.machine.links)
         self.queues: list[deque[int]] = [deque() for _ in self.routes]
-        self.last = last_reads(self.program, self.events)
+        self.last = last_reads(self.program, self.events, self.homes)
+        self.away = [buffer for buffer in range(len(self.size)) if buffer in self.homes]
         fetches = ((at, -1 - event) for at, event in enumerate(self.events) if event < 0)
         # what is made again before it is read is not fetched after all
         self.fetches = Counter(buffer for at, buffer in fetches if self.last[at, buffer] > at)
-        self.live = self.program.resident_bytes
+        self.live = self.program.resident_bytes - sum(self.size[buffer] for buffer in self.away)
         self.ran: set[int] = set()
 
     def schedule(self) -> Schedule:
@@ -98,7 +104,8 @@ class _Walk:
                 self.fetch(-1 - event)
         for buffer in list(self.flying):
             self.wait_out(buffer)
-        return Schedule(program=self.program.digest, instructions=tuple(self.made))
+        homes = tuple((buffer, self.route(buffer).tier) for buffer in self.away)
+        return Schedule(program=self.program.digest, instructions=tuple(self.made), homes=homes)
 
     def route(self, buffer: int) -> Route:
         """The tier that a buffer is moved to."""
@@ -130,15 +137,21 @@ class _Walk:
         self.made.append(Run(op=index, keep=tuple(b for b in op.writes if b in keep or b in moved), reuse=tuple(reuse)))
         self.clock += op.seconds
         self.live += sum(size[buffer] for buffer in {*keep, *moved}) - sum(size[old] for _, old in reuse)
+        for buffer in (buffer for buffer in op.mutates if buffer in self.homes):
+            self.send(buffer)
         for buffer in sorted(dying):
             self.leave(buffer)
         for buffer in moved:
-            route = self.route(buffer)
-            self.made.append(Start(buffer, route.out))
-            self.flying[buffer] = self.carry(route.out, buffer)
-            self.queues[self.tier[buffer] - 1].append(buffer)
+            self.send(buffer)
             if buffer not in keep:
                 self.leaving.add(buffer)
+
+    def send(self, buffer: int) -> None:
+        """Start a copy out."""
+        route = self.route(buffer)
+        self.made.append(Start(buffer, route.out))
+        self.flying[buffer] = self.carry(route.out, buffer)
+        self.queues[self.tier[buffer] - 1].append(buffer)
 
     def carry(self, link: int, buffer: int) -> float:
         """Put a copy into a link's queue. Returns when it ends."""
@@ -166,7 +179,7 @@ class _Walk:
             self.leaving.remove(buffer)
             self.made.append(Free(buffer))
             self.live -= self.size[buffer]
-        if not self.fetches[buffer]:
+        if not self.fetches[buffer] and buffer not in self.homes:
             self.made.append(Free(buffer, self.route(buffer).tier))
 
     def next_out(self) -> int | None:
@@ -206,5 +219,5 @@ class _Walk:
     def fetched(self, buffer: int) -> None:
         """A copy in has ended: after the last one the copy in the slower tier is no longer needed."""
         self.fetches[buffer] -= 1
-        if not self.fetches[buffer]:
+        if not self.fetches[buffer] and buffer not in self.homes:
             self.made.append(Free(buffer, self.route(buffer).tier))

@@ -12,6 +12,7 @@ from ..passes.addresses import Place
 from ..passes.outside import LeaveOutside
 from .cost import Table, apply_costs
 from .errors import BudgetError, MachineError, MemplanError
+from .ladder import Ladder
 from .machine import Machine, named_machine
 from .pipeline import Answer, Planner
 from .plan import Plan, PlanBody, Recipe, Side, assemble, unlimited
@@ -112,7 +113,7 @@ def sweep(
         options: the other arguments of `plan`.
     """
     session = Session(model, args, kwargs, **options)
-    top, bottom = session.planner.unplanned.peak, session.planner.floor.peak
+    top, bottom = session.planner.unplanned.peak, session.ladder.floor
     if isinstance(points, int):
         budgets: list[int | str] = [top - (top - bottom) * index // max(points - 1, 1) for index in range(points)]
     else:
@@ -183,8 +184,9 @@ class Session:
         known = self.machine = limit_tiers(known, host_budget)
         program = apply_costs(self.captured.program, known, table)
         self.planner = Planner(
-            program, known, "recompute" in levers, "reorder" in levers, self.offload, seed, progress=progress
+            program, known, "recompute" in levers, "reorder" in levers, self.offload, seed=seed, progress=progress
         )
+        self.ladder = Ladder(self.planner)
         self.solve_began = time.monotonic() - began
 
     def measure(self, machine: Machine, table: Table, progress: Progress | None) -> None:
@@ -260,8 +262,8 @@ class Session:
             answer = planner.solve_memo(limit)
             minimum = answer.side.peak
         else:
-            answer = planner.solve(limit)
-            minimum = min(planner.floor.peak, answer.side.peak)
+            answer = self.ladder.solve(limit, planner.deadline)
+            minimum = min(self.ladder.floor, answer.side.peak)
         body = PlanBody(
             program=answer.side.program,
             machine=self.machine,

@@ -76,6 +76,7 @@ class Planner:
         recompute: whether ops may run again.
         reorder: whether the backward pass may run in another order.
         offload: whether values may lie in other tiers of the machine, if it has any with links there and back.
+        homes: resident buffers that lie in the first such tier before the step and after it.
         seed: of the search; the same seed, program and budget give the same schedule.
         effort: simulations per start of the search; by default as many as a few seconds allow.
     """
@@ -85,6 +86,7 @@ class Planner:
     recompute: bool = True
     reorder: bool = True
     offload: bool = False
+    homes: tuple[int, ...] = ()
     seed: int = 0
     effort: int | None = None
     progress: Progress | None = None
@@ -102,10 +104,11 @@ class Planner:
         """The arrays that the solvers work on, ops in base order: the rearranged one where its peak is no higher."""
         machine = self.machine if self.offload else None
         program = self.program
-        traced = self.restricted(flatten(program, Promptly()(program, range(len(program.ops))), machine))
+        homes = dict.fromkeys(self.homes, 1)
+        traced = self.restricted(flatten(program, Promptly()(program, range(len(program.ops))), machine, homes))
         if not self.reorder:
             return traced
-        moved = self.restricted(flatten(program, Promptly()(program, Reorder()(program)), machine))
+        moved = self.restricted(flatten(program, Promptly()(program, Reorder()(program)), machine, homes))
         peaks = [score(flat.problem, flat.problem.keep_all(), 0).peak for flat in (traced, moved)]
         return moved if peaks[1] <= peaks[0] else traced
 
@@ -146,6 +149,7 @@ class Planner:
         """Linear programs at the moments that press most: the worst of each segment opened early, and the worst overall."""
         problem = self.flat.problem
         order, _, memory = profile(problem, problem.keep_all())
+        order, memory = order[order >= 0], memory[order >= 0]  # without fetches: what is left is at its base time
         late = np.flatnonzero(order > problem.boundary)
         if not len(late):
             return []
@@ -156,11 +160,27 @@ class Planner:
         chosen = [at for at in ranked if problem.boundary < at < len(order)]
         return [CutModel(problem, at) for at in chosen[: max(3, CUT_OPS // len(order))]]
 
-    def bound(self, budget: int) -> float:
-        """A lower bound on the time of any schedule within the budget that keeps the base order; infinite if none is."""
+    def bound(self, budget: int, links: bool = True) -> float:
+        """A lower bound on the time of any schedule within the budget that keeps the base order; infinite if none is.
+
+        Args:
+            budget: bytes.
+            links: count the copies of what is at home elsewhere; without, the bound holds for any part of it being there.
+        """
         if not self.recompute and not self.moves:
             return self.base_seconds
-        return self.base_seconds + max((cut.solve(budget).seconds for cut in self.cuts), default=0.0)
+        found = self.base_seconds + max((cut.solve(budget).seconds for cut in self.cuts), default=0.0)
+        return max(found, self.compulsory) if links else found
+
+    @cached_property
+    def compulsory(self) -> float:
+        """Seconds that the links need for what is at home elsewhere: all of it once in, and what is changed once out."""
+        problem = self.flat.problem
+        if not self.homes:
+            return 0.0
+        out, _, _, back = problem.tiers[0][:4]
+        sent = problem.size[np.unique(problem.changed)].sum() if len(problem.changed) else 0
+        return float(max(problem.size[problem.home > 0].sum() / back, sent / out))
 
     def tell(self, stage: str, fraction: float) -> None:
         """Report progress."""
@@ -188,7 +208,7 @@ class Planner:
         """
         best: Side | None = None
         while True:
-            schedule = Transfers(budget)(self.program, self.machine, events, tier)
+            schedule = Transfers(budget)(self.program, self.machine, events, tier, self.homes)
             try:
                 side = Side(self.program, schedule, referee(self.program, machine, schedule, budget))
             except InvalidSchedule:
@@ -199,7 +219,7 @@ class Planner:
                 return best
             best = side
             left = Counter(step.buffer for step in schedule.instructions if isinstance(step, Start))
-            idle = {buffer for buffer, count in left.items() if count == 1}
+            idle = {buffer for buffer, count in left.items() if count == 1 and buffer not in self.homes}
             if not idle:
                 return best
             events = [event for event in events if event >= 0 or -1 - event not in idle]
@@ -214,7 +234,7 @@ class Planner:
         slots, problem = self.master.slots, self.flat.problem
         crosses = self.segments.crosses[slots.buffer]
         own = self.segments.opened[np.maximum(self.segments.of_buffer[slots.buffer], 0)]
-        first = (slots.last == 0) & (slots.before <= problem.boundary) & (slots.at > problem.boundary)
+        first = (slots.last == 0) & (slots.before <= problem.boundary) & (slots.at > problem.boundary) & (slots.movable < 3)
         made = []
         for times in (np.where(crosses, KEEP, own), np.where(crosses, problem.boundary, own),
                       np.full(len(own), problem.boundary), slots.at):  # fmt: skip
@@ -226,7 +246,8 @@ class Planner:
     def all_moved(self) -> np.ndarray:
         """The solution that moves whatever may be moved to the first tier."""
         solution = self.flat.problem.keep_all()
-        self.master.move(solution, self.master.slots.movable > 0, 1)
+        slots = self.master.slots
+        self.master.move(solution, (slots.movable > 0) & (slots.movable < 3), 1)
         return solution
 
     def starts(self, budget: int) -> list[np.ndarray]:
@@ -358,8 +379,10 @@ class Planner:
         Raises:
             BudgetError: none was found; the message has the smallest budget known to work and what sets it.
         """
-        if self.kept.peak <= budget:
-            return Answer(self.kept, self.base_seconds)
+        if self.kept.peak <= budget and self.kept.time <= max(self.base_seconds, self.compulsory) * (
+            1 + GOOD * bool(self.homes)
+        ):
+            return Answer(self.kept, min(max(self.base_seconds, self.compulsory), self.kept.time))
         if not self.recompute and not self.moves:
             raise self.refuse(budget, self.kept)
         self.tell("bounding", 0.0)

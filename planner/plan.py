@@ -125,7 +125,7 @@ class Plan:
         """How many activations are kept, recomputed, offloaded."""
         again, seen, moved = set(), set(), set()
         for step in self.schedule.instructions:
-            if isinstance(step, Start):
+            if isinstance(step, Start) and self.program.producer[step.buffer] >= 0:
                 moved.add(step.buffer)
             elif isinstance(step, Run):
                 again.update(buffer for buffer in step.keep if buffer in seen)
@@ -161,6 +161,10 @@ class Plan:
         ]
         if self.moved:
             lines.append("moved in a step: " + ", ".join(f"{show_bytes(size)} {link}" for link, size in self.moved.items()))
+        if self.schedule.homes:
+            away = sum(self.program.buffers[buffer].bytes for buffer, _ in self.schedule.homes)
+            where = " and ".join(sorted({self.machine.tiers[tier].name for _, tier in self.schedule.homes}))
+            lines.append(f"between their uses {show_bytes(away)} of parameters and optimizer state are on {where}")
         if self.arena:
             beside = f" and {len(self.schedule.outside)} short-lived results" if self.schedule.outside else ""
             lines.append(f"addresses planned: one arena of {show_bytes(self.arena)}; gradients, outputs{beside} lie outside it")

@@ -28,6 +28,8 @@ RULES = {
     "free": "only a live buffer is freed, never one the caller owns or is given, never one in flight",
     "order": "the loss follows the whole forward pass, the update the whole backward pass",
     "copy": "a copy starts from a live buffer, and is waited for once, where it was started",
+    "home": "a resident buffer whose home is another tier lies there before the step and after it, with its last contents, "
+    "and is changed only on the device",
     "complete": "every op runs",
     "outputs": "every output is live at the end",
     "leak": "nothing else is live at the end",
@@ -89,10 +91,12 @@ def referee(program: Program, machine: Machine, schedule: Schedule, budget: int 
     name = [buffer.name for buffer in program.buffers]
     made_by = program.producer
     resident = {buffer for buffer, op in enumerate(made_by) if op < 0}
+    home = homes_of(machine, schedule, resident)
     live: list[set[int]] = [set() for _ in machine.tiers]
-    live[0] = set(resident)
-    used, arena = [0] * len(machine.tiers), [0] * len(machine.tiers)
-    used[0] = sum(size[buffer] for buffer in resident)
+    for buffer in resident:
+        live[home.get(buffer, 0)].add(buffer)
+    used, arena = [sum(size[buffer] for buffer in alive) for alive in live], [0] * len(machine.tiers)
+    outdated: set[int] = set()  # buffers whose home has their old contents
     check_places(machine, schedule, size)
     for place in schedule.placements:  # planned addresses are taken the whole step long, up to the highest
         arena[place.tier] = max(arena[place.tier], place.offset + size[place.buffer])
@@ -120,10 +124,10 @@ def referee(program: Program, machine: Machine, schedule: Schedule, budget: int 
         """Bytes of buffers that lie outside the planned addresses: without any, of all."""
         return sum(size[buffer] for buffer in buffers if not schedule.placements or (buffer in elsewhere and tier == 0))
 
-    if used[0] > capacity[0]:
-        refuse(
-            "capacity", f"resident buffers alone take {used[0]} of {capacity[0]} bytes{' with the arena' if arena[0] else ''}"
-        )
+    for tier, bytes_now in enumerate(used):
+        if bytes_now > capacity[tier]:
+            also = " with the arena" if arena[tier] else ""
+            refuse("capacity", f"resident buffers alone take {bytes_now} of {capacity[tier]} bytes{also}")
 
     for at, step in enumerate(schedule.instructions):
         starts.append(clock)
@@ -173,6 +177,10 @@ def referee(program: Program, machine: Machine, schedule: Schedule, budget: int 
             live[tier] -= taken
             live[tier] |= set(step.keep)
             used[tier] += counted(step.keep, tier) - counted(taken, tier)
+            for buffer in home.keys() & set(op.mutates):
+                if buffer not in live[0] or buffer in landing or tier or any(buffer == other for other, _ in flying):
+                    refuse("home", f"{op.name} changes {name[buffer]}, which is not on the device, or being copied", at)
+                outdated.add(buffer)
             changed |= set(op.mutates)
             recompute += op.seconds if runs[step.op] else 0.0
             runs[step.op] += 1
@@ -182,8 +190,10 @@ def referee(program: Program, machine: Machine, schedule: Schedule, budget: int 
                 refuse("range", f"buffer {step.buffer} in tier {step.tier} does not exist", at)
             if step.buffer not in live[step.tier]:
                 refuse("free", f"{name[step.buffer]} is not live", at)
-            if step.buffer in resident | given and step.tier == 0:
+            if step.tier == 0 and step.buffer in (resident | given) - home.keys():
                 refuse("free", f"{name[step.buffer]} is not the step's to free", at)
+            if home.get(step.buffer) == step.tier or step.buffer in outdated:
+                refuse("home", f"{name[step.buffer]} would be lost", at)
             for buffer, link in flying:
                 ends = machine.tier_index(machine.links[link].source), machine.tier_index(machine.links[link].target)
                 if buffer == step.buffer and step.tier in ends:
@@ -198,20 +208,26 @@ def referee(program: Program, machine: Machine, schedule: Schedule, budget: int 
             arriving = {b for b, other in flying if machine.tier_index(machine.links[other].target) == source}
             if step.buffer not in live[source] or step.buffer in arriving:
                 refuse("copy", f"{name[step.buffer]} is not in {link.source}", at)
-            if step.buffer in live[target]:
+            returns = step.buffer in outdated and home[step.buffer] == target and source == 0
+            if step.buffer in live[target] and not returns:
                 refuse("fresh", f"{name[step.buffer]} is in {link.target} already", at)
+            if step.buffer in outdated and not returns:
+                refuse("home", f"{name[step.buffer]} has been changed, and goes home next", at)
             seconds = size[step.buffer] / link.bandwidth
             link_free[step.link] = max(clock, link_free[step.link]) + link.latency + seconds
             clock += link.load * seconds
             flying[step.buffer, step.link] = link_free[step.link]
-            live[target].add(step.buffer)
-            used[target] += counted([step.buffer], target)
-            during[target] += counted([step.buffer], target)
+            fresh = {step.buffer} - live[target]
+            live[target] |= fresh
+            used[target] += counted(fresh, target)
+            during[target] += counted(fresh, target)
             moved[step.link] += size[step.buffer]
         else:
             if (step.buffer, step.link) not in flying:
                 refuse("copy", f"no copy of buffer {step.buffer} over link {step.link} is under way", at)
             clock = max(clock, flying.pop((step.buffer, step.link)))
+            if machine.tier_index(machine.links[step.link].target) == home.get(step.buffer):
+                outdated.discard(step.buffer)
         for tier, bytes_now in enumerate(during):
             peak[tier] = max(peak[tier], bytes_now)
             if bytes_now > capacity[tier]:
@@ -226,8 +242,10 @@ def referee(program: Program, machine: Machine, schedule: Schedule, budget: int 
     lost = set(program.outputs) - live[0]
     if lost:
         refuse("outputs", f"{name[min(lost)]} is not live at the end")
+    if outdated:
+        refuse("home", f"the new contents of {name[min(outdated)]} never come home")
     for tier, alive in enumerate(live):
-        extra = alive - resident - set(program.outputs) if tier == 0 else alive
+        extra = alive - {buffer for buffer in resident if home.get(buffer, 0) == tier} - (given if tier == 0 else set())
         if extra:
             refuse("leak", f"{name[min(extra)]} is still live in {machine.tiers[tier].name} at the end")
     if schedule.placements:
@@ -241,6 +259,17 @@ def referee(program: Program, machine: Machine, schedule: Schedule, budget: int 
         repeated=sum(max(0, count - 1) for count in runs),
         recompute=recompute,
     )
+
+
+def homes_of(machine: Machine, schedule: Schedule, resident: set[int]) -> dict[int, int]:
+    """The tier of each resident buffer that does not lie on the device."""
+    home = dict(schedule.homes)
+    for buffer, tier in schedule.homes:
+        if buffer not in resident or not 0 < tier < len(machine.tiers):
+            raise InvalidSchedule("range", None, f"buffer {buffer} cannot be at home in tier {tier}")
+    if len(home) < len(schedule.homes) or (home and schedule.placements):
+        raise InvalidSchedule("home", None, "a buffer has two homes, or a schedule with planned addresses has any")
+    return home
 
 
 def link_of_copy(machine: Machine, link: int, tier: int) -> bool:

@@ -69,6 +69,8 @@ def show_schedule(program: Program, schedule: Schedule) -> str:
         )
     if schedule.outside:
         lines += ["outside", f"  {buffers(schedule.outside)}"]
+    for tier in sorted({tier for _, tier in schedule.homes}):
+        lines += [f"at home in tier {tier}", f"  {buffers(buffer for buffer, other in schedule.homes if other == tier)}"]
     return "\n".join([*lines, ""])
 
 

@@ -74,9 +74,12 @@ def make_space(problem: Problem, segments: Segments, slots: Slots) -> Space:
         late = int(np.searchsorted(problem.use[problem.use_start[buffer] : problem.use_start[buffer + 1]], problem.boundary))
         role = int(segments.role[buffer]) if segments.of_buffer[buffer] >= 0 else -1 - buffer
         name = (role, int(slots.gap[slot]) - int(problem.use_start[buffer]) - buffer - late)
+        if problem.home[buffer]:  # of one kind: what has as many uses
+            name = (-1 - len(problem.size) - int(problem.use_start[buffer + 1] - problem.use_start[buffer]), name[1] + late)
         label.setdefault(name, []).append(slot)
-        places[segment[slot]].append(slot)
-        shapes[segment[slot]].append(name)
+        if not problem.home[buffer]:
+            places[segment[slot]].append(slot)
+            shapes[segment[slot]].append(name)
     groups = list(label.values())
     slot_of = np.full(len(problem.use) + len(problem.size), -1, np.int64)
     slot_of[slots.gap] = np.arange(len(slots.gap))
@@ -141,9 +144,17 @@ def _shifted(time, source, target, opened, boundary, ops):  # pragma: no cover
 
 
 @njit(cache=True)
-def _draw(fresh, slot, before, at, last, segment, opened, boundary, fine, tiers, movable):  # pragma: no cover
+def _draw(fresh, slot, before, at, last, segment, opened, boundary, fine, tiers, movable, home):  # pragma: no cover
     """Change a slot's times in place."""
     own = segment[slot]
+    if movable[slot] == 3:  # at home in a tier: fetched in good time, or kept from the use before
+        if before[slot] >= 0 and np.random.random() < 0.5:
+            fresh[SINCE], fresh[MOVE] = -1, 0
+            return
+        reach = 1 << np.random.randint(10)
+        fresh[SINCE] = max(at[slot] - np.random.randint(reach), before[slot] + 1, 0)
+        fresh[MOVE] = home
+        return
     if movable[slot] > 0 and (movable[slot] == 2 or np.random.random() < 0.5):
         fresh[BEGIN], fresh[HOLD], fresh[EAGER] = -1, -1, 0
         fresh[MOVE] = 1 + np.random.randint(tiers)
@@ -211,14 +222,17 @@ def _draw(fresh, slot, before, at, last, segment, opened, boundary, fine, tiers,
 
 @njit(cache=True)
 def _place(
-    solution, former, changed, moved, fresh, source, slot, target, gap, at, segment, opened, boundary, ops
+    solution, former, changed, moved, fresh, source, slot, target, gap, before, at, segment, opened, boundary, ops, movable
 ):  # pragma: no cover
     """Write one slot's times, moved to where the target is, into the solution. Returns whether that changes anything."""
     changed[moved] = target
     real = False
     for row in range(5):
         value = fresh[row]
-        if row == SINCE and value == at[slot]:
+        if movable[slot] == 3:  # as long before the use
+            if row == SINCE and value >= 0:
+                value = max(at[target] - at[slot] + value, before[target] + 1, 0)
+        elif row == SINCE and value == at[slot]:
             value = at[target]
         elif row != EAGER and row != MOVE:
             value = _shifted(value, source, segment[target], opened, boundary, ops)
@@ -253,7 +267,7 @@ def _relative(slot, fresh, owner, slot_of, use_start, use, producer, read_start,
 @njit(cache=True, nogil=True)
 def _anneal(
     seconds, workspace, size, producer, read_start, read, write_start, write, reuse_start, reuse_new, reuse_old,
-    use_start, use_list, output, repeatable, resident, tiers,
+    use_start, use_list, output, repeatable, resident, tiers, home, changed_start, changed_list,
     gap, before, at, last, segment, opened, group_start, group, place_start, place, kind, uses, draw_from, boundary,
     owner, slot_of, movable, solution, budget, steps, hot, seed, care, single, fine,
 ):  # fmt: skip # pragma: no cover
@@ -262,7 +276,7 @@ def _anneal(
     base = seconds.sum()
     time, _, excess, _ = evaluate(
         seconds, workspace, size, producer, read_start, read, write_start, write, reuse_start, reuse_new, reuse_old,
-        use_start, use_list, output, repeatable, resident, tiers, solution, budget,
+        use_start, use_list, output, repeatable, resident, tiers, home, changed_start, changed_list, solution, budget,
     )  # fmt: skip
     best, best_time, best_excess = solution.copy(), np.inf, np.inf
     changed = np.empty(slots + RELATED, np.int64)
@@ -281,18 +295,22 @@ def _anneal(
             while moved < RELATED:
                 if not linked:
                     fresh[:] = solution[:, gap[slot]]
-                    _draw(fresh, slot, before, at, last, segment, opened, boundary, fine, len(tiers), movable)
+                    _draw(
+                        fresh, slot, before, at, last, segment, opened, boundary, fine, len(tiers), movable, home[owner[slot]]
+                    )
                 real |= _place(
-                    solution, former, changed, moved, fresh, segment[slot], slot, slot, gap, at, segment, opened,
-                    boundary, ops,
+                    solution, former, changed, moved, fresh, segment[slot], slot, slot, gap, before, at, segment,
+                    opened, boundary, ops, movable,
                 )  # fmt: skip
                 moved += 1
                 if np.random.random() > 0.5:
                     break
-                follow = _relative(
-                    slot, fresh, owner, slot_of, use_start, use_list, producer, read_start, read, write_start, write
-                )
-                linked = follow >= 0
+                follow = -1
+                if movable[slot] < 3:
+                    follow = _relative(
+                        slot, fresh, owner, slot_of, use_start, use_list, producer, read_start, read, write_start, write
+                    )
+                linked = follow >= 0 and movable[follow] < 3
                 slot = follow if linked else draw_from[np.random.randint(uses)]
                 if linked and producer[owner[slot]] != producer[owner[changed[moved - 1]]]:
                     now = fresh[SINCE] if fresh[SINCE] < NEVER else fresh[HOLD]
@@ -304,12 +322,12 @@ def _anneal(
             pick, other = low + np.random.randint(high - low), low + np.random.randint(high - low)
             slot = group[pick]
             fresh[:] = solution[:, gap[slot]]
-            _draw(fresh, slot, before, at, last, segment, opened, boundary, fine, len(tiers), movable)
+            _draw(fresh, slot, before, at, last, segment, opened, boundary, fine, len(tiers), movable, home[owner[slot]])
             whole = np.random.random() < 0.3
             for k in range(low if whole else min(pick, other), high if whole else max(pick, other) + 1):
                 real |= _place(
-                    solution, former, changed, moved, fresh, segment[slot], slot, group[k], gap, at, segment, opened,
-                    boundary, ops,
+                    solution, former, changed, moved, fresh, segment[slot], slot, group[k], gap, before, at, segment,
+                    opened, boundary, ops, movable,
                 )  # fmt: skip
                 moved += 1
         else:  # a layer's times to a range of layers like it
@@ -320,15 +338,16 @@ def _anneal(
                         slot, target = place[place_start[source] + k], place[place_start[s] + k]
                         fresh[:] = solution[:, gap[slot]]
                         real |= _place(
-                            solution, former, changed, moved, fresh, source, slot, target, gap, at, segment, opened,
-                            boundary, ops,
+                            solution, former, changed, moved, fresh, source, slot, target, gap, before, at, segment,
+                            opened, boundary, ops, movable,
                         )  # fmt: skip
                         moved += 1
         if not real:
             continue
         new_time, _, new_excess, _ = evaluate(
             seconds, workspace, size, producer, read_start, read, write_start, write, reuse_start, reuse_new,
-            reuse_old, use_start, use_list, output, repeatable, resident, tiers, solution, budget,
+            reuse_old, use_start, use_list, output, repeatable, resident, tiers, home, changed_start, changed_list,
+            solution, budget,
         )  # fmt: skip
         delta = care * new_time / base + weight * new_excess - energy
         if delta <= 0 or np.random.random() < np.exp(-delta / heat):

@@ -56,8 +56,7 @@ class CutModel:
         more = [movable, np.full(2, 1e9)] if tiers else []
         upper = np.concatenate([(problem.repeatable[:ops] > 0).astype(float), np.ones(len(before)), *more])
         lower = np.zeros(len(upper))
-        here = problem.read[problem.read_start[at] : problem.read_start[at + 1]]
-        lower[self.column[here]] = 1.0
+        lower[self.column[problem.inputs(at)]] = 1.0
         rows: list[tuple[list[int], list[float], float]] = []
         later = used_from(problem, at)
 
@@ -71,7 +70,7 @@ class CutModel:
                 rows.append((there(buffer), [1.0] * len(there(buffer)), 1.0))
         for op in range(ops):
             if problem.repeatable[op]:
-                for buffer in problem.read[problem.read_start[op] : problem.read_start[op + 1]]:
+                for buffer in problem.inputs(op):
                     rows.append(([*there(buffer), op], [1.0] * len(there(buffer)) + [-1.0], 0.0))
         if tiers:
             rows += self.link_rows(ops, moved, len(before))
@@ -113,7 +112,9 @@ class CutModel:
         made = problem.size[problem.write[problem.write_start[at] : problem.write_start[at + 1]]].sum()
         pairs = slice(problem.reuse_start[at], problem.reuse_start[at + 1])
         taken = problem.size[problem.reuse_new[pairs]].max(initial=0)
-        return float(budget - problem.resident - made - problem.workspace[at] + taken)
+        read = problem.read[problem.read_start[at] : problem.read_start[at + 1]]
+        fetched = problem.size[read[problem.home[read] > 0]].sum()
+        return float(budget - problem.resident - made - problem.workspace[at] + taken - fetched)
 
     def solve(self, budget: int) -> Cut:
         """The cheapest set within a budget."""

@@ -29,7 +29,8 @@ class Slots:
         before: base time of the use before it, or of the buffer's making.
         at: base time of the use that ends it; the number of ops for a last gap.
         last: gaps that no use ends, in which a value can only be held for recomputations.
-        movable: 1 where the value may wait for the gap's end in another tier, 2 where nothing else will do; else 0.
+        movable: 1 where the value may wait for the gap's end in another tier, 2 where nothing else will do; 3 where it is at
+            home there and is fetched or, between two uses, kept; else 0.
     """
 
     gap: np.ndarray
@@ -51,6 +52,11 @@ def find_slots(problem: Problem, everything: bool) -> Slots:
     rows = []
     for buffer in range(len(problem.size)):
         op = int(problem.producer[buffer])
+        if problem.home[buffer]:
+            uses = problem.use[problem.use_start[buffer] : problem.use_start[buffer + 1]].tolist()
+            for number, (before, at) in enumerate(zip([-1, *uses], uses, strict=False)):
+                rows.append((int(problem.use_start[buffer]) + number + buffer, buffer, before, at, 0, 3))
+            continue
         if op > problem.boundary and not everything:
             continue
         previous = op
@@ -90,7 +96,7 @@ class Master:
                 rows.append((there, [1.0] * len(there), 1.0))
         for op in range(ops):
             if problem.repeatable[op]:
-                for buffer in problem.read[problem.read_start[op] : problem.read_start[op + 1]]:
+                for buffer in problem.inputs(op):
                     there = self.there(column, buffer)
                     rows.append(([*there, op], [1.0] * len(there) + [-1.0], 0.0))
         movable = np.isin(self.early, slots.buffer[slots.movable > 0]).astype(float)
@@ -116,13 +122,14 @@ class Master:
         problem = self.problem
         size = problem.size[self.early].astype(float)
         forward, backward = problem.seconds[:ops].sum(), problem.seconds[ops:].sum()
+        home = np.array([problem.size[problem.home == 1 + number].sum() for number in range(len(problem.tiers))])
         for number, (out, out_delay, out_load, back, back_delay, back_load, room) in enumerate(problem.tiers):
             moved = (ops + (1 + number) * count + np.arange(count)).tolist()
             leaving, coming = -(size / out * (1 - out_load) + out_delay), -(size / back * (1 - back_load) + back_delay)
             self.rows.append(([*moved, self.stalls + 2 * number], [*leaving, 1.0], -forward))
             self.rows.append(([*moved, self.stalls + 2 * number + 1, *range(ops)],
-                              [*coming, 1.0, *problem.seconds[:ops]], -backward))  # fmt: skip
-            self.rows.append((moved, (-size).tolist(), -room))
+                              [*coming, 1.0, *problem.seconds[:ops]], home[number] / back - backward))  # fmt: skip
+            self.rows.append((moved, (-size).tolist(), home[number] - room))
 
     def solve(self, moments: np.ndarray, room: np.ndarray, time_limit: float, integer: bool = True) -> np.ndarray | None:
         """How much of each buffer to keep, and to move to each tier, shape (1 + tiers, buffers), or None where nothing fits.

@@ -71,7 +71,7 @@ def memo(problem: Problem, segments: Segments, slots: Slots, attention: np.ndarr
     layers = find_layers(segments)
     if layers.count <= LAST:
         return None
-    late = (slots.before <= problem.boundary) & (slots.at > problem.boundary) & (slots.movable > 0)
+    late = (slots.before <= problem.boundary) & (slots.at > problem.boundary) & (slots.movable > 0) & (slots.movable < 3)
     crossing = late & (slots.last == 0)
     segment = segments.of_buffer[slots.buffer]
     out, delay, _, _, _, _, host = problem.tiers[0]
@@ -81,7 +81,7 @@ def memo(problem: Problem, segments: Segments, slots: Slots, attention: np.ndarr
         inside = crossing & (segment >= own.start) & (segment < own.stop - 1)
         inside |= crossing & (segment == own.stop - 1) & ~segments.crosses[slots.buffer]
         entering = late & (segment == own.start - 1) & segments.crosses[slots.buffer]
-        attended = inside & attention[problem.producer[slots.buffer]]
+        attended = inside & attention[np.minimum(problem.producer[slots.buffer], len(attention) - 1)]
         others = inside & ~attended
         first, last = int(segments.start[own.start]), stop_of(problem, segments, own.stop)
         seconds = float(problem.seconds[first:last].sum())

@@ -81,7 +81,8 @@ def expand(producer, read_start, read, write_start, write, use_start, use, outpu
         while early >= 0 or k < read_start[base + 1]:
             if early >= 0:
                 wanted = owner[early]
-                due = place[early] == upcoming[wanted] + wanted and producer[wanted] < base
+                made = producer[wanted] < base or producer[wanted] == ops  # or at home in a tier
+                due = place[early] == upcoming[wanted] + wanted and made
                 early = following[early]
                 if not due:
                     continue
@@ -185,7 +186,7 @@ def find_last(order, when, count, read_start, read, write_start, write, output):
 @njit(cache=True)
 def replay(
     seconds, workspace, size, read_start, read, write_start, write, reuse_start, reuse_new, reuse_old, output, resident, tiers,
-    order, when, count, tier, budget, memory,
+    home, changed_start, changed, order, when, count, tier, budget, memory,
 ):  # fmt: skip # pragma: no cover
     """Bytes during each event of an order. Returns (time, peak, excess); fills `memory` where it is long enough."""
     flags = find_last(order, when, count, read_start, read, write_start, write, output)
@@ -208,6 +209,11 @@ def replay(
     free_out, free_in, held = np.zeros(links), np.zeros(links), np.zeros(links)
     waiting = 0  # bytes of what is dead but being copied
     if moving:
+        for buffer in range(buffers):
+            if home[buffer] > 0:
+                held[home[buffer] - 1] += size[buffer]
+        for link in range(links):
+            excess += max(held[link] - tiers[link, ROOM], 0.0)
         for at in range(count):
             op = order[at]
             if op >= 0:
@@ -285,12 +291,21 @@ def replay(
         if op >= 0:
             clock += seconds[op]
             if moving:
+                for k in range(changed_start[op], changed_start[op + 1]):
+                    buffer = changed[k]
+                    link = home[buffer] - 1
+                    copying = size[buffer] / tiers[link, OUT]
+                    free_out[link] = max(free_out[link], clock) + tiers[link, OUT_DELAY] + copying
+                    clock += tiers[link, OUT_LOAD] * copying
+                    there[buffer] = free_out[link]
+                    queue[link, tail[link]] = buffer
+                    tail[link] += 1
                 for k in range(read_start[op], read_start[op + 1]):
                     buffer = read[k]
                     if ready[buffer] > 0.0:
                         ready[buffer] = 0.0
                         fetches[buffer] -= 1
-                        if fetches[buffer] == 0:
+                        if fetches[buffer] == 0 and home[buffer] == 0:
                             held[tier[buffer] - 1] -= size[buffer]
                     if dying[buffer] and there[buffer] > clock:
                         gone_out[buffer] = 1
@@ -340,7 +355,7 @@ def replay(
 @njit(cache=True)
 def evaluate(
     seconds, workspace, size, producer, read_start, read, write_start, write, reuse_start, reuse_new, reuse_old,
-    use_start, use, output, repeatable, resident, tiers, solution, budget,
+    use_start, use, output, repeatable, resident, tiers, home, changed_start, changed, solution, budget,
 ):  # fmt: skip # pragma: no cover
     """Expand and replay. Returns (time, peak, excess, count)."""
     order, when, count, tier = expand(
@@ -351,6 +366,6 @@ def evaluate(
     memory = np.empty(0, np.int64)
     time, peak, excess = replay(
         seconds, workspace, size, read_start, read, write_start, write, reuse_start, reuse_new, reuse_old, output,
-        resident, tiers, order, when, count, tier, budget, memory,
+        resident, tiers, home, changed_start, changed, order, when, count, tier, budget, memory,
     )  # fmt: skip
     return time, peak, excess, count

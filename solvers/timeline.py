@@ -32,6 +32,7 @@ from .replay import BEGIN, EAGER, HOLD, MOVE, NEVER, SINCE, evaluate, expand, re
 
 KEEP = -1  # a time before any base time: kept throughout, or not held
 NO_TIERS = np.zeros((0, 7))
+AHEAD = 2.0  # copies in of what is at home elsewhere: started so many times what they take before they are needed
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,10 @@ class Problem:
         boundary: base time of the loss; ops after it are the backward pass.
         tiers: the tiers behind the device, shape (tiers, 7): bytes per second out, seconds per copy out, seconds of computing
             lost for a second of copying out; the same in; and capacity in bytes.
+        home: for each buffer 0, or the number of the tier where it lies before the step and after it: a parameter, say. Such
+            buffers are the last ones; their producer is a time after the last op; they are fetched, never made.
+        changed_start: op i changes `changed[changed_start[i]:changed_start[i + 1]]`, which are at home in a tier, is the last
+            to read them, and sends them home.
     """
 
     seconds: np.ndarray
@@ -72,6 +77,15 @@ class Problem:
     resident: int
     boundary: int
     tiers: np.ndarray = field(default_factory=NO_TIERS.copy)
+    home: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int8))
+    changed_start: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    changed: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+
+    def __post_init__(self) -> None:
+        if len(self.home) != len(self.size):
+            object.__setattr__(self, "home", np.zeros(len(self.size), np.int8))
+        if len(self.changed_start) != len(self.seconds) + 1:
+            object.__setattr__(self, "changed_start", np.zeros(len(self.seconds) + 1, np.int32))
 
     @property
     def arrays(self) -> tuple[Any, ...]:
@@ -79,7 +93,7 @@ class Problem:
         return (
             self.seconds, self.workspace, self.size, self.producer, self.read_start, self.read, self.write_start,
             self.write, self.reuse_start, self.reuse_new, self.reuse_old, self.use_start, self.use, self.output,
-            self.repeatable, self.resident, self.tiers,
+            self.repeatable, self.resident, self.tiers, self.home, self.changed_start, self.changed,
         )  # fmt: skip
 
     @property
@@ -87,11 +101,31 @@ class Problem:
         """For each buffer the gap that no use ends. Buffer b has the gaps `use_start[b] + b` to this one."""
         return self.use_start[1:] + np.arange(len(self.size))
 
+    def inputs(self, op: int) -> np.ndarray:
+        """What an op reads of the buffers that the step makes."""
+        read = self.read[self.read_start[op] : self.read_start[op + 1]]
+        return read[self.home[read] == 0]
+
     def keep_all(self) -> np.ndarray:
-        """The solution that recomputes and moves nothing: an int32 array of shape (5, gaps)."""
+        """The solution that recomputes nothing and moves only what is at home elsewhere: an int32 array of shape (5, gaps).
+
+        That is fetched for the forward pass, and again for the backward pass, early enough that the copy, were it alone, has
+        twice the time it takes.
+        """
         solution = np.full((5, len(self.use) + len(self.size)), KEEP, np.int32)
         solution[SINCE, self.last_gap] = NEVER
         solution[EAGER] = solution[MOVE] = 0
+        ends = np.concatenate([[0.0], np.cumsum(self.seconds)])
+        for buffer in np.flatnonzero(self.home):
+            _, _, _, bandwidth, delay, _, _ = self.tiers[self.home[buffer] - 1]
+            previous = -1
+            for index in range(self.use_start[buffer], self.use_start[buffer + 1]):
+                at = int(self.use[index])
+                if previous < 0 or previous <= self.boundary < at:
+                    early = ends[at] - AHEAD * (self.size[buffer] / bandwidth + delay)
+                    since = max(int(np.searchsorted(ends, early, side="right")) - 1, previous + 1, 0)
+                    solution[SINCE, index + buffer], solution[MOVE, index + buffer] = since, self.home[buffer]
+                previous = at
         return solution
 
 
@@ -146,7 +180,7 @@ def profile(problem: Problem, solution: np.ndarray, budget: int = 2**62) -> tupl
     events = events_of(problem, solution)
     memory = np.zeros(len(events.order), np.int64)
     a = problem.arrays
-    given = (*a[:3], *a[4:11], a[13], a[15], a[16])
+    given = (*a[:3], *a[4:11], a[13], *a[15:])
     found = (events.order, events.when, len(events.order), events.tier)
     replay(*given, *found, np.int64(budget), memory)  # pyright: ignore[reportCallIssue]
     return events.order, events.when, memory
