@@ -52,7 +52,7 @@ class Homes:
     def hook(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
         """Whoever saves or loads finds everything in its place."""
         model.register_state_dict_pre_hook(lambda *_: self.restore())
-        model.register_load_state_dict_pre_hook(lambda *_: self.restore())
+        model._register_load_state_dict_pre_hook(lambda *_: self.restore())  # the public one dies with the unplanned model
         if optimizer is not None:
             optimizer.register_state_dict_pre_hook(lambda *_: self.restore())
 

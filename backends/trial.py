@@ -111,14 +111,18 @@ def in_fresh_process(request: Request) -> Trial:
 
 def run(request: Request) -> Trial:
     """Train for the request's steps in this process."""
+    from ..planner.models import load_model
+
+    return train(request, *to_device(request.device, *load_model(request.model, meta=False)))
+
+
+def train(request: Request, model: "nn.Module", args: tuple, kwargs: dict[str, Any]) -> Trial:
+    """The same for a model that is there."""
     import torch
 
     from ..planner.capture import find_loss
-    from ..planner.models import load_model
     from ..planner.plan import load
 
-    model, args, kwargs = load_model(request.model, meta=False)
-    model, args, kwargs = to_device(request.device, model, args, kwargs)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = None
     if request.optimizer is not None:

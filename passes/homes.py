@@ -7,6 +7,7 @@ of the step is left behind which it can go home, and, for a parameter, comes bef
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 from ..planner.program import Kind, Phase, Program
 from .promptly import Promptly
@@ -20,10 +21,12 @@ class Homes:
 
     Attributes:
         parts: into how many steps each kind is divided.
+        room: bytes that there are for them; what does not fit stays.
     """
 
     name = "homes"
     parts: int = 2
+    room: int = 2**62
 
     def __call__(self, program: Program) -> list[tuple[int, ...]]:
         """The sets, each holding the one before it; the first is empty."""
@@ -31,6 +34,9 @@ class Homes:
         for kind in (Kind.STATE, Kind.PARAMETER):
             mine = [buffer for buffer in candidates(program) if program.buffers[buffer].kind is kind]
             before = found[-1]
+            left = self.room - sum(program.buffers[buffer].bytes for buffer in before)
+            sizes = accumulate(program.buffers[buffer].bytes for buffer in mine)
+            mine = [buffer for buffer, size in zip(mine, sizes, strict=True) if size <= left]
             found += [(*before, *part) for part in divided(program, mine, self.parts)]
         return found
 

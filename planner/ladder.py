@@ -12,6 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from ..passes.homes import Homes
+from ..passes.transfers import routes_of
 from .errors import BudgetError
 from .pipeline import Answer, Planner
 
@@ -33,7 +34,8 @@ class Ladder:
         """The planners, the one with the least on the device last."""
         if not self.planner.moves:
             return [self.planner]
-        sets = Homes()(self.planner.program)[1:]
+        room = self.planner.machine.tiers[routes_of(self.planner.machine)[0].tier].capacity
+        sets = Homes(room=room)(self.planner.program)[1:]
         return [self.planner, *(dataclasses.replace(self.planner, homes=homes) for homes in sets)]
 
     def bound(self, budget: int) -> float:
@@ -43,8 +45,9 @@ class Ladder:
 
     @property
     def floor(self) -> int:
-        """The smallest peak known."""
-        return min(self.rungs[-1].floor.peak, self.planner.floor.peak)
+        """The smallest peak known; the last rung's, but for chance."""
+        known = [planner.floor.peak for planner in self.rungs[:-1] if "floor" in planner.__dict__]
+        return min([self.rungs[-1].floor.peak, *known])
 
     def solve(self, budget: int, deadline: float) -> Answer:
         """The fastest schedule found.
@@ -57,6 +60,8 @@ class Ladder:
             BudgetError: none was found.
         """
         bound, best, refused = self.bound(budget), None, None
+        for planner in self.rungs:
+            planner.deadline = deadline
         for number, planner in enumerate(self.rungs):
             left = deadline - time.monotonic()
             planner.deadline = time.monotonic() + max(left, 0.0) / (len(self.rungs) - number)

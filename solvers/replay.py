@@ -49,10 +49,12 @@ def find_starts(ops, use_start, solution):  # pragma: no cover
 
 
 @njit(cache=True)
-def find_tiers(buffers, use_start, solution):  # pragma: no cover
+def find_tiers(buffers, use_start, solution, home):  # pragma: no cover
     """For each buffer the tier that it may be fetched from, else 0."""
-    tier = np.zeros(buffers, np.int8)
+    tier = home.copy()
     for buffer in range(buffers):
+        if tier[buffer] > 0:
+            continue
         for gap in range(use_start[buffer] + buffer, use_start[buffer + 1] + buffer + 1):
             if solution[MOVE, gap] > 0 and solution[SINCE, gap] >= 0:
                 tier[buffer] = solution[MOVE, gap]
@@ -61,7 +63,9 @@ def find_tiers(buffers, use_start, solution):  # pragma: no cover
 
 
 @njit(cache=True)
-def expand(producer, read_start, read, write_start, write, use_start, use, output, repeatable, solution):  # pragma: no cover
+def expand(
+    producer, read_start, read, write_start, write, use_start, use, output, repeatable, home, solution
+):  # pragma: no cover
     """Base order and solution -> events in time order. Returns (order, base time of each, count or -1, tiers)."""
     ops, buffers = len(read_start) - 1, len(producer)
     limit = 8 * ops + 64
@@ -72,7 +76,7 @@ def expand(producer, read_start, read, write_start, write, use_start, use, outpu
     stack = np.empty(2 * buffers + 2 * ops + 16, np.int32)
     touched = np.empty(buffers, np.int32)
     first, following, owner, place = find_starts(ops, use_start, solution)
-    tier = find_tiers(buffers, use_start, solution)
+    tier = find_tiers(buffers, use_start, solution, home)
     count = 0
     for base in range(ops):
         seen = 0
@@ -359,7 +363,7 @@ def evaluate(
 ):  # fmt: skip # pragma: no cover
     """Expand and replay. Returns (time, peak, excess, count)."""
     order, when, count, tier = expand(
-        producer, read_start, read, write_start, write, use_start, use, output, repeatable, solution
+        producer, read_start, read, write_start, write, use_start, use, output, repeatable, home, solution
     )
     if count < 0:
         return np.inf, np.int64(2**62), np.inf, count

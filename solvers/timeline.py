@@ -167,7 +167,7 @@ class Events:
 
 def events_of(problem: Problem, solution: np.ndarray) -> Events:
     """The events of a solution."""
-    order, when, count, tier = expand(*problem.arrays[3:8], *problem.arrays[11:15], solution)  # pyright: ignore[reportCallIssue]
+    order, when, count, tier = expand(*problem.arrays[3:8], *problem.arrays[11:15], problem.home, solution)  # pyright: ignore[reportCallIssue]
     count = max(count, 0)
     return Events(order[:count], when[:count], tier)
 

@@ -39,6 +39,7 @@ def make_program(
     reuse: bool = True,
     plain: bool = False,
     repeat: int = 1,
+    updates: bool = False,
 ) -> Program:
     """A step as autograd makes it: forward ops, the loss, and one or two backward ops for each forward op, in reverse.
 
@@ -52,8 +53,10 @@ def make_program(
         reuse: let some ops write in place.
         plain: no workspaces, no second outputs, no ops that run once.
         repeat: how often the block of forward ops is repeated, with the same keys, sizes and times.
+        updates: update each parameter, which then has state, in the backward pass instead of returning its gradient.
     """
     make = Maker()
+    renewed: list[tuple[int, int]] = []  # parameter, its gradient
     data = make.buffer(rng.randint(1, 8) * 8, Kind.INPUT, "input")
     forwards: list[tuple[int, list[int], list[int], int | None]] = []  # op, values read, values written, parameter
     last = data
@@ -106,7 +109,8 @@ def make_program(
         weights = []
         if parameter is not None:
             weights = [make.buffer(16, Kind.GRADIENT)]
-            outputs += weights
+            outputs += [] if updates else weights
+            renewed.append((parameter, weights[0]))
             saved.append(parameter)
         together = rng.random() < 0.5 or not (given and weights) or plain
         size = make.buffers[incoming].bytes
@@ -128,6 +132,10 @@ def make_program(
                 gradient[value] = total
             else:
                 gradient[value] = new
+    for parameter, weight in renewed if updates else ():
+        state = make.buffer(8, Kind.STATE)
+        make.op(f"u{parameter}", Phase.BACKWARD, [parameter, weight, state], [], mutates=(parameter, state), repeatable=False,
+                seconds=1e-3, workspace=8)  # fmt: skip
     program = Program("random", tuple(make.buffers), tuple(make.ops), tuple(sorted(set(outputs))))
     program.verify()
     return program
@@ -181,6 +189,12 @@ def planned_orders(draw: st.DrawFn, most: int = 10, **options: object) -> tuple[
     return program, draw(orders(program))
 
 
+def some_homes(rng: random.Random, program: Program) -> tuple[int, ...]:
+    """Some of the parameters and states, at home elsewhere."""
+    resident = [buffer for buffer, value in enumerate(program.buffers) if value.kind in (Kind.PARAMETER, Kind.STATE)]
+    return tuple(buffer for buffer in resident if rng.random() < 0.7)
+
+
 def scramble(rng: random.Random, planner: Planner, share: float) -> np.ndarray:
     """A random solution: retention intervals, and values of the forward pass moved where the backward pass reads them."""
     problem = planner.flat.problem
@@ -193,7 +207,13 @@ def scramble(rng: random.Random, planner: Planner, share: float) -> np.ndarray:
             solution[EAGER, gap] = rng.randint(0, 3)
     slots = planner.master.slots
     for slot in np.flatnonzero(slots.movable):
-        if rng.random() < share and slots.last[slot]:
+        if slots.movable[slot] == 3:
+            if rng.random() < share:
+                solution[SINCE, slots.gap[slot]] = rng.randint(int(slots.before[slot]) + 1, int(slots.at[slot]))
+                solution[MOVE, slots.gap[slot]] = problem.home[slots.buffer[slot]]
+            elif rng.random() < share and slots.before[slot] >= 0:
+                solution[SINCE, slots.gap[slot]], solution[MOVE, slots.gap[slot]] = -1, 0
+        elif rng.random() < share and slots.last[slot]:
             solution[MOVE, slots.gap[slot]] = rng.randint(1, len(problem.tiers))
         elif rng.random() < share:
             solution[SINCE, slots.gap[slot]] = rng.randint(max(int(slots.before[slot]) + 1, problem.boundary), slots.at[slot])

@@ -21,7 +21,7 @@ from memplan.planner.pipeline import Planner
 from memplan.planner.program import Phase, Program
 from memplan.planner.referee import referee
 from memplan.planner.schedule import Free, Instruction, Run, Schedule, Start, Wait
-from strategies import ROOMY, events_of_program, make_order, make_program, scramble
+from strategies import ROOMY, events_of_program, make_order, make_program, scramble, some_homes
 
 POISON = "poison"
 TIERS = Machine(
@@ -47,14 +47,15 @@ class Storage:
 class Replay:
     """Carries out instructions and watches."""
 
-    def __init__(self, program: Program, machine: Machine):
+    def __init__(self, program: Program, machine: Machine, homes: tuple[tuple[int, int], ...] = ()):
         self.program = program
+        self.home = dict(homes)
         self.tier_of = {tier.name: index for index, tier in enumerate(machine.tiers)}
         self.machine = machine
         self.memory: list[dict[int, Storage]] = [{} for _ in machine.tiers]
         for buffer, op in enumerate(program.producer):
             if op < 0:
-                self.memory[0][buffer] = Storage(program.buffers[buffer].bytes, ("resident", buffer))
+                self.memory[self.home.get(buffer, 0)][buffer] = Storage(program.buffers[buffer].bytes, ("resident", buffer))
         self.peak = [sum(place.size for place in tier.values()) for tier in self.memory]
         self.draws: dict[int, int] = {}
         self.effects: Counter[int] = Counter()
@@ -66,7 +67,7 @@ class Replay:
         if isinstance(step, Run):
             self.run(step)
         elif isinstance(step, Free):
-            if self.program.producer[step.buffer] < 0 and step.tier == 0:
+            if self.program.producer[step.buffer] < 0 and step.tier == self.home.get(step.buffer, 0):
                 raise WrongError("the caller's tensor is gone")
             self.take(step.tier, step.buffer).value = POISON
             del self.memory[step.tier][step.buffer]
@@ -74,10 +75,12 @@ class Replay:
             link = self.machine.links[step.link]
             source, target = self.tier_of[link.source], self.tier_of[link.target]
             old = self.take(source, step.buffer)
-            if step.buffer in self.memory[target] or (step.buffer, step.link) in self.copies:
+            if (step.buffer, step.link) in self.copies:
+                raise WrongError("two copies at once")
+            if step.buffer in self.memory[target] and self.home.get(step.buffer) != target:
                 raise WrongError("two copies of one buffer in a tier")
-            new = Storage(old.size, POISON)
-            self.memory[target][step.buffer] = new
+            new = self.memory[target].setdefault(step.buffer, Storage(old.size, POISON))
+            new.value = POISON
             self.copies[step.buffer, step.link] = (old, new, old.value)
             self.measure()
         else:
@@ -148,19 +151,22 @@ class Replay:
         if self.copies:
             raise WrongError("a copy is still under way")
         extra = [set(tier) - (set(self.program.outputs) if index == 0 else set()) for index, tier in enumerate(self.memory)]
-        extra[0] -= {buffer for buffer, op in enumerate(self.program.producer) if op < 0}
+        resident = {buffer for buffer, op in enumerate(self.program.producer) if op < 0}
+        extra = [found - {b for b in resident if self.home.get(b, 0) == tier} for tier, found in enumerate(extra)]
         if any(extra):
             raise WrongError("bytes are left behind")
         for buffer, place in self.held.items():
             if place.value != self.given[buffer]:
                 raise WrongError("the caller's output was overwritten")
-        seen = {buffer: self.take(0, buffer).value for buffer in (*self.memory[0], *self.program.outputs)}
+        seen = {buffer: self.take(self.home.get(buffer, 0), buffer).value for buffer in (*resident, *self.program.outputs)}
         return seen, self.effects
 
 
-def replay(program: Program, machine: Machine, steps: tuple[Instruction, ...]) -> tuple[tuple, list[int]]:
+def replay(
+    program: Program, machine: Machine, steps: tuple[Instruction, ...], homes: tuple[tuple[int, int], ...] = ()
+) -> tuple[tuple, list[int]]:
     """Result and peaks of carrying out instructions."""
-    world = Replay(program, machine)
+    world = Replay(program, machine, homes)
     for step in steps:
         world.carry_out(step)
     return world.result(), world.peak
@@ -233,13 +239,19 @@ def mutate(rng: random.Random, program: Program, steps: tuple[Instruction, ...])
     return tuple(row)
 
 
-def check(program: Program, machine: Machine, steps: tuple[Instruction, ...], wanted: tuple) -> bool:
+def check(
+    program: Program,
+    machine: Machine,
+    steps: tuple[Instruction, ...],
+    wanted: tuple,
+    homes: tuple[tuple[int, int], ...] = (),
+) -> bool:
     """Whether the referee accepts the instructions; if it does, the replay must be right and fit what it reports."""
     try:
-        report = referee(program, machine, Schedule(program.digest, steps))
+        report = referee(program, machine, Schedule(program.digest, steps, homes=homes))
     except InvalidSchedule:
         return False
-    result, peak = replay(program, machine, steps)
+    result, peak = replay(program, machine, steps, homes)
 
     assert result == wanted
     assert peak[0] <= report.peak[0]
@@ -334,19 +346,24 @@ def test_every_single_change_to_a_planned_model():
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.integers(0, 2**32), st.integers(2, 9), st.floats(0.2, 1), st.floats(0, 1.1))
-def test_planned_moves_replay_to_the_same_values(seed, forward, share, tight):
-    """Copies that run beside the ops, waited for late or early, and what the referee accepts of their mutants."""
+@given(st.integers(0, 2**32), st.integers(2, 9), st.floats(0.2, 1), st.floats(0, 1.1), st.booleans())
+def test_planned_moves_replay_to_the_same_values(seed, forward, share, tight, away):
+    """Copies that run beside the ops, waited for late or early, and what the referee accepts of their mutants.
+
+    With `away` the step updates its parameters, and some of them and of their state have their home on the host.
+    """
     rng = random.Random(seed)
-    planner = Planner(make_program(rng, forward), TIERS, offload=True)
+    program = make_program(rng, forward, updates=away)
+    planner = Planner(program, TIERS, offload=True, homes=some_homes(rng, program) if away else ())
     events, tier = events_of_program(planner, scramble(rng, planner, share))
     if not events:
         return
     program, wanted = planner.program, expected(planner.program, TIERS)
-    steps = Transfers(int(tight * planner.kept.peak))(program, TIERS, events, tier).instructions
-    assert check(program, TIERS, steps, wanted)
+    schedule = Transfers(int(tight * planner.kept.peak))(program, TIERS, events, tier, planner.homes)
+    steps, homes = schedule.instructions, schedule.homes
+    assert check(program, TIERS, steps, wanted, homes)
     for _ in range(8):
         mutant = steps
         for _ in range(rng.choice([1, 1, 2])):
             mutant = mutate(rng, program, mutant)
-        check(program, TIERS, mutant, wanted)
+        check(program, TIERS, mutant, wanted, homes)

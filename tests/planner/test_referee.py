@@ -68,10 +68,10 @@ PLAIN = (
 )
 
 
-def judge(instructions: tuple, budget: int | None = None, machine: Machine = TWO, places: tuple = (), program=None):
+def judge(instructions: tuple, budget: int | None = None, machine: Machine = TWO, places: tuple = (), program=None, homes=()):
     """The referee's report on instructions for `step`."""
     program = program or step()
-    return referee(program, machine, Schedule(program.digest, tuple(instructions), places), budget)
+    return referee(program, machine, Schedule(program.digest, tuple(instructions), places, homes=homes), budget)
 
 
 def test_the_plain_schedule_is_measured_as_by_hand():
@@ -286,8 +286,55 @@ def test_an_output_that_is_not_kept_is_missed():
 def test_every_rule_is_broken_by_some_test():
     """No rule of the table is dead."""
     assert set(RULES) == {rule for rule, _ in BROKEN.values()} | {
-        "bound", "place", "placed", "outputs", "random"
+        "bound", "place", "placed", "outputs", "random", "home"
     }  # fmt: skip
+
+
+FETCH, RETURN = (Start(W, 1), Wait(W, 1)), (Start(W, 0), Wait(W, 0))
+AWAY = (*FETCH, PLAIN[0], Free(W), *PLAIN[1:-1], *FETCH, PLAIN[-1], *RETURN, Free(W))  # the parameter's home is the host
+
+
+def test_a_home_elsewhere_is_measured_as_by_hand():
+    """The parameter takes bytes on the device only around its reader and its update; its new contents go home."""
+    report = judge(AWAY, homes=((W, 1),))
+
+    assert report.peak == (320, 10)  # at the loss: without the parameter
+    assert report.time == 31.75 + 2 * 10 / 50 + 0.5 + 10 / 100
+    assert report.moved == (10, 20)
+    assert report.timeline[-1] == 40
+
+
+@pytest.mark.parametrize(
+    ("rule", "instructions", "homes"),
+    [
+        ("read", AWAY[2:], ((W, 1),)),  # never fetched
+        ("home", (*AWAY[:-5], AWAY[-4], *AWAY[-3:]), ((W, 1),)),  # updated while it is fetched
+        ("home", (*AWAY[:-6], *AWAY[-4:]), ((W, 1),)),  # updated where it is not
+        ("home", (*AWAY[:-3], Free(W)), ((W, 1),)),  # the update is thrown away
+        ("home", AWAY[:-3], ((W, 1),)),  # the update stays on the device
+        ("fresh", (*AWAY[:-3], Start(W, 1)), ((W, 1),)),  # the old contents come over the new
+        ("leak", AWAY[:-1], ((W, 1),)),  # it stays on the device as well
+        ("copy", AWAY[:-2], ((W, 1),)),  # the way home is not waited for
+        ("home", (*AWAY[:2], Free(W, 1), *AWAY[2:]), ((W, 1),)),  # the home is given up
+        ("fresh", (*AWAY[:2], *RETURN, *AWAY[2:]), ((W, 1),)),  # sent home though nothing has changed
+        ("home", AWAY, ((W, 1), (W, 1))),
+        ("range", AWAY, ((W, 2),)),
+        ("range", AWAY, ((A, 1),)),
+        ("range", AWAY, ((W, 0),)),
+    ],
+)  # fmt: skip
+def test_homes_are_kept(rule, instructions, homes):
+    """Rule `home`, and others where a resident buffer is at home elsewhere."""
+    with pytest.raises(InvalidSchedule) as caught:
+        judge(instructions, homes=homes)
+    assert caught.value.rule == rule
+
+
+def test_a_home_must_hold_what_is_at_home_there():
+    """A parameter larger than the host."""
+    small = msgspec.structs.replace(TWO, tiers=(TWO.tiers[0], msgspec.structs.replace(TWO.tiers[1], capacity=9)))
+    with pytest.raises(InvalidSchedule, match="resident buffers alone take 10 of 9"):
+        judge(AWAY, machine=small, homes=((W, 1),))
 
 
 def test_resident_buffers_alone_can_be_too_much():

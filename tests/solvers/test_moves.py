@@ -15,7 +15,7 @@ from memplan.planner.referee import referee
 from memplan.planner.schedule import Start
 from memplan.solvers.bound import CutModel
 from memplan.solvers.timeline import profile, score
-from strategies import events_of_program, make_program, scramble
+from strategies import events_of_program, make_program, scramble, some_homes
 
 
 def machine_of(host: int = 1 << 40, rate: float = 1e4, disk: bool = True) -> Machine:
@@ -29,19 +29,27 @@ def machine_of(host: int = 1 << 40, rate: float = 1e4, disk: bool = True) -> Mac
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.integers(0, 2**32), st.integers(2, 12), st.floats(0, 1), st.floats(0, 1.2), st.sampled_from([1e3, 1e4, 1e6]))
-def test_simulator_and_referee_agree_on_moves(seed, forward, share, tight, rate):
+@given(
+    st.integers(0, 2**32),
+    st.integers(2, 12),
+    st.floats(0, 1),
+    st.floats(0, 1.2),
+    st.sampled_from([1e3, 1e4, 1e6]),
+    st.booleans(),
+)
+def test_simulator_and_referee_agree_on_moves(seed, forward, share, tight, rate, away):
     """Time, peak and the bytes at every event of a random solution, with copies waited for where the budget asks for it."""
     rng = random.Random(seed)
     machine = machine_of(rate=rate)
-    planner = Planner(make_program(rng, forward), machine, offload=True)
+    program = make_program(rng, forward, updates=away)
+    planner = Planner(program, machine, offload=True, homes=some_homes(rng, program) if away else ())
     problem, solution = planner.flat.problem, scramble(rng, planner, share)
     budget = int(tight * planner.kept.peak)
     found = score(problem, solution, budget)
     if not np.isfinite(found.time):
         return
     order, tier = events_of_program(planner, solution)
-    schedule = Transfers(budget)(planner.program, machine, order, tier)
+    schedule = Transfers(budget)(planner.program, machine, order, tier, planner.homes)
     report = referee(planner.program, machine, schedule)
 
     assert report.time == pytest.approx(found.time, rel=1e-12)
@@ -49,14 +57,24 @@ def test_simulator_and_referee_agree_on_moves(seed, forward, share, tight, rate)
     assert max(profile(problem, solution, budget)[2]) == found.peak
     moved = {step.buffer for step in schedule.instructions if isinstance(step, Start)}
     assert moved <= {buffer for buffer, number in tier.items() if number}
+    assert {buffer for buffer, _ in schedule.homes} == set(planner.homes)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**32), st.integers(2, 9), st.floats(0, 1), st.floats(0.3, 1.1), st.sampled_from([1e3, 1e4, 1e5]))
-def test_no_solution_beats_the_bound(seed, forward, share, tight, rate):
+@given(
+    st.integers(0, 2**32),
+    st.integers(2, 9),
+    st.floats(0, 1),
+    st.floats(0.3, 1.1),
+    st.sampled_from([1e3, 1e4, 1e5]),
+    st.booleans(),
+)
+def test_no_solution_beats_the_bound(seed, forward, share, tight, rate, away):
     """The linear program's value is no more than the time of any solution that fits."""
     rng = random.Random(seed)
-    planner = Planner(make_program(rng, forward), machine_of(rate=rate), offload=True, reorder=False)
+    program = make_program(rng, forward, updates=away)
+    homes = some_homes(rng, program) if away else ()
+    planner = Planner(program, machine_of(rate=rate), offload=True, reorder=False, homes=homes)
     problem = planner.flat.problem
     budget = int(tight * planner.kept.peak)
     late = range(problem.boundary + 1, len(problem.seconds))
@@ -64,7 +82,7 @@ def test_no_solution_beats_the_bound(seed, forward, share, tight, rate):
     for _ in range(20):
         found = score(problem, scramble(rng, planner, share), budget)
         if found.excess <= 0 and np.isfinite(found.time):
-            assert found.time >= bound - 1e-9
+            assert found.time >= max(bound, planner.compulsory) - 1e-9
 
 
 @settings(max_examples=12, deadline=None)

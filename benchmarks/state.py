@@ -1,0 +1,205 @@
+"""Updates in backward, with parameters and AdamW's state in memory or on a disk, on the CPU.
+
+    python -m memplan.benchmarks.state
+    python -m memplan.benchmarks.state --models gpt2 vit --points 3 --rounds 5
+
+For each model one process plans steps with AdamW for budgets from the unplanned peak down to the smallest: with everything in
+memory, then with parameters and state at home on a disk where that helps. Each plan's peak is taken in a fresh process, which
+then trains for twenty steps; its losses and parameters are compared, bit for bit, with those of as many steps of
+`torch.optim.AdamW` after the backward pass. Times are taken in rounds within one process.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from ..backends.trial import LEARNING_RATE, Request, train
+from ..planner.api import Session
+from ..planner.plan import load
+from .models import FIVE, MODELS, build
+from .offload import SLACK
+from .planning import attempt
+from .record import (
+    RESULTS,
+    Results,
+    Row,
+    answer,
+    ask,
+    header,
+    markdown,
+    mib,
+    note_machine,
+    ratio,
+    say,
+    verdict,
+)
+from .step import paired_ratio
+
+STEPS = 20
+LEVERS = ("reorder", "recompute", "offload")
+
+
+def serve(request: Row) -> Iterator[Row]:
+    """Answer a request of `measure`."""
+    task = {"plan": plan_all, "train": train_one, "time": time_all}[request["task"]]
+    yield from task(request)
+
+
+def plan_all(request: Row) -> Iterator[Row]:
+    """Plans for falling budgets, from one capture."""
+    torch.manual_seed(0)
+    model, args = build(request["model"])
+    folder = Path(request["folder"])
+    folder.mkdir(parents=True, exist_ok=True)
+    options = {"optimizer": torch.optim.AdamW(model.parameters()), "optimizer_in_backward": True, "allow": LEVERS}
+    session = Session(model, args, time_limit=request["time_limit"], **options)
+    program, top, bottom = session.planner.program, session.planner.unplanned.peak, session.ladder.floor
+    floors = {"in memory": session.planner.floor.peak, "on disk": bottom}
+    yield {"label": "floors", "unplanned": top, "resident": program.resident_bytes, **floors}
+    for index in range(request["points"]):
+        budget = top - (top - bottom) * (index + 1) // request["points"]
+        row = attempt(session, f"point:{index}", budget, folder)
+        if "file" in row:
+            row["homes"] = sum(program.buffers[buffer].bytes for buffer, _ in load(row["file"]).schedule.homes)
+        yield row | {"point": index}
+
+
+def train_one(request: Row) -> Iterator[Row]:
+    """Twenty steps of a model as it is, or under a plan: the peak, and every step's loss and parameters."""
+    model, args = build(request["model"])
+    found = train(Request(request["model"], request["file"], STEPS, "adamw", in_backward=True), model, args, {})
+    yield {"peak": found.peak, "losses": found.losses, "parameters": found.gradients, "seconds": found.seconds}
+
+
+def time_all(request: Row) -> Iterator[Row]:
+    """Seconds of steps of all plans and of eager, in turn."""
+    arms = {}
+    for name, file in {"eager": None, **request["files"]}.items():
+        torch.manual_seed(0)
+        model, args = build(request["model"])
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+        called = model if file is None else load(file).apply(model, optimizer=optimizer)
+        arms[name] = called, args, optimizer
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    for number in range(request["rounds"] + 1):
+        for name, (called, args, optimizer) in arms.items():
+            torch.manual_seed(number)
+            began = time.perf_counter()
+            loss = called(*args)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            loss.item()
+            if number:
+                seconds[name].append(time.perf_counter() - began)
+    yield {"seconds": seconds}
+
+
+def measure(results: Results, name: str, options: argparse.Namespace) -> None:
+    """Everything about one model that is missing."""
+    if results.last(model=name, label="floors") is None:
+        say(f"{name}: planning")
+        request: Row = {"task": "plan", "model": name, "folder": str(options.out / "plans" / "state"),
+                        "points": options.points, "time_limit": options.time_limit}  # fmt: skip
+        for row in ask("state", request, returning=True, timeout=8 * options.timeout):
+            results.add({"task": "plan", "model": name} | row)
+    plans = [row for row in results.all(task="plan", model=name) if "file" in row]
+    for row in [{"schedule": "eager", "file": None}, *plans]:
+        if results.last(task="train", model=name, schedule=row["schedule"]) is None:
+            say(f"{name}: training, {row['schedule']}")
+            request = {"task": "train", "model": name, "file": row["file"]}
+            for found in ask("state", request, returning=True, timeout=options.timeout):
+                results.add({"task": "train", "model": name, "schedule": row["schedule"]} | found)
+    if options.rounds and plans and results.last(task="time", model=name) is None:
+        say(f"{name}: {options.rounds} rounds")
+        request = {"task": "time", "model": name, "files": {row["schedule"]: row["file"] for row in plans},
+                   "rounds": options.rounds}  # fmt: skip
+        for row in ask("state", request, timeout=options.timeout):
+            results.add({"task": "time", "model": name} | row)
+
+
+def render(results: Results, path: Path) -> None:
+    """Write the markdown file."""
+    lines = header("Updates in backward, parameters and AdamW's state in memory or on a disk", results)
+    lines += [
+        "Written by `python -m memplan.benchmarks.state`. Sizes are MiB, physical, everything counted: parameters, AdamW's"
+    ]
+    lines += [
+        "state, gradients, activations. Times are over eager's, with AdamW's step after the backward pass. *On disk*: bytes"
+    ]
+    lines += [f"of parameters and state that are there between their uses. *Bits*: {STEPS} losses, and the parameters after"]
+    lines += [f"each of {STEPS} steps, are those of `torch.optim.AdamW` after eager's backward pass.", ""]
+    for name in dict.fromkeys(row["model"] for row in results.all(task="plan")):
+        found = results.last(model=name, label="floors")
+        if found is None:
+            continue
+        eager = results.last(task="train", model=name, schedule="eager") or {}
+        lines += [f"## {name}", ""]
+        lines += [f"Unplanned {mib(found['unplanned'])} predicted, {mib(eager.get('peak'))} measured, of which"]
+        lines += [f"{mib(found['resident'])} are parameters, state and inputs. Smallest: {mib(found['in memory'])} with all of"]
+        lines += [f"them in memory, {mib(found['on disk'])} with a disk.", ""]
+        heads = ("budget", "of unplanned", "on disk", "moved out", "moved in", "predicted", "measured", "off by", "gap",
+                 "measured total", "fits", "bits")  # fmt: skip
+        seconds = (results.last(task="time", model=name) or {}).get("seconds", {})
+        rows = []
+        for row in results.all(task="plan", model=name):
+            if "point" not in row:
+                continue
+            if "file" not in row:
+                rows.append((mib(row["budget"]), f"{row['budget'] / found['unplanned']:.0%}", *["-"] * 8, "no plan", "-"))
+                continue
+            done = results.last(task="train", model=name, schedule=row["schedule"])
+            predicted, measured = row["time"] / row["unplanned_time"], paired_ratio(seconds, row["schedule"], "eager")
+            moved = [sum(size for link, size in row["moved"].items() if link.startswith(way)) for way in ("device", "disk")]
+            rows.append((
+                mib(row["budget"]), f"{row['budget'] / found['unplanned']:.0%}", mib(row.get("homes")), *map(mib, moved),
+                ratio(predicted), ratio(measured), "-" if measured is None else f"{measured / predicted - 1:+.1%}",
+                f"{row['gap']:.1%}", mib(done["peak"] if done else None),
+                verdict(done["peak"] <= row["budget"] * SLACK[0] + SLACK[1] if done else None),
+                verdict(all(done[part] == eager[part] for part in ("losses", "parameters")) if done and eager else None),
+            ))  # fmt: skip
+        lines += markdown(heads, rows)
+        if seconds:
+            lines += [f"Eager's step took {statistics.median(seconds['eager']):.3f} s.", ""]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines).rstrip() + "\n")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(FIVE), metavar="NAME", help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--points", type=int, default=5, help="budgets")
+    parser.add_argument("--rounds", type=int, default=5, help="of the comparison of times; 0: no times")
+    parser.add_argument("--time-limit", type=float, default=60.0, help="seconds of planning for each, at most")
+    parser.add_argument("--timeout", type=float, default=900.0, help="seconds for each process")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of state.jsonl and state.md")
+    parser.add_argument("--quick", action="store_true", help="a smoke test: one tiny model, results/quick")
+    parser.add_argument("--fresh", action="store_true", help="forget what was measured of these models")
+    parser.add_argument("--render", action="store_true", help="only write the table")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        return answer(serve)
+    if options.quick:
+        options.models, options.rounds, options.points = ["gpt2:tiny"], 2, 3
+        options.time_limit, options.out = min(options.time_limit, 10.0), options.out / "quick"
+    results = Results(options.out / "state.jsonl")
+    if not options.render:
+        for name in options.models if options.fresh else ():
+            results.drop(model=name)
+        note_machine(results)
+        for name in options.models:
+            measure(results, name, options)
+            render(results, options.out / "state.md")
+    render(results, options.out / "state.md")
+    print(options.out / "state.md")
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""Parameters and optimizer state at home on a disk: the bits of a step that has them all in memory."""
+
+import copy
+import errno
+import os
+from functools import cache
+from itertools import pairwise
+
+import memplan
+import pytest
+import torch
+from memplan.backends import spacefile
+from memplan.backends.homes import bring_back, is_empty
+from memplan.passes.homes import Homes
+from memplan.planner.api import Session
+from memplan.planner.machine import Link, Machine, Tier, Unit
+from memplan.planner.program import Kind
+from torch import nn
+
+WIDTH = 160  # a weight of 100 KiB: what is smaller stays
+MACHINE = Machine(
+    "tiered", "cpu",
+    (Tier("device", 1 << 34, 1e10, alignment=64), Tier("disk", 1 << 34, 1e10, alignment=64)),
+    (Unit("cores", "device", {"default": 1e9}),),
+    (Link("device", "disk", 1e9), Link("disk", "device", 1e9)),
+)  # fmt: skip
+X = torch.randn(4, WIDTH)
+ALLOW = ("recompute", "reorder", "offload")
+OPTIMIZERS = {
+    "adamw": lambda values: torch.optim.AdamW(values, lr=1e-3),
+    "adam, amsgrad": lambda values: torch.optim.Adam(values, lr=1e-3, amsgrad=True),
+    "sgd, momentum": lambda values: torch.optim.SGD(values, lr=1e-3, momentum=0.9),
+}
+
+
+@pytest.fixture(autouse=True)
+def offload_here(tmp_path, monkeypatch):
+    """Files lie where the test looks; nothing is left there."""
+    monkeypatch.setenv("MEMPLAN_OFFLOAD", str(tmp_path / "offload"))
+    monkeypatch.setattr(spacefile, "IN_MEMORY", set())
+    yield
+    assert not (tmp_path / "offload").is_dir() or not os.listdir(tmp_path / "offload")
+
+
+def net() -> nn.Module:
+    """Layers of which the last has the first one's weight."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(*(each for _ in range(4) for each in (nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Dropout(0.1))))
+    layers.append(nn.Linear(WIDTH, WIDTH))
+    layers[-1].weight = layers[0].weight
+    return layers
+
+
+def total(out):
+    """The loss."""
+    return (out * out).sum()
+
+
+@cache
+def planned_for(name: str, more: int) -> memplan.Plan:
+    """A plan for the fewest bytes that will do, and some more."""
+    model = net()
+    optimizer = OPTIMIZERS[name]([*model.parameters()])
+    session = Session(
+        model, (X,), allow=ALLOW, loss=total, optimizer=optimizer, optimizer_in_backward=True, machine=MACHINE, time_limit=2.0
+    )
+    return session.plan(session.ladder.floor + more)
+
+
+def made(name: str = "adamw", more: int = 0):
+    """A model with its optimizer, the same planned and with another optimizer, and the plan."""
+    one, two = net(), net()
+    plain, apart = OPTIMIZERS[name]([*one.parameters()]), OPTIMIZERS[name]([*two.parameters()])
+    plan = planned_for(name, more)
+    return one, plain, plan.apply(two, optimizer=apart), apart, plan
+
+
+def train(model, optimizer, steps=3, first=0):
+    """Losses of some steps."""
+    losses = []
+    for number in range(first, first + steps):
+        torch.manual_seed(number)
+        loss = total(model(X))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def bits(thing) -> list:
+    """All there is in a `state_dict`."""
+    leaves, _ = torch.utils._pytree.tree_flatten_with_path(thing.state_dict())
+    return sorted((str(path), torch.as_tensor(leaf).tolist()) for path, leaf in leaves if leaf is not None)
+
+
+def absent(model, optimizer) -> int:
+    """Parameters and states that have no memory now."""
+    kept = [each for state in optimizer.state.values() for each in state.values() if isinstance(each, torch.Tensor)]
+    return sum(is_empty(value) for value in (*model.parameters(), *kept))
+
+
+@pytest.mark.parametrize(("name", "more"), [*((name, 0) for name in OPTIMIZERS), ("adamw", 500_000)])
+def test_twenty_steps_end_at_the_same_bits(name, more):
+    """Where the budget is less than the parameters and their state; and with some of them there."""
+    one, plain, planned, apart, plan = made(name, more)
+    resident = plan.program.resident_bytes
+    assert plan.peak < resident
+    assert train(one, plain, 20) == train(planned, apart, 20)
+    homes = {buffer for buffer, _ in plan.schedule.homes}
+    assert absent(planned, apart) == len(homes) > 0
+    assert bits(one) == bits(planned)
+    assert bits(plain) == bits(apart)
+    assert absent(planned, apart) == 0  # for `state_dict` has brought them back
+    assert train(one, plain, 2) == train(planned, apart, 2)
+    assert absent(planned, apart) == len(homes)
+
+
+def test_what_is_loaded_counts():
+    """State dicts loaded in the middle of training, into the model and the optimizer."""
+    one, plain, planned, apart, _ = made()
+    train(one, plain)
+    train(planned, apart, 1)
+    planned.load_state_dict(copy.deepcopy(one.state_dict()))
+    apart.load_state_dict(copy.deepcopy(plain.state_dict()))
+    assert train(one, plain) == train(planned, apart)
+    assert bits(one) == bits(planned)
+
+
+def test_an_evaluation_and_a_dropped_step_find_everything():
+    """Without gradients the model itself runs, on parameters that are back; a forward pass alone changes none."""
+    one, plain, planned, apart, _ = made()
+    assert train(one, plain) == train(planned, apart)
+    torch.manual_seed(5)
+    planned(X)
+    with torch.no_grad():
+        torch.manual_seed(9)
+        wanted = one(X)
+        torch.manual_seed(9)
+        assert torch.equal(planned(X), wanted)
+    assert train(one, plain, 2, 10) == train(planned, apart, 2, 10)
+    bring_back(planned.parameters())
+    assert all(torch.equal(x, y) for x, y in zip(one.parameters(), planned.parameters(), strict=True))
+
+
+def test_a_plan_may_be_applied_again():
+    """The second planned module finds what the first one has at home, and the first what the second has."""
+    one, plain, first, apart, plan = made()
+    assert train(one, plain, 2) == train(first, apart, 2)
+    second = plan.apply(model_of(first), optimizer=apart)
+    assert train(one, plain, 2) == train(second, apart, 2)
+    assert train(one, plain, 2) == train(first, apart, 2)
+    assert bits(one) == bits(second)
+
+
+def model_of(planned):
+    """The module again as it was before it was planned."""
+    model = copy.copy(planned)
+    del model.__dict__["forward"]
+    return model
+
+
+def test_parameters_are_streamed_through_an_inference():
+    """A model of more bytes than the device holds gives its own outputs."""
+    model = net().eval()
+    with torch.no_grad():
+        wanted = model(X)
+    options = {"train": False, "machine": MACHINE, "allow": ALLOW, "time_limit": 2.0}
+    session = Session(model, (X,), **options)
+    plan = session.plan(session.ladder.floor)
+    weights = sum(buffer.bytes for buffer in plan.program.buffers if buffer.kind is Kind.PARAMETER)
+    assert plan.peak < 0.7 * weights
+    planned = plan.apply(model)
+    with torch.no_grad():
+        assert torch.equal(planned(X), wanted)
+        assert torch.equal(planned(X), wanted)
+    assert any(is_empty(value) for value in model.parameters())
+    assert bits(model) == bits(net())
+
+
+@pytest.mark.parametrize("call", ["pwrite", "preadv"])
+def test_a_fault_of_the_disk_says_what_has_been_updated(call, monkeypatch):
+    """One clear error; it does not hang, and later steps do not go on as if nothing had been."""
+    one, plain, planned, apart, _ = made()
+    assert train(one, plain, 2) == train(planned, apart, 2)
+    calls, real = [], getattr(os, call)
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) > (6 if call == "preadv" else 1):
+            raise OSError(errno.EIO, "Input/output error")
+        return real(*args)
+
+    monkeypatch.setattr(os, call, failing)
+    with pytest.raises(memplan.MemplanError, match=r"Input/output error|updated \d+ of"):
+        train(planned, apart, 2)
+    with pytest.raises(memplan.MemplanError, match="Input/output error"):
+        train(planned, apart, 1)
+
+
+def test_only_what_the_step_itself_updates_leaves_the_device():
+    """Without updates in backward the caller's optimizer needs parameters and state where they are."""
+    options = {"loss": total, "machine": MACHINE, "allow": ALLOW, "time_limit": 2.0}
+    plan = memplan.plan(net(), None, (X,), optimizer="adamw", **options)
+    assert Homes()(plan.program) == [()]
+    plan = memplan.plan(net(), None, (X,), optimizer="adamw", optimizer_in_backward=True, **options)
+    sets = Homes()(plan.program)
+    assert [set(less) < set(more) for less, more in pairwise(sets)] == [True] * 4
+    kinds = [{plan.program.buffers[buffer].kind for buffer in homes} for homes in sets]
+    assert kinds == [set(), {Kind.STATE}, {Kind.STATE}, {Kind.STATE, Kind.PARAMETER}, {Kind.STATE, Kind.PARAMETER}]
+
+
+def test_homes_without_room_are_refused():
+    """`host_budget` limits them as well."""
+    options = {"loss": total, "optimizer": "adamw", "optimizer_in_backward": True, "machine": MACHINE, "time_limit": 2.0}
+    least = planned_for("adamw", 0).minimum
+    with pytest.raises(memplan.BudgetError) as caught:
+        memplan.plan(net(), least, (X,), allow=ALLOW, host_budget="300KiB", **options)
+    assert caught.value.minimum > least + 500_000
+
+
+def test_a_planned_model_that_moves_its_parameters_is_not_copied():
+    """Its code names them."""
+    *_, planned, _, _ = made()
+    with pytest.raises(memplan.MemplanError, match="cannot be copied"):
+        copy.deepcopy(planned)
