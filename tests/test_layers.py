@@ -23,6 +23,7 @@ STOREYS = {
     "passes": 2,
     "planner.pipeline": 3,
     "planner.addresses": 3,
+    "planner.ladder": 3,
     "backends": 4,
     "planner.api": 5,
     "planner.models": 3,  # builds models by name for the command line and its trials; knows no plan
