@@ -19,6 +19,9 @@ Pieces share one budget, kept in a `Ledger` (see there for the rule) that belong
     second step and later       all pieces are known: between their least and their most, by one common share, the
                                 largest found that satisfies the rule
 
+With "offload" among the option `allow`, and inner="eager", activations may also lie in the tiers behind the device; each
+piece has space of its own there.
+
 A run that cannot be made to fit raises `BudgetError` naming the piece, and the pieces before it take as little as they
 can from then on. Guaranteed, for inner="eager": the referee's peak of each run, plus what it knows the others to hold,
 is within the budget. Not known here, and not counted: parameters that no piece has seen yet, optimizer state, gradients
@@ -43,6 +46,7 @@ from torch import _guards, fx, nn
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..planner.cost import Table, apply_costs
 from ..planner.errors import BudgetError, MemplanError
@@ -54,7 +58,7 @@ from ..planner.program import Program
 from ..planner.units import parse_bytes, show_bytes
 from .codegen import Generated, generate
 from .ledger import Ledger, Options, Room, Visit, burden, held_bytes, ledger_of, left_bytes, small_schedules, storages
-from .partition import Argument, Joint, describe, emit, pack, unpack
+from .partition import Argument, Joint, describe, emit, pack, token_of, unpack, visits_of
 
 EVAL_FRAME = os.path.join("torch", "_dynamo", "eval_frame.py")
 NOT_USERS = tuple(str(Path(file).resolve().parent) + os.sep for file in (str(torch.__file__), __file__))
@@ -335,9 +339,18 @@ class _Compilation:
         if self.known is not None and self.known.program.digest == program.digest:
             planner = self.known
         else:
-            planner = Planner(program, self.machine, seed=piece.ledger.options.seed)
+            levers = piece.ledger.options.levers
+            planner = Planner(
+                program,
+                self.machine,
+                recompute="recompute" in levers,
+                reorder="reorder" in levers,
+                offload="offload" in levers,
+                seed=piece.ledger.options.seed,
+            )
         side = self.choose(planner)
-        self.generated = generate(self.joint.traced, side.schedule)
+        with _disable_current_modes():  # space in other tiers is real
+            self.generated = generate(self.joint.traced, side.schedule, self.machine)
         self.code = Code(planner, side, side, no_code)
 
     def partition(
@@ -348,7 +361,7 @@ class _Compilation:
         assert self.joint is not None
         assert self.code is not None
         assert self.generated is not None
-        return emit(self.joint, self.code.side.schedule, self.generated)
+        return emit(self.joint, self.code.side.schedule, self.generated, self.machine)
 
     def compile_forward(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """The forward pass: a list of inputs, which is emptied, to outputs and what is saved."""
@@ -385,6 +398,7 @@ class _Compilation:
         assert self.generated is not None
         assert self.joint is not None
         code, returns = self.generated, self.joint.returns
+        plain, ends = len(code.saved), len(code.saved) + code.states
         positions = iter(range(len(code.arguments)))
         fixed = [(None if source.kind == "constant" else next(positions), source.value) for source in code.arguments]
 
@@ -395,7 +409,8 @@ class _Compilation:
                 made, saved = code.forward(given)
             tensors = iter(made)
             outputs = [next(tensors) if isinstance(value, fx.Node) else value for value in returns]
-            return [*outputs, *saved[: len(code.saved)], *(pack(state) for state in saved[len(code.saved) :])]
+            states, visits = saved[plain:ends], saved[ends:]
+            return [*outputs, *saved[:plain], *(pack(state) for state in states), *([token_of(visits)] if visits else [])]
 
         return forward
 
@@ -409,8 +424,9 @@ class _Compilation:
         plain, ends = len(code.saved), len(code.saved) + code.states
 
         def backward(args: list[Any]) -> list[Any]:
-            saved: list[Any] = [*args[:plain], *(unpack(state) for state in args[plain:ends])]
-            tangents = args[ends:]
+            visits = visits_of(args[ends]) if code.tiers else []
+            saved: list[Any] = [*args[:plain], *(unpack(state) for state in args[plain:ends]), *visits]
+            tangents = args[ends + bool(code.tiers) :]
             args.clear()
             with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
                 found = code.backward(saved, tangents)

@@ -27,7 +27,7 @@ from ..planner.pipeline import Planner
 from ..planner.plan import Side, unlimited
 from ..planner.program import Phase, Program
 from ..planner.referee import referee
-from ..planner.schedule import Free, Run, Schedule
+from ..planner.schedule import Free, Run, Schedule, Start, check_levers
 from ..planner.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         inner: what compiles the planned graphs.
         time_limit: seconds for planning one piece, at most.
         seed: of the search.
+        allow: as in `memplan.plan`.
     """
 
     budget: int | float | str | None = None
@@ -52,6 +53,12 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     inner: Literal["eager", "inductor"] = "eager"
     time_limit: float = 60.0
     seed: int = 0
+    allow: tuple[str, ...] | None = None
+
+    @property
+    def levers(self) -> set[str]:
+        """What the plans may do."""
+        return check_levers(self.allow)
 
 
 _ledgers: dict[int, "Ledger"] = {}
@@ -83,6 +90,11 @@ def read_options(options: Mapping[str, Any] | None) -> Options:
     if given.get("budget") is not None:
         parse_bytes(given["budget"], of=1 << 40)
     named_machine(given.get("machine"))
+    if isinstance(given.get("allow"), str):
+        given["allow"] = (given["allow"],)
+    levers = check_levers(given.get("allow"))
+    if "offload" in levers and given.get("inner") == "inductor":
+        raise MemplanError("inner='inductor' moves no values to other tiers: leave 'offload' out of allow, or take 'eager'")
     if given.get("inner", "eager") not in ("eager", "inductor"):
         raise MemplanError(f"inner={given['inner']!r}: it is 'eager' or 'inductor'")
     try:
@@ -155,7 +167,8 @@ class Ledger:
     def machine(self, device: str) -> Machine:
         """The machine planned for."""
         if device not in self.machines:
-            self.machines[device] = named_machine(self.options.machine) or local_machine(device)
+            offload = "offload" in self.options.levers
+            self.machines[device] = named_machine(self.options.machine) or local_machine(device, offload=offload)
         return self.machines[device]
 
     def budget(self, machine: Machine) -> int | None:
@@ -229,16 +242,19 @@ def is_percentage(budget: Any) -> bool:
 
 def held_bytes(program: Program, schedule: Schedule) -> int:
     """Bytes of its own that a step holds while other pieces run: after its forward pass, or after its backward pass."""
-    live, most = 0, 0
+    here: set[int] = set()
+    most: set[int] = set()
     for step in schedule.instructions:
         if isinstance(step, Run):
             if program.ops[step.op].phase is Phase.LOSS:
-                most = live
-            live += sum(program.buffers[buffer].bytes for buffer in step.keep)
-            live -= sum(program.buffers[old].bytes for _, old in step.reuse)
-        elif isinstance(step, Free):
-            live -= program.buffers[step.buffer].bytes
-    return max(most, live)
+                most = set(here)
+            here |= set(step.keep)
+            here -= {old for _, old in step.reuse}
+        elif isinstance(step, Start):
+            here.add(step.buffer)  # a copy out is of what is here
+        elif isinstance(step, Free) and step.tier == 0:
+            here.discard(step.buffer)
+    return max(sum(program.buffers[buffer].bytes for buffer in held) for held in (most, here))
 
 
 def small_schedules(planner: Planner) -> list[Side]:
@@ -248,6 +264,8 @@ def small_schedules(planner: Planner) -> list[Side]:
     there is the schedule that saves only what it must and computes the rest a second time.
     """
     if planner.program.boundary == len(planner.program.ops):
+        return [planner.kept, planner.floor]
+    if not planner.recompute:
         return [planner.kept, planner.floor]
     schedule = Liveness()(planner.program, replayed(planner.program))
     again = Side(planner.program, schedule, referee(planner.program, unlimited(planner.machine), schedule))

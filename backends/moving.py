@@ -9,6 +9,7 @@ v3 = blank_v3(); t1.start(5, t1.get(4096, v3))
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..passes.addresses import find_lives, requests_of
@@ -29,7 +30,7 @@ def places_of(program: Program, machine: Machine, schedule: Schedule) -> tuple[d
     They are the schedule's own addresses where it has them.
     """
     offsets: dict[tuple[int, int], int] = {(p.buffer, p.tier): p.offset for p in schedule.placements if p.tier}
-    size = torch.tensor([buffer.bytes for buffer in program.buffers]).numpy()
+    size = np.array([buffer.bytes for buffer in program.buffers], np.int64)
     if any(isinstance(step, Start) for step in schedule.instructions) and not schedule.placements:
         lives = [life for life in find_lives(program, machine, schedule) if life.tier]
         for tier in sorted({life.tier for life in lives}):

@@ -27,8 +27,9 @@ from torch._functorch._aot_autograd.descriptors import (
 )
 
 from ..planner.graph import Traced, is_call, is_pick, lower
+from ..planner.machine import Machine
 from ..planner.program import Phase
-from ..planner.schedule import Free, Run, Schedule
+from ..planner.schedule import Free, Run, Schedule, Start
 from .codegen import Generated, get_state
 
 
@@ -137,6 +138,7 @@ class _Emitter:
     """One graph under construction, and which nodes of the joint graph have a value at this point."""
 
     joint: Joint
+    machine: Machine
     graph: fx.Graph = field(default_factory=fx.Graph)
     alive: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
@@ -151,8 +153,12 @@ class _Emitter:
 
     def instruction(self, step: Any) -> None:
         """Carry out one instruction of a schedule."""
-        if isinstance(step, Free):
+        if isinstance(step, Free) and step.tier == 0:
             self.drop(step.buffer)
+        elif isinstance(step, Start) and self.machine.tier_index(self.machine.links[step.link].target) == 0:
+            node = self.joint.traced.base[step.buffer]
+            self.alive[node] = self.graph.call_function(fetched, ())
+            self.alive[node].meta = {key: value for key, value in node.meta.items() if key != "desc"}
         elif isinstance(step, Run) and (node := self.joint.traced.nodes[step.op]) is not None:
             self.call(step, node)
 
@@ -194,7 +200,7 @@ class _Emitter:
         return fx.GraphModule(self.joint.graph, self.graph)
 
 
-def emit(joint: Joint, schedule: Schedule, code: Generated) -> tuple[fx.GraphModule, fx.GraphModule]:
+def emit(joint: Joint, schedule: Schedule, code: Generated, machine: Machine) -> tuple[fx.GraphModule, fx.GraphModule]:
     """The forward and the backward graph of a schedule.
 
     They save what the generated code saves, in the same order, so that either can stand for the other.
@@ -203,6 +209,7 @@ def emit(joint: Joint, schedule: Schedule, code: Generated) -> tuple[fx.GraphMod
         joint: what the schedule belongs to.
         schedule: with a loss, which is where the forward pass ends.
         code: generated from the same schedule.
+        machine: whose links the schedule names.
     """
     traced = joint.traced
     steps = schedule.instructions
@@ -210,7 +217,7 @@ def emit(joint: Joint, schedule: Schedule, code: Generated) -> tuple[fx.GraphMod
                if isinstance(step, Run) and traced.program.ops[step.op].phase is Phase.LOSS)  # fmt: skip
     tangents = [node for node, source in traced.sources.items() if source.kind == "tangent"]
     primals = [node for node in traced.sources if node.op == "placeholder" and node not in set(tangents)]
-    first = _Emitter(joint)
+    first = _Emitter(joint, machine)
     for node in traced.sources:
         if node not in set(tangents):
             first.source(node)
@@ -218,12 +225,14 @@ def emit(joint: Joint, schedule: Schedule, code: Generated) -> tuple[fx.GraphMod
         first.instruction(step)
     returned = [first.read(value) if isinstance(value, fx.Node) else value for value in joint.returns]
     saved = [first.read(node) for node in code.saved]
-    states = [state_node(first.graph, joint) for _ in range(code.states)]
+    size = sum(state.numel() for state in get_state())
+    states = [stand_in(first.graph, joint, packed_state, size) for _ in range(code.states)]
+    states += [stand_in(first.graph, joint, token_of, 0)] if code.tiers else []
     descs = [PlainAOTOutput(idx=index) for index in range(len(returned))]
     kept = [SavedForBackwardsAOTOutput(idx=index) for index in range(len(saved) + len(states))]
     forward = first.finish([*returned, *saved, *states], [*descs, *kept])
 
-    second = _Emitter(joint)
+    second = _Emitter(joint, machine)
     for node in code.saved:
         second.alive[node] = placed = second.graph.placeholder(node.name)
         placed.meta = {key: value for key, value in node.meta.items() if key != "desc"}
@@ -238,10 +247,9 @@ def emit(joint: Joint, schedule: Schedule, code: Generated) -> tuple[fx.GraphMod
     return forward, backward
 
 
-def state_node(graph: fx.Graph, joint: Joint) -> fx.Node:
-    """A node that stands for a generator's packed state; only generated code computes it."""
-    node = graph.call_function(packed_state, ())
-    size = sum(state.numel() for state in get_state())
+def stand_in(graph: fx.Graph, joint: Joint, target: Any, size: int) -> fx.Node:
+    """A node that stands for bytes that only generated code computes: a generator's packed state, or a step's visits."""
+    node = graph.call_function(target, ())
     like = next(known for known in joint.traced.owner if known.op == "placeholder").meta["val"]
     node.meta["val"] = like.new_empty(size, dtype=torch.uint8, device="cpu")
     return node
@@ -250,6 +258,23 @@ def state_node(graph: fx.Graph, joint: Joint) -> fx.Node:
 def packed_state() -> torch.Tensor:
     """The generators' states as one tensor of bytes, which autograd can save."""
     return pack(get_state())
+
+
+def fetched() -> torch.Tensor:
+    """What comes from another tier; only generated code copies it."""
+    raise AssertionError("the graph of a schedule with copies is not run")
+
+
+def token_of(visits: Sequence[Any] = ()) -> torch.Tensor:
+    """An empty tensor, which autograd can save, with a step's visits to the tiers: they end when it is dropped."""
+    token = torch.empty(0, dtype=torch.uint8)
+    token.memplan_visits = list(visits)  # type: ignore[attr-defined]
+    return token
+
+
+def visits_of(token: torch.Tensor) -> list[Any]:
+    """The visits that `token_of` put away."""
+    return token.memplan_visits  # type: ignore[attr-defined]
 
 
 def pack(states: list[torch.Tensor]) -> torch.Tensor:

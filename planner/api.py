@@ -17,7 +17,7 @@ from .machine import Machine, named_machine
 from .pipeline import Answer, Planner
 from .plan import Plan, PlanBody, Recipe, Side, assemble, unlimited
 from .referee import referee
-from .schedule import LEVERS
+from .schedule import check_levers
 from .units import parse_bytes
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from .capture import Captured
 
-EXISTING = ("reorder", "recompute")
 PLACINGS = 8  # plans made to find one that fits with its arena
 Progress = Callable[[str, float], None]
 
@@ -299,21 +298,6 @@ def traced_device(machine: Machine | None) -> str | None:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def check_levers(allow: Iterable[str] | None) -> set[str]:
-    """The levers that may be used.
-
-    Raises:
-        MemplanError: a name that is no lever. Those that do not exist yet change nothing.
-    """
-    if allow is None:
-        return set(EXISTING)
-    levers = {allow} if isinstance(allow, str) else set(allow)
-    unknown = levers - set(LEVERS)
-    if unknown:
-        raise MemplanError(f"allow={sorted(unknown)[0]!r}: the levers are {', '.join(LEVERS)}")
-    return levers
 
 
 __all__ = ["MachineError", "Session", "plan", "sweep"]

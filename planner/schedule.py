@@ -7,11 +7,30 @@ Running an op a second time is rematerialisation; nothing else marks it. What an
 once, in the referee.
 """
 
+from collections.abc import Iterable
 from typing import Literal
 
 import msgspec
 
+from .errors import MemplanError
+
 LEVERS = ("reorder", "recompute", "offload", "tile")  # what a plan may do to a step
+DEFAULT = ("reorder", "recompute")  # unless somebody asks for others
+
+
+def check_levers(allow: Iterable[str] | None) -> set[str]:
+    """The levers that may be used.
+
+    Raises:
+        MemplanError: a name that is no lever. Those that do not exist yet change nothing.
+    """
+    if allow is None:
+        return set(DEFAULT)
+    levers = {allow} if isinstance(allow, str) else set(allow)
+    unknown = levers - set(LEVERS)
+    if unknown:
+        raise MemplanError(f"allow={sorted(unknown)[0]!r}: the levers are {', '.join(LEVERS)}")
+    return levers
 
 
 class Run(msgspec.Struct, frozen=True, tag="run", array_like=True):

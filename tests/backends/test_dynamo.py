@@ -1,16 +1,18 @@
 """The `torch.compile` door: eager's numbers, plans that are carried out, one budget for all pieces."""
 
 import copy
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from memplan.backends import dynamo, ledger
+from memplan.backends import dynamo, ledger, spacefile
+from memplan.backends.filetier import FileTier
 from memplan.backends.ledger import Ledger, Visit
 from memplan.planner.errors import BudgetError, MemplanError
-from memplan.planner.machine import Machine, Tier, Unit
+from memplan.planner.machine import Link, Machine, Tier, Unit
 from memplan.planner.schedule import Run
 from torch import nn
 from torch.nn import functional
@@ -293,6 +295,8 @@ def test_a_budget_that_cannot_be_met(breaks: bool) -> None:
         ({"machine": 3}, "machine=3"),
         ({"time_limit": "long"}, "time_limit"),
         ({"time_limit": 0}, "time_limit"),
+        ({"allow": "everything"}, "levers are"),
+        ({"allow": ["offload"], "inner": "inductor"}, "moves no values"),
     ],
 )
 def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:
@@ -364,3 +368,38 @@ def test_inductor_inside() -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     (code,) = pieces_of(called)
     assert code.side.report.repeated > 0
+
+
+@pytest.fixture
+def disk(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """A machine with a disk, whose files lie where the test looks."""
+    monkeypatch.setenv("MEMPLAN_OFFLOAD", str(tmp_path / "offload"))
+    monkeypatch.setattr(spacefile, "IN_MEMORY", set())
+    tiers = (Tier("device", 1 << 34, 1e10, alignment=64), Tier("disk", 1 << 34, 1e10, alignment=64))
+    links = (Link("device", "disk", 1e9), Link("disk", "device", 1e9))
+    return Machine("tiered", "cpu", tiers, MACHINE.units, links)
+
+
+@pytest.mark.parametrize("allow", [("offload",), ("recompute", "reorder", "offload")])
+@pytest.mark.parametrize("breaks", [False, True])
+def test_pieces_move_what_they_save(disk: Machine, breaks: bool, allow: tuple[str, ...]) -> None:
+    """Eager's numbers, with activations on a disk, in one piece or two, generator states among what is saved."""
+    model = Gpt(breaks=breaks)
+    reference = compiled(copy.deepcopy(model), machine=disk)
+    reference(IDS).backward()
+    most = max(code.side.peak for code in pieces_of(reference))
+    called = assert_same(model, IDS, IDS, IDS, machine=disk, allow=allow, budget=int(0.6 * most) if not breaks else "70%")
+    assert sum(sum(code.side.report.moved) for code in pieces_of(called)) > 0
+
+
+def test_a_step_without_backward_gives_its_space_back(disk: Machine) -> None:
+    """Dropped outputs end their visits; nothing piles up over steps."""
+    model = Gpt()
+    called = compiled(model, machine=disk, allow="offload", budget="70%")
+    for _ in range(4):
+        called(IDS)
+    called(IDS).backward()
+    (code,) = pieces_of(called)
+    assert sum(code.side.report.moved) > 0
+    tiers = [value for value in gc.get_objects() if type(value) is FileTier]
+    assert sum(len(tier.spaces) for tier in tiers) <= len(tiers) + 1
