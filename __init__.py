@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from memplan.backends.homes import bring_back as bring_back
     from memplan.planner.api import plan as plan
     from memplan.planner.errors import BudgetError as BudgetError
     from memplan.planner.errors import CaptureError as CaptureError
@@ -20,20 +21,21 @@ if TYPE_CHECKING:
 
 # name -> module that defines it; loaded on first use, so that `import memplan.solvers` does not import torch
 _FACE = {
-    "plan": "api",
-    "Plan": "plan",
-    "load": "plan",
-    "Machine": "machine",
-    "load_machine": "machine",
-    "Program": "program",
-    "Schedule": "schedule",
-    "referee": "referee",
-    "MemplanError": "errors",
-    "BudgetError": "errors",
-    "CaptureError": "errors",
-    "InvalidSchedule": "errors",
-    "MachineError": "errors",
-    "PlanMismatch": "errors",
+    "plan": "planner.api",
+    "Plan": "planner.plan",
+    "load": "planner.plan",
+    "Machine": "planner.machine",
+    "load_machine": "planner.machine",
+    "Program": "planner.program",
+    "Schedule": "planner.schedule",
+    "referee": "planner.referee",
+    "bring_back": "backends.homes",
+    "MemplanError": "planner.errors",
+    "BudgetError": "planner.errors",
+    "CaptureError": "planner.errors",
+    "InvalidSchedule": "planner.errors",
+    "MachineError": "planner.errors",
+    "PlanMismatch": "planner.errors",
 }
 __all__ = sorted(_FACE)
 __version__ = "0.1.0"
@@ -44,4 +46,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'memplan' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"memplan.planner.{_FACE[name]}"), name)
+    return getattr(import_module(f"memplan.{_FACE[name]}"), name)

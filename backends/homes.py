@@ -5,6 +5,7 @@ shape and no memory. `state_dict` of the model or the optimizer brings everythin
 next planned step sends it home again. `bring_back` does it on demand.
 """
 
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,12 +13,13 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..planner.errors import MemplanError
 from ..planner.graph import Traced
 from ..planner.machine import Machine
 from ..planner.schedule import Schedule
 from .moving import make_tier
 
-HOLDERS: Any = WeakIdKeyDictionary()  # tensor without memory -> the `Homes` that has its contents
+HOLDERS: Any = WeakIdKeyDictionary()  # tensor without memory -> a weak reference to the `Homes` that has its contents
 
 
 class Homes:
@@ -76,7 +78,7 @@ class Homes:
         sent = []
         for buffer in self.tier_of:
             value = self.tensor(buffer)
-            if value is not None and is_empty(value) and HOLDERS.get(value) is not self:
+            if value is not None and is_empty(value) and holder_of(value) is not self:
                 bring_back([value])
             if value is not None and not is_empty(value):
                 self.store(buffer)
@@ -115,7 +117,7 @@ class Homes:
             if not value.untyped_storage().resizable():  # memory of somebody else, a file's mapping or numpy's
                 value.data = value.data.clone()
             value.untyped_storage().resize_(0)
-            HOLDERS[value] = self
+            HOLDERS[value] = weakref.ref(self)
 
     def restore(self) -> None:
         """Bring everything back to the device.
@@ -127,8 +129,7 @@ class Homes:
             value = self.tensor(buffer)
             if value is None:
                 continue
-            holder = HOLDERS.get(value)
-            if is_empty(value) and holder is not None and holder is not self:
+            if is_empty(value) and holder_of(value) is not self:
                 bring_back([value])
             self.fetch(buffer)
             self.wait(buffer)
@@ -140,13 +141,28 @@ def bring_back(tensors: Iterable[torch.Tensor]) -> None:
     Args:
         tensors: parameters of a model, say; those that have their memory are left alone.
     """
-    wanted = {id(value) for value in tensors if is_empty(value)}
-    holders = {id(holder): holder for value, holder in list(HOLDERS.items()) if id(value) in wanted}
+    away = [value for value in tensors if is_empty(value)]
+    wanted = {id(value) for value in away}
+    holders = {id(holder): holder for holder in map(holder_of, away)}
     for holder in holders.values():
         for buffer in holder.tier_of:
             if id(holder.tensor(buffer)) in wanted:
                 holder.fetch(buffer)
                 holder.wait(buffer)
+
+
+def holder_of(value: torch.Tensor) -> Homes:
+    """Who has the contents of a tensor without memory.
+
+    Raises:
+        MemplanError: nobody, for the model and the optimizer that it was planned with are gone.
+    """
+    held = HOLDERS.get(value)
+    holder = held() if held is not None else None
+    if holder is None:
+        raise MemplanError("a parameter's contents are gone with the model that was planned: keep the model, or call "
+                           "memplan.bring_back on its parameters first")  # fmt: skip
+    return holder
 
 
 def is_empty(value: torch.Tensor) -> bool:

@@ -77,7 +77,8 @@ def lives(program: Program, machine: Machine, schedule: Schedule, tier: int = 0)
     end = len(schedule.instructions)
     works_here = [unit.tier == machine.tiers[tier].name for unit in machine.units]
     leads_here = [link.target == machine.tiers[tier].name for link in machine.links]
-    born = {buffer: (0, -1, False) for buffer, op in enumerate(program.producer) if op < 0 and tier == 0}
+    home = dict(schedule.homes)
+    born = {buffer: (0, -1, False) for buffer, op in enumerate(program.producer) if op < 0 and home.get(buffer, 0) == tier}
     done: set[int] = set()
     ended: list[Life] = []
 
@@ -98,7 +99,7 @@ def lives(program: Program, machine: Machine, schedule: Schedule, tier: int = 0)
             done.add(step.op)
         elif isinstance(step, Free) and step.tier == tier:
             close(step.buffer, at + 1)
-        elif isinstance(step, Start) and leads_here[step.link]:
+        elif isinstance(step, Start) and leads_here[step.link] and step.buffer not in born:  # not one that comes home
             born[step.buffer] = (at, at, False)
     for buffer in sorted(born):
         close(buffer, end, final=True)

@@ -408,7 +408,7 @@ def at_peak(program: Program, side: Side) -> list[tuple[str, int]]:
     """What is live at a schedule's peak, largest first: (name, bytes), workspace included."""
     report: Report = side.report
     worst = int(np.argmax(report.timeline))
-    live = {buffer for buffer, op in enumerate(program.producer) if op < 0}
+    live = {buffer for buffer, op in enumerate(program.producer) if op < 0} - dict(side.schedule.homes).keys()
     extra = 0
     for step in side.schedule.instructions[: worst + 1]:
         if isinstance(step, Run):
@@ -417,7 +417,9 @@ def at_peak(program: Program, side: Side) -> list[tuple[str, int]]:
             live |= set(step.keep if done else op.writes)
             live -= {old for _, old in step.reuse}
             extra = op.workspace
-        elif isinstance(step, Free):
+        elif isinstance(step, Start):
+            live.add(step.buffer)  # a copy out is of what is there
+        elif isinstance(step, Free) and step.tier == 0:
             live.discard(step.buffer)
     rows = [(program.buffers[buffer].name, program.buffers[buffer].bytes) for buffer in live]
     return sorted([*rows, ("workspace", extra)], key=lambda row: -row[1])

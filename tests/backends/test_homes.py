@@ -2,15 +2,18 @@
 
 import copy
 import errno
+import gc
 import os
+import weakref
 from functools import cache
 from itertools import pairwise
 
 import memplan
 import pytest
 import torch
+from memplan import bring_back
 from memplan.backends import spacefile
-from memplan.backends.homes import bring_back, is_empty
+from memplan.backends.homes import is_empty
 from memplan.passes.homes import Homes
 from memplan.planner.api import Session
 from memplan.planner.machine import Link, Machine, Tier, Unit
@@ -196,6 +199,24 @@ def test_a_fault_of_the_disk_says_what_has_been_updated(call, monkeypatch):
         train(planned, apart, 2)
     with pytest.raises(memplan.MemplanError, match="Input/output error"):
         train(planned, apart, 1)
+
+
+def test_a_planned_model_is_freed_with_its_files():
+    """Nothing holds parameters, state or files when the last reference goes; a parameter kept alone says what is missing."""
+    _, _, planned, apart, _ = made()
+    train(planned, apart, 1)
+    tensors = [weakref.ref(value) for value in planned.parameters()]
+    kept = next(value for value in planned.parameters() if is_empty(value))
+    files = list(spacefile.FILES)
+    assert files
+    del planned, apart, files
+    gc.collect()
+    with pytest.raises(memplan.MemplanError, match="contents are gone"):
+        bring_back([kept])
+    del kept
+    gc.collect()
+    assert not any(reference() is not None for reference in tensors)
+    assert not [file for file in spacefile.FILES if file.fd >= 0]
 
 
 def test_only_what_the_step_itself_updates_leaves_the_device():
