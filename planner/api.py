@@ -185,7 +185,6 @@ class Session:
         self.planner = Planner(
             program, known, "recompute" in levers, "reorder" in levers, self.offload, seed=seed, progress=progress
         )
-        self.ladder = Ladder(self.planner)
         self.solve_began = time.monotonic() - began
 
     def measure(self, machine: Machine, table: Table, progress: Progress | None) -> None:
@@ -197,6 +196,11 @@ class Session:
                 progress("measuring ops", done / max(total, 1))
 
         calibrate(self.captured.program, machine, table, time_limit=self.time_limit, progress=tell)
+
+    @cached_property
+    def ladder(self) -> Ladder:
+        """Plans steps that no arena holds."""
+        return Ladder(self.planner)
 
     @cached_property
     def static_planner(self) -> Planner:

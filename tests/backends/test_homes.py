@@ -181,6 +181,22 @@ def test_parameters_are_streamed_through_an_inference():
     assert bits(model) == bits(net())
 
 
+def test_memory_that_is_somebody_elses_is_left_to_them():
+    """Weights in an array of numpy's, which cannot be taken away: the step uses a copy, and the array stays as it was."""
+    model = net().eval()
+    arrays = [value.detach().numpy().copy() for value in model.parameters()]
+    for value, array in zip(model.parameters(), arrays, strict=True):
+        value.data = torch.from_numpy(array)
+    with torch.no_grad():
+        wanted = model(X)
+    session = Session(model, (X,), train=False, machine=MACHINE, allow=ALLOW, time_limit=2.0)
+    planned = session.plan(session.ladder.floor).apply(model)
+    with torch.no_grad():
+        assert torch.equal(planned(X), wanted)
+    bring_back(model.parameters())
+    assert all((value.detach().numpy() == array).all() for value, array in zip(model.parameters(), arrays, strict=True))
+
+
 @pytest.mark.parametrize("call", ["pwrite", "preadv"])
 def test_a_fault_of_the_disk_says_what_has_been_updated(call, monkeypatch):
     """One clear error; it does not hang, and later steps do not go on as if nothing had been."""
