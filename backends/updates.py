@@ -23,6 +23,12 @@ class Updates:
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, traced: Traced):
+        """Pair parameters with their settings.
+
+        Raises:
+            PlanMismatch: the optimizer holds other parameters than the one planned for.
+            MemplanError: it, or a parameter, has hooks that would not be called as in an ordinary step.
+        """
         named = dict(model.named_parameters(remove_duplicate=False))
         self.optimizer = optimizer
         self.rows = {op: [named[name] for name, _ in pairs] for op, pairs in traced.updates.items()}
@@ -33,6 +39,13 @@ class Updates:
         for name in sorted((wanted - held) | left)[:1]:
             does = "does not hold" if name in wanted else "holds"
             raise PlanMismatch(f"the optimizer {does} {name}, unlike the one planned for: plan again with this optimizer")
+        if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+            raise MemplanError("the optimizer has hooks on its step, which updates in backward would call for each parameter: "
+                               "remove them, or plan without optimizer_in_backward")  # fmt: skip
+        for value in (value for row in self.rows.values() for value in row):
+            if value._backward_hooks or value._post_accumulate_grad_hooks:
+                raise MemplanError("a parameter has hooks on its gradient, which updates in backward would pass by: "
+                                   "remove them, or plan without optimizer_in_backward")  # fmt: skip
         self.groups = {id(value): group for group in optimizer.param_groups for value in group["params"]}
 
     def begin(self) -> None:

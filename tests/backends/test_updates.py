@@ -148,6 +148,15 @@ def test_wrong_use_is_refused():
         plan.apply(model, optimizer=torch.optim.AdamW(model.b.parameters()))
     with pytest.raises(memplan.MemplanError, match="does not take an optimizer"):
         memplan.plan(model, None, (X,), **options).apply(model, optimizer=optimizer)
+    hook = optimizer.register_step_pre_hook(lambda *_: None)
+    with pytest.raises(memplan.MemplanError, match="hooks on its step"):
+        plan.apply(model, optimizer=optimizer)
+    hook.remove()
+    hooks = [model.a.weight.register_hook(lambda g: g), model.b.weight.register_post_accumulate_grad_hook(lambda p: None)]
+    for hook in hooks:
+        with pytest.raises(memplan.MemplanError, match="hooks on its gradient"):
+            plan.apply(model, optimizer=optimizer)
+        hook.remove()
     planned = plan.apply(model, optimizer=optimizer)
     with pytest.raises(memplan.MemplanError, match="cannot be copied"):
         copy.deepcopy(planned)
