@@ -379,10 +379,9 @@ class Planner:
         Raises:
             BudgetError: none was found; the message has the smallest budget known to work and what sets it.
         """
-        if self.kept.peak <= budget and self.kept.time <= max(self.base_seconds, self.compulsory) * (
-            1 + GOOD * bool(self.homes)
-        ):
-            return Answer(self.kept, min(max(self.base_seconds, self.compulsory), self.kept.time))
+        least = max(self.base_seconds, self.compulsory)
+        if self.kept.peak <= budget and (not self.homes or self.kept.time <= least * (1 + GOOD)):
+            return Answer(self.kept, min(least, self.kept.time))
         if not self.recompute and not self.moves:
             raise self.refuse(budget, self.kept)
         self.tell("bounding", 0.0)
