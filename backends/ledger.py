@@ -11,6 +11,7 @@ layer counts once per layer). When a step has been seen whole, all its pieces ar
 and their most, by one common share, the largest found that satisfies the rule.
 """
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -61,7 +62,7 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return check_levers(self.allow)
 
 
-_ledgers: dict[int, "Ledger"] = {}
+_ledgers: "weakref.WeakValueDictionary[int, Ledger]" = weakref.WeakValueDictionary()  # pieces hold theirs, it its options
 
 
 def ledger_of(options: Mapping[str, Any] | None) -> "Ledger":
@@ -71,7 +72,7 @@ def ledger_of(options: Mapping[str, Any] | None) -> "Ledger":
         return found
     ledger = Ledger(read_options(options), options)
     if options is not None:
-        _ledgers[id(options)] = ledger  # holds `options`, so that its id is not given to another
+        _ledgers[id(options)] = ledger  # holds `options`, so that its id is not given to another while it lives
     return ledger
 
 

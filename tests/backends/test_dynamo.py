@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -403,3 +404,20 @@ def test_a_step_without_backward_gives_its_space_back(disk: Machine) -> None:
     assert sum(code.side.report.moved) > 0
     tiers = [value for value in gc.get_objects() if type(value) is FileTier]
     assert sum(len(tier.spaces) for tier in tiers) <= len(tiers) + 1
+
+
+def test_what_is_dropped_is_freed(disk: Machine) -> None:
+    """A compiled model's ledger, its code and its files go with it."""
+    files = list(spacefile.FILES)
+    model = Gpt()
+    options = {"machine": disk, "time_limit": 2.0, "allow": ("offload",), "budget": "70%"}
+    called = torch.compile(model, backend="memplan", options=options)
+    called(IDS).backward()
+    known = weakref.ref(ledger.ledger_of(options))
+    assert known() is not None
+    assert any(file not in files for file in spacefile.FILES)
+    del called, model, options
+    torch._dynamo.reset()
+    gc.collect()
+    assert known() is None
+    assert all(file in files for file in spacefile.FILES)
