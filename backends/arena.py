@@ -6,8 +6,6 @@ its own writes there; where torch only has a generated form (which allocates and
 copied into its place and its own memory is a *transient*, counted and reported.
 """
 
-import gc
-import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
@@ -17,17 +15,16 @@ import msgspec
 import torch
 from torch import fx
 
-from ..planner.errors import MemplanError
 from ..planner.graph import Traced, is_call, is_pick
 from ..planner.machine import Machine
 from ..planner.program import Op, Program
 from ..planner.schedule import Run, Schedule
 from .codegen import Generated, Writer
+from .turn import Turn
 from .updates import Updates
 
-
-class Token:
-    """Held by a step between its forward and its backward pass."""
+OCCUPIED = "this planned step's arena holds the tensors of a forward pass whose backward pass has not run: "\
+           "run it first, or drop its outputs, or apply the plan without addresses"  # fmt: skip
 
 
 @dataclass
@@ -37,32 +34,17 @@ class Arena:
     Attributes:
         tensor: its bytes.
         transients: op -> bytes of results that were allocated and then copied into the arena.
-        user: the step that is between its forward and backward pass, if there is one.
+        turn: it holds the tensors of one step at a time.
     """
 
     tensor: torch.Tensor
     transients: dict[str, int] = field(default_factory=dict)
-    user: "weakref.ref[Token] | None" = None
+    turn: Turn = field(default_factory=lambda: Turn(OCCUPIED))
 
     @property
     def bytes(self) -> int:
         """Its size."""
         return self.tensor.numel()
-
-    def claim(self) -> Token:
-        """Take the arena for one step; it is free again when the token is gone.
-
-        Raises:
-            MemplanError: another step's tensors lie in it.
-        """
-        if self.user is not None and self.user() is not None:
-            gc.collect()  # a forward pass whose outputs were dropped may be alive in a cycle through what it saved
-        if self.user is not None and self.user() is not None:
-            raise MemplanError("this planned step's arena holds the tensors of a forward pass whose backward pass has not run: "
-                               "run it first, or drop its outputs, or apply the plan without addresses")  # fmt: skip
-        token = Token()
-        self.user = weakref.ref(token)
-        return token
 
 
 def with_transients(program: Program, outside: Iterable[int] = ()) -> Program:

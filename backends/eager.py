@@ -117,13 +117,13 @@ class _Runner:
                 homes.restore()
             return self.original(self.module, *args, **kwargs)  # an evaluation: nothing is kept for a backward pass
         leaves = self.check_call(args, kwargs)
-        if homes is not None:
-            homes.begin()
         inputs = [self.fetch(source, slot, leaves) for source, slot in zip(self.code.arguments, self.slots, strict=True)]
         if self.captured.train:
             results = _Planned.apply(self, *inputs)
         else:
             with torch.no_grad(), torch._C._DisableAutocast():
+                if homes is not None:
+                    homes.begin()
                 results = self.code.forward(inputs)[0]
         flat = [results[leaf] if isinstance(leaf, int) else leaf[0] for leaf in self.captured.outputs]
         return pytree.tree_unflatten(flat, self.captured.output_spec)
@@ -212,7 +212,9 @@ class _Planned(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if runner.code.updates is not None:
             runner.code.updates.begin()
-        ctx.token = runner.code.arena.claim() if runner.code.arena is not None else None
+        ctx.tokens = [shared.turn.claim() for shared in (runner.code.arena, runner.code.homes) if shared is not None]
+        if runner.code.homes is not None:
+            runner.code.homes.begin()
         # nothing is recorded below autograd, but some kernels (LSTM's on CPU) save what backward needs only if this is on
         with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
             outputs, saved = runner.code.forward(list(inputs))
@@ -251,7 +253,7 @@ class _Planned(torch.autograd.Function):
             if updates is None or not updates.done:
                 raise
             raise updates.explain(error) from error
-        ctx.token = None
+        ctx.tokens = None
         result: list[torch.Tensor | None] = [None] * (1 + len(runner.code.arguments))
         for position, gradient in zip(runner.code.gradients, found, strict=True):
             result[1 + position] = gradient

@@ -18,7 +18,10 @@ from ..planner.graph import Traced
 from ..planner.machine import Machine
 from ..planner.schedule import Schedule
 from .moving import make_tier
+from .turn import Turn
 
+AWAY = "a forward pass of this planned step waits for its backward pass, for which its parameters are fetched and sent away: "\
+       "run that first, or drop its outputs"  # fmt: skip
 HOLDERS: Any = WeakIdKeyDictionary()  # tensor without memory -> a weak reference to the `Homes` that has its contents
 
 
@@ -27,6 +30,7 @@ class Homes:
 
     Attributes:
         tiers: the memories, by the machine's number.
+        turn: one step at a time may fetch and send away.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class Homes:
             ends[tier] = self.offset[buffer] + traced.program.buffers[buffer].bytes
         self.tiers = {tier: make_tier(machine, tier, size) for tier, size in ends.items()}
         self.visits = {tier: memory.open() for tier, memory in self.tiers.items()}
+        self.turn = Turn(AWAY)
         self.hook(model, optimizer)
 
     def hook(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
@@ -125,25 +130,21 @@ class Homes:
         Raises:
             MemplanError: it cannot be copied.
         """
-        for buffer in self.tier_of:
-            value = self.tensor(buffer)
-            if value is None:
-                continue
-            if is_empty(value) and holder_of(value) is not self:
-                bring_back([value])
-            self.fetch(buffer)
-            self.wait(buffer)
+        bring_back(value for value in map(self.tensor, self.tier_of) if value is not None)
 
 
 def bring_back(tensors: Iterable[torch.Tensor]) -> None:
     """Give tensors that are at home elsewhere their memory and contents back, until the next planned step.
 
     Args:
-        tensors: parameters of a model, say; those that have their memory are left alone.
+        tensors: parameters of a model, say; those that have never left are left alone.
+
+    Raises:
+        MemplanError: they cannot be copied, or are gone with the model that was planned.
     """
-    away = [value for value in tensors if is_empty(value)]
-    wanted = {id(value) for value in away}
-    holders = {id(holder): holder for holder in map(holder_of, away)}
+    left = [value for value in tensors if is_empty(value) or value in HOLDERS]  # some may be on their way back
+    wanted = {id(value) for value in left}
+    holders = {id(holder): holder for holder in (holder_of(value) for value in left if is_empty(value) or HOLDERS[value]())}
     for holder in holders.values():
         for buffer in holder.tier_of:
             if id(holder.tensor(buffer)) in wanted:

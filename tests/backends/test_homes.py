@@ -135,7 +135,9 @@ def test_an_evaluation_and_a_dropped_step_find_everything():
     one, plain, planned, apart, _ = made()
     assert train(one, plain) == train(planned, apart)
     torch.manual_seed(5)
-    planned(X)
+    pending = planned(X)
+    assert pending.requires_grad
+    del pending
     with torch.no_grad():
         torch.manual_seed(9)
         wanted = one(X)
@@ -144,6 +146,18 @@ def test_an_evaluation_and_a_dropped_step_find_everything():
     assert train(one, plain, 2, 10) == train(planned, apart, 2, 10)
     bring_back(planned.parameters())
     assert all(torch.equal(x, y) for x, y in zip(one.parameters(), planned.parameters(), strict=True))
+
+
+def test_two_steps_at_once_are_refused():
+    """The second would send away what the first has fetched; once the first is dropped, the second may run."""
+    one, plain, planned, apart, _ = made()
+    assert train(one, plain, 1) == train(planned, apart, 1)
+    first = total(planned(X))
+    with pytest.raises(memplan.MemplanError, match="waits for its backward pass"):
+        planned(X)
+    del first
+    assert train(one, plain, 2) == train(planned, apart, 2)
+    assert bits(one) == bits(planned)
 
 
 def test_a_plan_may_be_applied_again():
