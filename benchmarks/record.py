@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,11 @@ def header(title: str, results: Results) -> list[str]:
             f"{row['memory'] / GIB:.1f} GiB, torch {row['torch']}, Python {row['python']}, memplan {row['memplan']}"
         )
     return [*lines, ""]
+
+
+def paragraph(text: str) -> list[str]:
+    """Prose, in lines of the width that the files have."""
+    return [*textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False), ""]
 
 
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

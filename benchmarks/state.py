@@ -33,6 +33,7 @@ from .record import (
     markdown,
     mib,
     note_machine,
+    paragraph,
     ratio,
     say,
     verdict,
@@ -114,57 +115,64 @@ def measure(results: Results, name: str, options: argparse.Namespace) -> None:
             request = {"task": "train", "model": name, "file": row["file"]}
             for found in ask("state", request, returning=True, timeout=options.timeout):
                 results.add({"task": "train", "model": name, "schedule": row["schedule"]} | found)
-    if options.rounds and plans and results.last(task="time", model=name) is None:
-        say(f"{name}: {options.rounds} rounds")
+    for returning in (False, True):
+        if not options.rounds or not plans or results.last(task="time", model=name, returning=returning) is not None:
+            continue
+        say(f"{name}: {options.rounds} rounds{', memory returned' * returning}")
         request = {"task": "time", "model": name, "files": {row["schedule"]: row["file"] for row in plans},
                    "rounds": options.rounds}  # fmt: skip
-        for row in ask("state", request, timeout=options.timeout):
-            results.add({"task": "time", "model": name} | row)
+        for row in ask("state", request, returning=returning, timeout=options.timeout):
+            results.add({"task": "time", "model": name, "returning": returning} | row)
 
 
 def render(results: Results, path: Path) -> None:
     """Write the markdown file."""
     lines = header("Updates in backward, parameters and AdamW's state in memory or on a disk", results)
-    lines += [
-        "Written by `python -m memplan.benchmarks.state`. Sizes are MiB, physical, everything counted: parameters, AdamW's"
-    ]
-    lines += [
-        "state, gradients, activations. Times are over eager's, with AdamW's step after the backward pass. *On disk*: bytes"
-    ]
-    lines += [f"of parameters and state that are there between their uses. *Bits*: {STEPS} losses, and the parameters after"]
-    lines += [f"each of {STEPS} steps, are those of `torch.optim.AdamW` after eager's backward pass.", ""]
+    lines += paragraph(
+        "Written by `python -m memplan.benchmarks.state`. Sizes are MiB, physical, everything counted: parameters, AdamW's "
+        "state, gradients, activations. Times are over eager's, with AdamW's step after the backward pass. *On disk*: bytes of "
+        f"parameters and state that are there between their uses. *Bits*: {STEPS} losses, and the parameters after each of "
+        f"{STEPS} steps, are those of `torch.optim.AdamW` after eager's backward pass. *Measured*: with an allocator that "
+        "gives freed memory back at once, as when totals and single operations are measured; *usual malloc*: with glibc's own, which "
+        "keeps some of what was freed."
+    )
     for name in dict.fromkeys(row["model"] for row in results.all(task="plan")):
         found = results.last(model=name, label="floors")
         if found is None:
             continue
         eager = results.last(task="train", model=name, schedule="eager") or {}
         lines += [f"## {name}", ""]
-        lines += [f"Unplanned {mib(found['unplanned'])} predicted, {mib(eager.get('peak'))} measured, of which"]
-        lines += [f"{mib(found['resident'])} are parameters, state and inputs. Smallest: {mib(found['in memory'])} with all of"]
-        lines += [f"them in memory, {mib(found['on disk'])} with a disk.", ""]
-        heads = ("budget", "of unplanned", "on disk", "moved out", "moved in", "predicted", "measured", "off by", "gap",
-                 "measured total", "fits", "bits")  # fmt: skip
-        seconds = (results.last(task="time", model=name) or {}).get("seconds", {})
+        lines += paragraph(
+            f"Unplanned {mib(found['unplanned'])} predicted, {mib(eager.get('peak'))} measured, of which "
+            f"{mib(found['resident'])} are parameters, state and inputs. Smallest: {mib(found['in memory'])} with all of them "
+            f"in memory, {mib(found['on disk'])} with a disk."
+        )
+        heads = ("budget", "of unplanned", "on disk", "moved out", "moved in", "predicted", "measured", "off by",
+                 "usual malloc", "gap", "measured total", "fits", "bits")  # fmt: skip
+        both = [(results.last(task="time", model=name, returning=which) or {}).get("seconds", {}) for which in (True, False)]
+        seconds = both[0]
         rows = []
         for row in results.all(task="plan", model=name):
             if "point" not in row:
                 continue
             if "file" not in row:
-                rows.append((mib(row["budget"]), f"{row['budget'] / found['unplanned']:.0%}", *["-"] * 8, "no plan", "-"))
+                rows.append((mib(row["budget"]), f"{row['budget'] / found['unplanned']:.0%}", *["-"] * 9, "no plan", "-"))
                 continue
             done = results.last(task="train", model=name, schedule=row["schedule"])
             predicted, measured = row["time"] / row["unplanned_time"], paired_ratio(seconds, row["schedule"], "eager")
+            usual = paired_ratio(both[1], row["schedule"], "eager")
             moved = [sum(size for link, size in row["moved"].items() if link.startswith(way)) for way in ("device", "disk")]
             rows.append((
                 mib(row["budget"]), f"{row['budget'] / found['unplanned']:.0%}", mib(row.get("homes")), *map(mib, moved),
                 ratio(predicted), ratio(measured), "-" if measured is None else f"{measured / predicted - 1:+.1%}",
-                f"{row['gap']:.1%}", mib(done["peak"] if done else None),
+                ratio(usual), f"{row['gap']:.1%}", mib(done["peak"] if done else None),
                 verdict(done["peak"] <= row["budget"] * SLACK[0] + SLACK[1] if done else None),
                 verdict(all(done[part] == eager[part] for part in ("losses", "parameters")) if done and eager else None),
             ))  # fmt: skip
         lines += markdown(heads, rows)
         if seconds:
-            lines += [f"Eager's step took {statistics.median(seconds['eager']):.3f} s.", ""]
+            took = [statistics.median(found["eager"]) for found in both if found]
+            lines += paragraph(f"Eager's step took {' and '.join(f'{value:.3f} s' for value in took)}.")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines).rstrip() + "\n")
 
