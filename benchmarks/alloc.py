@@ -24,7 +24,7 @@ from ..solvers.allocate import pack, pack_level
 from ..solvers.instances import cut_rectangle, tower
 from ..solvers.levels import pack_levels
 from ..solvers.storage import Storage, peak_of
-from .record import HERE, RESULTS, Results, Row, answer, ask, header, markdown, note_machine, ratio, say
+from .record import HERE, Results, Row, answer, ask, header, markdown, note_machine, options_of, ratio, say
 
 INSTANCES = "ABCDEFGHIJK"
 DATA = HERE / "data" / "minimalloc"
@@ -197,10 +197,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="*", default=list(SIZES), help="of the cut rectangles")
     parser.add_argument("--blocks", type=int, default=BLOCKS, help="of the repetition")
     parser.add_argument("--peer", type=int, default=0, metavar="THREADS", help="also run omnimalloc's supermalloc")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of alloc.jsonl and alloc.md")
-    parser.add_argument("--quick", action="store_true", help="a smoke test: two instances, results/quick")
-    parser.add_argument("--fresh", action="store_true", help="forget what was measured")
-    parser.add_argument("--render", action="store_true", help="only write the table")
+    options_of(parser, "alloc", "two instances")
     options = parser.parse_args()
     if options.quick:
         options.instances, options.sizes, options.blocks, options.out = ["B", "C"], [1000], 4, options.out / "quick"

@@ -27,7 +27,7 @@ from ..planner.program import Op
 from ..planner.referee import referee
 from ..planner.schedule import Run
 from .models import FIVE, MODELS, build
-from .record import RESULTS, Results, Row, answer, ask, header, markdown, mib, note_machine, ratio, say, verdict
+from .record import Results, Row, answer, ask, header, markdown, mib, note_machine, options_of, ratio, say, verdict
 from .step import Arms, paired_ratio
 
 BUDGETS = ("none", "50%")
@@ -205,11 +205,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--time-limit", type=float, default=60.0, help="seconds of planning for each, at most")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for each process")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of arena.jsonl and arena.md")
-    parser.add_argument("--quick", action="store_true", help="a smoke test: one tiny model, results/quick")
-    parser.add_argument("--fresh", action="store_true", help="forget what was measured of these models")
-    parser.add_argument("--render", action="store_true", help="only write the table")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    options_of(parser, "arena")
     options = parser.parse_args()
     if options.serve:
         return answer(serve)

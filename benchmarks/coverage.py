@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 import torch
 
-from .record import RESULTS, Results, Row, answer, ask, header, markdown, note_machine, say
+from .record import Results, Row, answer, ask, header, markdown, note_machine, options_of, say
 
 SIZES = {
     "hidden_size": 32, "d_model": 32, "n_embd": 32, "dim": 32, "embed_dim": 32, "embedding_size": 16,
@@ -200,10 +200,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--names", nargs="*", help="architectures; default: all")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of coverage.jsonl and coverage.md")
-    parser.add_argument("--quick", action="store_true", help="a smoke test: two architectures, results/quick")
-    parser.add_argument("--fresh", action="store_true", help="forget what was tried")
-    parser.add_argument("--render", action="store_true", help="only write the table")
+    options_of(parser, "coverage", "two architectures")
     options = parser.parse_args()
     if options.quick:
         options.names, options.out = ["gpt2", "bart"], options.out / "quick"

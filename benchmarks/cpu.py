@@ -12,11 +12,10 @@ step.py). Rows are kept as they come, in results/cpu.jsonl, and what is there is
 
 import argparse
 import shutil
-from pathlib import Path
 
 from .cpu_table import render
 from .models import FIVE, MODELS
-from .record import RESULTS, Results, Row, ask, note_machine, say
+from .record import RESULTS, Results, Row, ask, note_machine, options_of, say
 
 RATIOS = [index / 10 for index in range(11)]
 AIMED_OVERHEAD = 0.04  # predicted, to find the smallest budget at which 5 % are measured
@@ -111,10 +110,7 @@ def parse() -> argparse.Namespace:
         help="how times are taken, and what plans are made for: returning, as the peaks are (every freed block of 64 "
         "KiB goes back to the system); default, as processes run that set nothing",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of cpu.jsonl, cpu.md and plans")
-    parser.add_argument("--quick", action="store_true", help="a smoke test: tiny models, few points, results/quick")
-    parser.add_argument("--fresh", action="store_true", help="forget what was measured of these models")
-    parser.add_argument("--render", action="store_true", help="only write the table")
+    options_of(parser, "cpu", "tiny models, few points")
     options = parser.parse_args()
     unknown = [name for name in options.models if name.partition(":")[0] not in MODELS]
     if unknown:

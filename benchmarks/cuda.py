@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from .models import GPU, MODELS, build_gpu, checkpointing, on_cpu
-from .record import RESULTS, Results, Row, answer, ask, header, markdown, mib, note_machine, percent, ratio, say
+from .record import RESULTS, Results, Row, answer, ask, header, markdown, mib, note_machine, options_of, percent, ratio, say
 
 METHODS = (
     "eager", "checkpoint", "memplan:@checkpoint", "memplan:none", "memplan:60%", "memplan:40%", "memplan:80%",
@@ -283,11 +283,7 @@ def main() -> None:
     parser.add_argument("--time-limit", type=float, default=60.0, help="seconds of planning, as in memplan.plan")
     parser.add_argument("--timeout", type=float, default=240.0, help="seconds for one process")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try the command itself")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of cuda.jsonl and cuda.md")
-    parser.add_argument("--quick", action="store_true", help="a smoke test: one tiny model, three steps, results/quick")
-    parser.add_argument("--fresh", action="store_true", help="forget what was measured of these models")
-    parser.add_argument("--render", action="store_true", help="only write the table")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    options_of(parser, "cuda", "one tiny model, three steps")
     options = parser.parse_args()
     if options.serve:
         return answer(serve)

@@ -25,7 +25,21 @@ from ..planner.plan import Side
 from ..solvers.memo import find_layers
 from ..solvers.timeline import EAGER, HOLD, SINCE
 from .models import gpt_7b
-from .record import GIB, RESULTS, Results, Row, answer, ask, header, markdown, note_machine, percent, ratio, say, verdict
+from .record import (
+    GIB,
+    Results,
+    Row,
+    answer,
+    ask,
+    header,
+    markdown,
+    note_machine,
+    options_of,
+    percent,
+    ratio,
+    say,
+    verdict,
+)
 
 MACHINE = "a800-8x80gb"
 SEQUENCES = (64, 128, 256, 512, 1024, 1536, 2048)  # thousands of tokens, of 1024
@@ -150,10 +164,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, nargs="+", default=list(SEQUENCES), help="thousands of tokens")
     parser.add_argument("--time-limit", type=float, default=60.0, help="seconds of planning for each, at most")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for each process")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of memo.jsonl and memo.md")
-    parser.add_argument("--fresh", action="store_true", help="forget what was planned")
-    parser.add_argument("--render", action="store_true", help="only write the table")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    options_of(parser, "memo", quick=False)
     options = parser.parse_args()
     if options.serve:
         return answer(serve)

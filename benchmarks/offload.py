@@ -25,7 +25,6 @@ from .models import FIVE, MODELS, build
 from .planning import attempt
 from .record import (
     MIB,
-    RESULTS,
     Results,
     Row,
     answer,
@@ -35,6 +34,7 @@ from .record import (
     mean,
     mib,
     note_machine,
+    options_of,
     percent,
     ratio,
     say,
@@ -195,11 +195,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="take the times at each, each second, each third budget")
     parser.add_argument("--time-limit", type=float, default=60.0, help="seconds of planning for each, at most")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for each process")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of offload.jsonl and offload.md")
-    parser.add_argument("--quick", action="store_true", help="a smoke test: one tiny model, results/quick")
-    parser.add_argument("--fresh", action="store_true", help="forget what was measured of these models")
-    parser.add_argument("--render", action="store_true", help="only write the table")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    options_of(parser, "offload")
     options = parser.parse_args()
     if options.serve:
         return answer(serve)

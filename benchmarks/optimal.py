@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from .models import FIVE, MODELS
-from .record import RESULTS, Results, ask, header, markdown, mib, note_machine, percent, ratio, say, verdict
+from .record import RESULTS, Results, ask, header, markdown, mib, note_machine, options_of, percent, ratio, say, verdict
 
 BUDGETS = ("50%", "30%")
 GOAL = 0.05
@@ -56,10 +56,7 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", default=list(BUDGETS), help="as in memplan.plan")
     parser.add_argument("--time-limit", type=float, default=60.0, help="seconds of planning for each, at most")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for each model")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of optimal.jsonl and optimal.md")
-    parser.add_argument("--quick", action="store_true", help="a smoke test: one tiny model, results/quick")
-    parser.add_argument("--fresh", action="store_true", help="forget what was found for these models")
-    parser.add_argument("--render", action="store_true", help="only write the table")
+    options_of(parser, "optimal")
     options = parser.parse_args()
     if options.quick:
         options.models = ["gpt2:tiny"]

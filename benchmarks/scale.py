@@ -16,7 +16,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
-from .record import GIB, RESULTS, Results, Row, answer, ask, header, markdown, note_machine, percent, say, verdict
+from .record import GIB, RESULTS, Results, Row, answer, ask, header, markdown, note_machine, options_of, percent, say, verdict
 
 # name -> (budget, machine, optimizer, seconds allowed for tracing and solving)
 SHAPES: dict[str, tuple[str, str, str, float]] = {
@@ -131,11 +131,7 @@ def main() -> None:
     parser.add_argument("--depth-budget", default="50%", help="of the depth table")
     parser.add_argument("--time-limit", type=float, default=60.0, help="seconds of planning, as in memplan.plan")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for each process")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of scale.jsonl and scale.md")
-    parser.add_argument("--quick", action="store_true", help="a smoke test: two and four layers, results/quick")
-    parser.add_argument("--fresh", action="store_true", help="forget what was measured")
-    parser.add_argument("--render", action="store_true", help="only write the table")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    options_of(parser, "scale", "two and four layers")
     options = parser.parse_args()
     if options.serve:
         return answer(serve)

@@ -24,7 +24,6 @@ from .models import FIVE, MODELS, build
 from .offload import SLACK
 from .planning import attempt
 from .record import (
-    RESULTS,
     Results,
     Row,
     answer,
@@ -33,6 +32,7 @@ from .record import (
     markdown,
     mib,
     note_machine,
+    options_of,
     paragraph,
     ratio,
     say,
@@ -133,8 +133,8 @@ def render(results: Results, path: Path) -> None:
         "state, gradients, activations. Times are over eager's, with AdamW's step after the backward pass. *On disk*: bytes of "
         f"parameters and state that are there between their uses. *Bits*: {STEPS} losses, and the parameters after each of "
         f"{STEPS} steps, are those of `torch.optim.AdamW` after eager's backward pass. *Measured*: with an allocator that "
-        "gives freed memory back at once, as when totals and single operations are measured; *usual malloc*: with glibc's own, which "
-        "keeps some of what was freed."
+        "gives freed memory back at once, as when totals and single operations are measured; *usual malloc*: with glibc's own, "
+        "which keeps some of what was freed."
     )
     for name in dict.fromkeys(row["model"] for row in results.all(task="plan")):
         found = results.last(model=name, label="floors")
@@ -185,11 +185,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of the comparison of times; 0: no times")
     parser.add_argument("--time-limit", type=float, default=60.0, help="seconds of planning for each, at most")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for each process")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of state.jsonl and state.md")
-    parser.add_argument("--quick", action="store_true", help="a smoke test: one tiny model, results/quick")
-    parser.add_argument("--fresh", action="store_true", help="forget what was measured of these models")
-    parser.add_argument("--render", action="store_true", help="only write the table")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    options_of(parser, "state")
     options = parser.parse_args()
     if options.serve:
         return answer(serve)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .models import MODELS, build, gpt2
-from .record import RESULTS, Results, Row, answer, ask, header, markdown, note_machine, ratio, say
+from .record import Results, Row, answer, ask, header, markdown, note_machine, options_of, ratio, say
 
 MACHINE = "h100-80gb"
 STEPS = ("unplanned", "50%", "smallest")
@@ -145,10 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--depths", type=int, nargs="*", default=list(DEPTHS), help="layers")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of traces.jsonl and traces.md")
-    parser.add_argument("--quick", action="store_true", help="a smoke test: one tiny model, results/quick")
-    parser.add_argument("--fresh", action="store_true", help="forget what was measured")
-    parser.add_argument("--render", action="store_true", help="only write the table")
+    options_of(parser, "traces")
     options = parser.parse_args()
     unknown = [name for name in options.models if name.partition(":")[0] not in MODELS]
     if unknown:

@@ -135,7 +135,7 @@ def make_op(
         writes=(),
         mutates=tuple(sorted(mutates)),
         repeatable=False,
-        flops=4.0 * traffic / 4,
+        flops=float(traffic),
         traffic=traffic,
         workspace=workspace,
     )

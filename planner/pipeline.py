@@ -247,7 +247,7 @@ class Planner:
         """The solution that moves whatever may be moved to the first tier."""
         solution = self.flat.problem.keep_all()
         slots = self.master.slots
-        self.master.move(solution, (slots.movable > 0) & (slots.movable < 3), 1)
+        self.master.move(solution, slots.travels, 1)
         return solution
 
     def starts(self, budget: int) -> list[np.ndarray]:

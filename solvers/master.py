@@ -40,6 +40,11 @@ class Slots:
     last: np.ndarray
     movable: np.ndarray
 
+    @property
+    def travels(self) -> np.ndarray:
+        """Gaps of what the step makes in which it may wait in another tier."""
+        return (self.movable > 0) & (self.movable < 3)
+
 
 def find_slots(problem: Problem, everything: bool) -> Slots:
     """The gaps that are choices.

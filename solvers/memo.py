@@ -71,7 +71,7 @@ def memo(problem: Problem, segments: Segments, slots: Slots, attention: np.ndarr
     layers = find_layers(segments)
     if layers.count <= LAST:
         return None
-    late = (slots.before <= problem.boundary) & (slots.at > problem.boundary) & (slots.movable > 0) & (slots.movable < 3)
+    late = (slots.before <= problem.boundary) & (slots.at > problem.boundary) & slots.travels
     crossing = late & (slots.last == 0)
     segment = segments.of_buffer[slots.buffer]
     out, delay, _, _, _, _, host = problem.tiers[0]

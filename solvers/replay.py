@@ -188,6 +188,17 @@ def find_last(order, when, count, read_start, read, write_start, write, output):
 
 
 @njit(cache=True)
+def copy_out(buffer, link, clock, size, tiers, free_out, there, queue, tail):  # pragma: no cover
+    """Put a buffer into a link's queue as its value is complete. Returns the clock, with what copying costs computing."""
+    copying = size[buffer] / tiers[link, OUT]
+    free_out[link] = max(free_out[link], clock) + tiers[link, OUT_DELAY] + copying
+    there[buffer] = free_out[link]
+    queue[link, tail[link]] = buffer
+    tail[link] += 1
+    return clock + tiers[link, OUT_LOAD] * copying
+
+
+@njit(cache=True)
 def replay(
     seconds, workspace, size, read_start, read, write_start, write, reuse_start, reuse_new, reuse_old, output, resident, tiers,
     home, changed_start, changed, order, when, count, tier, budget, memory,
@@ -297,13 +308,7 @@ def replay(
             if moving:
                 for k in range(changed_start[op], changed_start[op + 1]):
                     buffer = changed[k]
-                    link = home[buffer] - 1
-                    copying = size[buffer] / tiers[link, OUT]
-                    free_out[link] = max(free_out[link], clock) + tiers[link, OUT_DELAY] + copying
-                    clock += tiers[link, OUT_LOAD] * copying
-                    there[buffer] = free_out[link]
-                    queue[link, tail[link]] = buffer
-                    tail[link] += 1
+                    clock = copy_out(buffer, home[buffer] - 1, clock, size, tiers, free_out, there, queue, tail)
                 for k in range(read_start[op], read_start[op + 1]):
                     buffer = read[k]
                     if ready[buffer] > 0.0:
@@ -320,12 +325,7 @@ def replay(
                         buffer = write[k]
                         if fetches[buffer] > 0:
                             link = tier[buffer] - 1
-                            copying = size[buffer] / tiers[link, OUT]
-                            free_out[link] = max(free_out[link], clock) + tiers[link, OUT_DELAY] + copying
-                            clock += tiers[link, OUT_LOAD] * copying
-                            there[buffer] = free_out[link]
-                            queue[link, tail[link]] = buffer
-                            tail[link] += 1
+                            clock = copy_out(buffer, link, clock, size, tiers, free_out, there, queue, tail)
                             held[link] += size[buffer]
                             if held[link] > tiers[link, ROOM]:
                                 excess += held[link] - tiers[link, ROOM]

@@ -23,7 +23,7 @@ Each tier behind the device has a queue of copies out and one of copies in, firs
 bytes on the device until it has ended; a run waits for what it reads, and where bytes are short for copies out to end.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -76,16 +76,10 @@ class Problem:
     repeatable: np.ndarray
     resident: int
     boundary: int
-    tiers: np.ndarray = field(default_factory=NO_TIERS.copy)
-    home: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int8))
-    changed_start: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-    changed: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-
-    def __post_init__(self) -> None:
-        if len(self.home) != len(self.size):
-            object.__setattr__(self, "home", np.zeros(len(self.size), np.int8))
-        if len(self.changed_start) != len(self.seconds) + 1:
-            object.__setattr__(self, "changed_start", np.zeros(len(self.seconds) + 1, np.int32))
+    tiers: np.ndarray
+    home: np.ndarray
+    changed_start: np.ndarray
+    changed: np.ndarray
 
     @property
     def arrays(self) -> tuple[Any, ...]:
