@@ -124,7 +124,7 @@ def measure(results: Results, name: str, budget: str, options: argparse.Namespac
         found = results.last(**keys, **more)
         if found is None:
             say(", ".join([name, budget, *map(str, more.values())]))
-            for row in ask(module, request, returning=True, timeout=options.timeout):
+            for row in ask(module, request, malloc="returning", timeout=options.timeout):
                 found = results.add(keys | more | row)
         return None if found is None or "failed" in found else found
 

@@ -46,7 +46,7 @@ def peak(results: Results, name: str, key: str, method: str, options: argparse.N
         return
     say(f"{name}: peak of {key}")
     request = {"task": "peak", "model": name, "method": method, "steps": options.steps}
-    for row in ask("step", request, returning=True, timeout=options.timeout):
+    for row in ask("step", request, malloc="returning", timeout=options.timeout):
         results.add({"task": "peak", "model": name, "method": key} | row)
         if "failed" in row:
             say(f"{name}: {key} failed: {row['failed']}")
@@ -68,7 +68,7 @@ def plan_all(results: Results, name: str, baselines: list[str], options: argpars
     if not request["budgets"] and "points" not in request:
         return
     say(f"{name}: planning")
-    for row in ask("planning", request, returning=options.allocator == "returning", timeout=4 * options.timeout):
+    for row in ask("planning", request, malloc=options.allocator, timeout=4 * options.timeout):
         results.add({"task": "plan", "model": name} | row)
         if "failed" in row:
             say(f"{name}: planning failed: {row['failed']}")
@@ -86,7 +86,7 @@ def times(results: Results, name: str, methods: list[str], plans: list[Row], opt
     say(f"{name}: {options.rounds} rounds of {len(members)} methods ({group} and plans)")
     request = {"task": "time", "model": name, "methods": list(members.values()), "rounds": options.rounds}
     limit = options.timeout * (1 + len(members) / 4)
-    for row in ask("step", request, returning=options.allocator == "returning", timeout=limit):
+    for row in ask("step", request, malloc=options.allocator, timeout=limit):
         if "failed" in row:
             say(f"{name}: times of {group} failed: {row['failed']}")
             results.add({"task": "time", "model": name, "group": group} | row)

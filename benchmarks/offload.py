@@ -24,6 +24,7 @@ from ..planner.plan import load
 from .models import FIVE, MODELS, build
 from .planning import attempt
 from .record import (
+    ALLOCATORS,
     MIB,
     Results,
     Row,
@@ -35,6 +36,7 @@ from .record import (
     mib,
     note_machine,
     options_of,
+    paragraph,
     percent,
     ratio,
     say,
@@ -98,14 +100,14 @@ def measure(results: Results, name: str, options: argparse.Namespace) -> None:
         say(f"{name}: planning")
         request: Row = {"task": "plan", "model": name, "folder": str(options.out / "plans" / "offload"),
                         "points": options.points, "time_limit": options.time_limit}  # fmt: skip
-        for row in ask("offload", request, returning=True, timeout=8 * options.timeout):
+        for row in ask("offload", request, malloc="keeping", timeout=8 * options.timeout):
             results.add({"task": "plan", "model": name} | row)
     plans = [row for row in results.all(task="plan", model=name) if "file" in row]
     for row in [{"schedule": "eager", "file": None}, *(row for row in plans if row["kind"] == "both")]:
         if results.last(task="peak", model=name, schedule=row["schedule"]) is None:
             say(f"{name}: peak of {row['schedule']}")
             method = "eager" if row["file"] is None else f"memplan:{row['file']}"
-            for found in ask("step", {"task": "peak", "model": name, "method": method, "steps": 2}, returning=True,
+            for found in ask("step", {"task": "peak", "model": name, "method": method, "steps": 2}, malloc="returning",
                              timeout=options.timeout):  # fmt: skip
                 results.add({"task": "peak", "model": name, "schedule": row["schedule"]} | found)
     for point in sorted({row["point"] for row in plans})[:: options.every]:
@@ -114,7 +116,7 @@ def measure(results: Results, name: str, options: argparse.Namespace) -> None:
             say(f"{name}: {options.rounds} rounds at point {point}")
             methods = list(dict.fromkeys(["eager", *group.values()]))
             request = {"task": "time", "model": name, "methods": methods, "rounds": options.rounds}
-            for row in ask("step", request, returning=True, timeout=options.timeout):
+            for row in ask("step", request, malloc="keeping", timeout=options.timeout):
                 if "seconds" in row:
                     row = {"seconds": {kind: row["seconds"][method] for kind, method in {"eager": "eager", **group}.items()}}
                 results.add({"task": "time", "model": name, "point": point} | row)
@@ -123,16 +125,18 @@ def measure(results: Results, name: str, options: argparse.Namespace) -> None:
         if results.last(task="limit", model=name, method=method) is None:
             request = {"task": "limit", "model": name, "file": smallest["file"],
                        "method": "eager" if method == "eager" else f"memplan:{smallest['file']}"}  # fmt: skip
-            for row in ask("offload", request, returning=True, timeout=options.timeout):
+            for row in ask("offload", request, malloc="returning", timeout=options.timeout):
                 results.add({"task": "limit", "model": name, "method": method} | row)
 
 
 def render(results: Results, path: Path) -> None:
     """Write the markdown file."""
     lines = header("Offload to a disk", results)
-    lines += ["Written by `python -m memplan.benchmarks.offload`. Sizes are MiB, physical, everything counted. Times are over"]
-    lines += ["eager's: as predicted, and as measured within one process (median over rounds). *Off by*: the measured ratio"]
-    lines += ["over the predicted one, of the joint plan.", ""]
+    lines += paragraph(
+        "Written by `python -m memplan.benchmarks.offload`. Sizes are MiB, physical, everything counted. Times are over "
+        "eager's: as predicted, and as measured within one process (median over rounds). *Off by*: the measured ratio "
+        f"over the predicted one, of the joint plan. {ALLOCATORS}"
+    )
     gains: list[float] = []
     for name in dict.fromkeys(row["model"] for row in results.all(task="plan")):
         found = results.last(model=name, label="floors")

@@ -25,7 +25,7 @@ def measure(results: Results, name: str, options: argparse.Namespace) -> None:
     say(f"{name}: {', '.join(missing)}")
     request = {"model": name, "folder": str(options.out / "plans" / "gap"), "time_limit": options.time_limit,
                "budgets": {budget: budget for budget in missing}}  # fmt: skip
-    for row in ask("planning", request, returning=True, timeout=options.timeout):
+    for row in ask("planning", request, malloc="returning", timeout=options.timeout):
         results.add({"task": "gap", "model": name} | row)
         if "failed" in row:
             say(f"{name} failed: {row['failed']}")

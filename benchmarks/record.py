@@ -20,6 +20,18 @@ GIB = 1 << 30
 Row = dict[str, Any]
 
 
+# What glibc's malloc does with what is freed: whatever it does by default; gives it back at once, so that the resident set
+# follows the tensors; keeps all of it, so that no step pays for pages that an earlier one has touched.
+MALLOC: dict[str, dict[str, str]] = {
+    "default": {},
+    "returning": CHILD,
+    "keeping": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(64 * MIB)},
+}
+ALLOCATORS = (
+    "Single operations and whole steps are timed with an allocator that keeps what is freed, and totals are taken with one "
+    "that gives it back, both glibc's (`MALLOC` in `record.py`)."
+)
+
 FILES = ("file", "bare")  # of a row: kept relative to the folder of the results
 
 
@@ -78,16 +90,16 @@ def matches(row: Row, keys: Row) -> bool:
 # Fresh processes
 
 
-def ask(module: str, request: Row, *, returning: bool = False, timeout: float | None = None) -> Iterator[Row]:
+def ask(module: str, request: Row, *, malloc: str = "default", timeout: float | None = None) -> Iterator[Row]:
     """Rows that `python -m memplan.benchmarks.<module>` answers to a request; the last has `failed` if it failed.
 
     Args:
         module: serves a request on its standard input, as `answer` does.
         request: what to do.
-        returning: the process's allocator gives freed memory back at once: the resident set follows the tensors.
+        malloc: one of `MALLOC`, what the process's allocator does with freed memory.
         timeout: seconds.
     """
-    environment = {**os.environ, **(CHILD if returning else {})}
+    environment = {**os.environ, **MALLOC[malloc]}
     command = [sys.executable, "-P", "-m", f"memplan.benchmarks.{module}", "--serve"]
     text, failed = json.dumps(request), None
     try:

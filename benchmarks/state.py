@@ -24,6 +24,7 @@ from .models import FIVE, MODELS, build
 from .offload import SLACK
 from .planning import attempt
 from .record import (
+    ALLOCATORS,
     Results,
     Row,
     answer,
@@ -41,6 +42,8 @@ from .record import (
 from .step import paired_ratio
 
 STEPS = 20
+WARM = 2  # rounds before those that count
+TIMED = ("keeping", "default")  # allocators that steps are timed with; predictions are for the first
 LEVERS = ("reorder", "recompute", "offload")
 
 
@@ -86,7 +89,7 @@ def time_all(request: Row) -> Iterator[Row]:
         called = model if file is None else load(file).apply(model, optimizer=optimizer)
         arms[name] = called, args, optimizer
     seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for number in range(request["rounds"] + 1):
+    for number in range(request["rounds"] + WARM):
         for name, (called, args, optimizer) in arms.items():
             torch.manual_seed(number)
             began = time.perf_counter()
@@ -95,7 +98,7 @@ def time_all(request: Row) -> Iterator[Row]:
             optimizer.step()
             optimizer.zero_grad()
             loss.item()
-            if number:
+            if number >= WARM:
                 seconds[name].append(time.perf_counter() - began)
     yield {"seconds": seconds}
 
@@ -106,23 +109,23 @@ def measure(results: Results, name: str, options: argparse.Namespace) -> None:
         say(f"{name}: planning")
         request: Row = {"task": "plan", "model": name, "folder": str(options.out / "plans" / "state"),
                         "points": options.points, "time_limit": options.time_limit}  # fmt: skip
-        for row in ask("state", request, returning=True, timeout=8 * options.timeout):
+        for row in ask("state", request, malloc="keeping", timeout=8 * options.timeout):
             results.add({"task": "plan", "model": name} | row)
     plans = [row for row in results.all(task="plan", model=name) if "file" in row]
     for row in [{"schedule": "eager", "file": None}, *plans]:
         if results.last(task="train", model=name, schedule=row["schedule"]) is None:
             say(f"{name}: training, {row['schedule']}")
             request = {"task": "train", "model": name, "file": row["file"]}
-            for found in ask("state", request, returning=True, timeout=options.timeout):
+            for found in ask("state", request, malloc="returning", timeout=options.timeout):
                 results.add({"task": "train", "model": name, "schedule": row["schedule"]} | found)
-    for returning in (False, True):
-        if not options.rounds or not plans or results.last(task="time", model=name, returning=returning) is not None:
+    for malloc in TIMED:
+        if not options.rounds or not plans or results.last(task="time", model=name, malloc=malloc) is not None:
             continue
-        say(f"{name}: {options.rounds} rounds{', memory returned' * returning}")
+        say(f"{name}: {options.rounds} rounds, {malloc} malloc")
         request = {"task": "time", "model": name, "files": {row["schedule"]: row["file"] for row in plans},
                    "rounds": options.rounds}  # fmt: skip
-        for row in ask("state", request, returning=returning, timeout=options.timeout):
-            results.add({"task": "time", "model": name, "returning": returning} | row)
+        for row in ask("state", request, malloc=malloc, timeout=options.timeout):
+            results.add({"task": "time", "model": name, "malloc": malloc} | row)
 
 
 def render(results: Results, path: Path) -> None:
@@ -132,9 +135,8 @@ def render(results: Results, path: Path) -> None:
         "Written by `python -m memplan.benchmarks.state`. Sizes are MiB, physical, everything counted: parameters, AdamW's "
         "state, gradients, activations. Times are over eager's, with AdamW's step after the backward pass. *On disk*: bytes of "
         f"parameters and state that are there between their uses. *Bits*: {STEPS} losses, and the parameters after each of "
-        f"{STEPS} steps, are those of `torch.optim.AdamW` after eager's backward pass. *Measured*: with an allocator that "
-        "gives freed memory back at once, as when totals and single operations are measured; *usual malloc*: with glibc's own, "
-        "which keeps some of what was freed."
+        f"{STEPS} steps, are those of `torch.optim.AdamW` after eager's backward pass. {ALLOCATORS} "
+        "*Default malloc*: as measured with glibc's own way, which gives back some of it, not the same in every step."
     )
     for name in dict.fromkeys(row["model"] for row in results.all(task="plan")):
         found = results.last(model=name, label="floors")
@@ -148,8 +150,8 @@ def render(results: Results, path: Path) -> None:
             f"in memory, {mib(found['on disk'])} with a disk."
         )
         heads = ("budget", "of unplanned", "on disk", "moved out", "moved in", "predicted", "measured", "off by",
-                 "usual malloc", "gap", "measured total", "fits", "bits")  # fmt: skip
-        both = [(results.last(task="time", model=name, returning=which) or {}).get("seconds", {}) for which in (True, False)]
+                 "default malloc", "gap", "measured total", "fits", "bits")  # fmt: skip
+        both = [(results.last(task="time", model=name, malloc=malloc) or {}).get("seconds", {}) for malloc in TIMED]
         seconds = both[0]
         rows = []
         for row in results.all(task="plan", model=name):

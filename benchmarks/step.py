@@ -206,7 +206,7 @@ def run(model: str, methods: list[str], steps: int, rounds: int, time_limit: flo
             kind, _, budget = method.partition(":")
             if kind == "memplan" and not Path(budget).is_file():
                 request = {"model": model, "folder": folder, "time_limit": time_limit, "budgets": {method: budget}}
-                (plan,) = ask("planning", request, returning=True)
+                (plan,) = ask("planning", request, malloc="returning")
                 yield {"model": model, "method": method, **plan}
                 if "file" not in plan:
                     continue
@@ -215,13 +215,13 @@ def run(model: str, methods: list[str], steps: int, rounds: int, time_limit: flo
                 ready[method] = method
         for method, prepared in ready.items():
             request = {"task": "peak", "model": model, "method": prepared, "steps": steps}
-            for row in ask("step", request, returning=True):
+            for row in ask("step", request, malloc="returning"):
                 yield {"model": model, "method": method, **row}
         first = next(iter(ready), None)
         for method, prepared in ready.items() if rounds else ():
             pair = list(dict.fromkeys([ready[str(first)], prepared]))
             request = {"task": "time", "model": model, "methods": pair, "rounds": rounds}
-            for row in ask("step", request, returning=True):
+            for row in ask("step", request, malloc="returning"):
                 found = paired_ratio(row.get("seconds", {}), prepared, pair[0])
                 failed = {"failed": row["failed"]} if "failed" in row else {}
                 yield {"model": model, "method": method, "against": first, "ratio": found, **failed}
