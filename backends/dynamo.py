@@ -52,6 +52,7 @@ from ..planner.cost import Table, apply_costs
 from ..planner.errors import BudgetError, MemplanError
 from ..planner.local import device_key
 from ..planner.machine import Machine
+from ..planner.native import native_kernels
 from ..planner.pipeline import Planner
 from ..planner.plan import Side
 from ..planner.program import Program
@@ -468,8 +469,10 @@ def decompositions(inductor: bool) -> dict[Any, Any]:
 
 @contextmanager
 def surroundings(inductor: bool) -> Iterator[None]:
-    """What Inductor looks for while it compiles: a fake mode, and a context to report strides to."""
+    """Eager's kernels in one piece; or what Inductor looks for: a fake mode, and a context to report strides to."""
     with ExitStack() as stack:
+        if not inductor:
+            stack.enter_context(native_kernels())
         if inductor and _guards.TracingContext.try_get() is None:
             mode = FakeTensorMode(allow_non_fake_inputs=True)
             stack.enter_context(_guards.tracing(_guards.TracingContext(mode)))

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .errors import CaptureError, PlanMismatch
 from .graph import Source, Traced, lower
+from .native import native_kernels
 from .program import Program
 
 CONSTANT_ELEMENTS = 1 << 20  # constants larger than this are not evaluated while tracing
@@ -321,6 +322,7 @@ def trace(step: nn.Module, inputs: list[torch.Tensor], mode: FakeTensorMode, tra
     """AOTAutograd's joint graph with descriptors, or a `CaptureError` that names the model's line."""
     try:
         stack.enter_context(mode)
+        stack.enter_context(native_kernels())
         stack.enter_context(torch.enable_grad() if train else torch.no_grad())
         return aot_export_joint_with_descriptors(stack, step, tuple(inputs), decompositions={})
     except CaptureError:

@@ -49,6 +49,17 @@ class Block(nn.Module):
         return x + self.drop(self.shrink(functional.gelu(self.grow(x))))
 
 
+class Resize(nn.Module):
+    """A picture made larger: a kernel that tracing takes apart unless it is kept from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(functional.interpolate(self.first(x), size=(17, 19), mode="bilinear")).square().mean()
+
+
 class Gpt(nn.Module):
     """Tied embeddings, dropout; a graph break in the middle on request."""
 
@@ -157,7 +168,7 @@ class Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("make", "budget"), [(Gpt, None), (Gpt, "60%"), (Cnn, None), (Cnn, "90%")])
+@pytest.mark.parametrize(("make", "budget"), [(Gpt, None), (Gpt, "60%"), (Cnn, None), (Cnn, "90%"), (Resize, None)])
 def test_the_same_numbers_as_eager(make: Callable[[], nn.Module], budget: str | None) -> None:
     inputs = [IDS, IDS + 1 - (IDS == 49).long() * 50, IDS] if make is Gpt else list(torch.randn(3, 16, 3, 16, 16))
     called = assert_same(make(), *inputs, budget=budget)

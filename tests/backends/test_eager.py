@@ -215,6 +215,22 @@ def experts(m, x):
     return torch._grouped_mm(m.a(x), torch.stack([part.weight for part in m.experts]).transpose(1, 2), offs=ends)
 
 
+RESIZES = (  # (dimensions, how) of every family of kernels
+    (1, {"scale_factor": 2.0, "mode": "nearest"}), (1, {"size": 19, "mode": "linear"}),
+    (2, {"size": (17, 19), "mode": "nearest"}), (2, {"scale_factor": 1.7, "mode": "nearest-exact"}),
+    (2, {"size": (17, 19), "mode": "bilinear"}), (2, {"scale_factor": 1.7, "mode": "bilinear", "align_corners": True}),
+    (2, {"size": (5, 5), "mode": "bilinear", "antialias": True}), (2, {"size": (17, 19), "mode": "bicubic"}),
+    (3, {"scale_factor": 1.5, "mode": "nearest"}), (3, {"size": (7, 8, 9), "mode": "trilinear"}),
+)  # fmt: skip
+
+
+def resized(m, x):
+    """One picture, resized in every way."""
+    made = m.a(x)
+    shaped = {1: made.flatten(2), 2: made, 3: made.unflatten(2, (2, -1))}
+    return torch.cat([F.interpolate(shaped[dim], **how).flatten(1) for dim, how in RESIZES], 1).tanh()
+
+
 # name -> model, its inputs, how the scalar comes about (None: from the model itself)
 MODELS = {
     "gelu": (lambda: layers(nn.GELU), lambda: (rows(),), total),
@@ -283,6 +299,7 @@ MODELS = {
         images,
         total,
     ),
+    "resizes": (lambda: Lambda(resized, a=nn.Conv2d(3, 4, 3, padding=1)), images, total),
     "constants looked at": (
         lambda: Lambda(looks_at_constants, a=layers(nn.GELU), b=nn.Linear(WIDTH, WIDTH)),
         lambda: (rows(),),
