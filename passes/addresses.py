@@ -52,11 +52,13 @@ class Place:
     Attributes:
         seconds: of search for each tier, at most.
         seed: of the search.
+        capacity: bytes of the first tier to fit into; None for as few as possible.
     """
 
     name = "place"
     seconds: float = 2.0
     seed: int = 0
+    capacity: int | None = None
 
     def __call__(self, program: Program, machine: Machine, schedule: Schedule) -> tuple[Schedule, list[Extent]]:
         """The schedule with placements, and the arena of each tier that holds any."""
@@ -67,7 +69,9 @@ class Place:
         for tier in sorted({life.tier for life in lives}):
             mine = [life for life in lives if life.tier == tier]
             storage, names = requests_of(mine, size, machine.tiers[tier].alignment)
-            packing = pack(storage, None, self.seconds, self.seed)
+            packing = pack(storage, None if tier else self.capacity, self.seconds, self.seed)
+            if not len(packing.offset):  # it cannot fit: the referee will say so
+                packing = pack(storage, None, 0.0, self.seed)
             at = {life: int(packing.offset[names[life.request]]) for life in mine}
             placements += [Placement(life.buffer, tier, at[life], life.lower, life.upper) for life in mine]
             end = max(at[life] + int(size[life.buffer]) for life in mine)
@@ -88,8 +92,9 @@ def requests_of(lives: list[Life], size: np.ndarray, alignment: int) -> tuple[St
 
 
 def find_lives(program: Program, machine: Machine, schedule: Schedule) -> list[Life]:
-    """Every stay of a buffer that the step makes and does not give away, but for those that lie outside."""
-    given = {*program.outputs, *(buffer for buffer, _ in schedule.homes)}
+    """Every stay of a buffer that the step makes or fetches and does not give away, but for those that lie outside."""
+    home = dict(schedule.homes)
+    given = set(program.outputs) - home.keys()
     loose = set(schedule.outside)
     lives: list[Life] = []
     open_at: dict[tuple[int, int], tuple[int, int]] = {}  # (buffer, tier) -> (since, request)
@@ -125,8 +130,10 @@ def find_lives(program: Program, machine: Machine, schedule: Schedule) -> list[L
                 close(step.buffer, step.tier, at)
         elif isinstance(step, Start):
             tier = machine.tier_index(machine.links[step.link].target)
-            if step.buffer in given or (not tier and step.buffer in loose):
+            if not tier and step.buffer in given | loose:
                 continue
+            if home.get(step.buffer) == tier and program.producer[step.buffer] < 0:
+                continue  # it goes back to where it came from
             open_at[step.buffer, tier] = at, requests
             requests += 1
     for buffer, tier in list(open_at):

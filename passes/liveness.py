@@ -52,11 +52,12 @@ class Liveness:
 def last_reads(program: Program, order: Sequence[int], homes: Container[int] = ()) -> dict[tuple[int, int], int]:
     """For each (position, buffer written or read there) the last position of the buffer's life; -1 if it is not needed.
 
-    The key of a read is present only where the buffer has a producer or is one of `homes`. A number below zero in the order,
-    `-1 - buffer`, is the buffer's fetch from another tier, which begins a life as its writing does.
+    The key of a read is present only where the buffer has a producer or is one of `homes`, which may be resident buffers, or
+    outputs that need not stay on the device. A number below zero in the order, `-1 - buffer`, is the buffer's fetch from
+    another tier, which begins a life as its writing does.
     """
     end = len(order)
-    wanted = {buffer: end for buffer in program.outputs}
+    wanted = {buffer: end for buffer in program.outputs if buffer not in homes}
     owned = program.producer
     result: dict[tuple[int, int], int] = {}
     current = dict(wanted)

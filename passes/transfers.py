@@ -60,7 +60,7 @@ class Transfers:
             machine: whose links carry the copies.
             events: op indices and fetches (`-1 - buffer`) in time order.
             tier: for each buffer that is fetched the number, from 1, of its route.
-            homes: resident buffers that lie in their route's tier before and after the step.
+            homes: resident buffers that lie in their route's tier before and after the step, and outputs that do after it.
         """
         return _Walk(program, machine, events, tier, homes, self.budget).schedule()
 
@@ -92,7 +92,9 @@ class _Walk:
         fetches = ((at, -1 - event) for at, event in enumerate(self.events) if event < 0)
         # what is made again before it is read is not fetched after all
         self.fetches = Counter(buffer for at, buffer in fetches if self.last[at, buffer] > at)
-        self.live = self.program.resident_bytes - sum(self.size[buffer] for buffer in self.away)
+        self.live = self.program.resident_bytes - sum(
+            self.size[buffer] for buffer in self.away if self.program.producer[buffer] < 0
+        )
         self.ran: set[int] = set()
 
     def schedule(self) -> Schedule:
@@ -132,7 +134,7 @@ class _Walk:
                 break
         made = sum(size[buffer] for buffer in op.writes) - sum(size[old] for _, old in reuse)
         self.make_room(made + op.workspace)
-        moved = [buffer for buffer in op.writes if self.fetches[buffer] and index not in self.ran]
+        moved = [b for b in op.writes if (self.fetches[b] or b in self.homes) and index not in self.ran]
         self.ran.add(index)
         self.made.append(Run(op=index, keep=tuple(b for b in op.writes if b in keep or b in moved), reuse=tuple(reuse)))
         self.clock += op.seconds

@@ -29,7 +29,7 @@ RULES = {
     "order": "the loss follows the whole forward pass, the update the whole backward pass",
     "copy": "a copy starts from a live buffer, and is waited for once, where it was started",
     "home": "a resident buffer whose home is another tier lies there before the step and after it, with its last contents, "
-    "and is changed only on the device",
+    "and is changed only on the device; an output with such a home lies there, and there alone, after the step",
     "complete": "every op runs",
     "outputs": "every output is live at the end",
     "leak": "nothing else is live at the end",
@@ -91,7 +91,7 @@ def referee(program: Program, machine: Machine, schedule: Schedule, budget: int 
     name = [buffer.name for buffer in program.buffers]
     made_by = program.producer
     resident = {buffer for buffer, op in enumerate(made_by) if op < 0}
-    home = homes_of(machine, schedule, resident)
+    home = homes_of(machine, schedule, resident | set(program.outputs))
     live: list[set[int]] = [set() for _ in machine.tiers]
     for buffer in resident:
         live[home.get(buffer, 0)].add(buffer)
@@ -108,7 +108,7 @@ def referee(program: Program, machine: Machine, schedule: Schedule, budget: int 
     moved = [0] * len(machine.links)
     runs = [0] * len(program.ops)
     changed: set[int] = set()
-    given = set(program.outputs)
+    given = set(program.outputs) - home.keys()
     loose = set(schedule.outside)
     for buffer in loose:
         if not 0 <= buffer < len(size):
@@ -239,13 +239,13 @@ def referee(program: Program, machine: Machine, schedule: Schedule, budget: int 
             refuse("complete", f"{op.name} never runs")
     if flying:
         refuse("copy", f"the copy of {name[next(iter(flying))[0]]} is never waited for")
-    lost = set(program.outputs) - live[0]
+    lost = {buffer for buffer in program.outputs if buffer not in live[home.get(buffer, 0)]}
     if lost:
         refuse("outputs", f"{name[min(lost)]} is not live at the end")
     if outdated:
         refuse("home", f"the new contents of {name[min(outdated)]} never come home")
     for tier, alive in enumerate(live):
-        extra = alive - {buffer for buffer in resident if home.get(buffer, 0) == tier} - (given if tier == 0 else set())
+        extra = alive - {buffer for buffer in resident | set(program.outputs) if home.get(buffer, 0) == tier}
         if extra:
             refuse("leak", f"{name[min(extra)]} is still live in {machine.tiers[tier].name} at the end")
     if schedule.placements:
@@ -261,14 +261,14 @@ def referee(program: Program, machine: Machine, schedule: Schedule, budget: int 
     )
 
 
-def homes_of(machine: Machine, schedule: Schedule, resident: set[int]) -> dict[int, int]:
-    """The tier of each resident buffer that does not lie on the device."""
+def homes_of(machine: Machine, schedule: Schedule, lasting: set[int]) -> dict[int, int]:
+    """The tier of each buffer that outlasts the step and does not lie on the device."""
     home = dict(schedule.homes)
     for buffer, tier in schedule.homes:
-        if buffer not in resident or not 0 < tier < len(machine.tiers):
+        if buffer not in lasting or not 0 < tier < len(machine.tiers):
             raise InvalidSchedule("range", None, f"buffer {buffer} cannot be at home in tier {tier}")
-    if len(home) < len(schedule.homes) or (home and schedule.placements):
-        raise InvalidSchedule("home", None, "a buffer has two homes, or a schedule with planned addresses has any")
+    if len(home) < len(schedule.homes):
+        raise InvalidSchedule("home", None, "a buffer has two homes")
     return home
 
 
@@ -283,7 +283,8 @@ def check_lives(program: Program, machine: Machine, schedule: Schedule) -> None:
     A life lasts from the instruction that makes the buffer to the one that frees it; what is written in place begins
     where the old one ends, at the same address; what a run drops at once lives for that run.
     """
-    given = set(program.outputs)
+    home = dict(schedule.homes)
+    given = set(program.outputs) - home.keys()
     loose = set(schedule.outside)
     name = [buffer.name for buffer in program.buffers]
     waiting: dict[tuple[int, int, int], Placement] = {}
@@ -330,7 +331,8 @@ def check_lives(program: Program, machine: Machine, schedule: Schedule) -> None:
                     end(place, at + 1)
         elif isinstance(step, Start):
             tier = machine.tier_index(machine.links[step.link].target)
-            if tier or step.buffer not in given | loose:
+            returns = home.get(step.buffer) == tier and program.producer[step.buffer] < 0  # to where it came from
+            if not returns and (tier or step.buffer not in given | loose):
                 lying[step.buffer, tier] = begin(step.buffer, tier, at)
         elif isinstance(step, Free) and (step.buffer, step.tier) in lying:
             end(lying.pop((step.buffer, step.tier)), at)

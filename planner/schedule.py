@@ -91,7 +91,8 @@ class Schedule(msgspec.Struct, frozen=True):
         instructions: what happens.
         placements: addresses, where they have been planned; empty means that the backend's allocator chooses.
         outside: buffers that have none though others do: they lie where the kernels put them that make them.
-        homes: resident buffers that lie in another tier before the step and after it: pairs (buffer, tier).
+        homes: resident buffers that lie in another tier before the step and after it, and outputs that lie there after it:
+            pairs (buffer, tier).
     """
 
     program: str

@@ -13,7 +13,7 @@ FOLDERS = ("planner", "passes", "solvers", "backends")
 NOUNS = {
     f"planner.{name}" for name in ("program", "machine", "schedule", "referee", "plan", "errors", "units", "text", "trace")
 }
-CAPTURE = {f"planner.{name}" for name in ("capture", "graph", "optimizers", "restore", "cost", "disk", "local")}
+CAPTURE = {f"planner.{name}" for name in ("capture", "graph", "optimizers", "restore", "native", "cost", "disk", "local")}
 # The storeys, lowest first: a module may import from its own and from those below, where ALLOWED does not say less.
 STOREYS = {
     **dict.fromkeys(NOUNS, 0),
@@ -24,6 +24,7 @@ STOREYS = {
     "planner.pipeline": 3,
     "planner.addresses": 3,
     "planner.ladder": 3,
+    "planner.mapping": 3,
     "backends": 4,
     "planner.api": 5,
     "planner.models": 3,  # builds models by name for the command line and its trials; knows no plan

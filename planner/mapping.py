@@ -1,0 +1,230 @@
+"""Program -> schedule on a machine with a scratchpad: what `memplan map` does.
+
+    fuse -> residency and order (solvers/spm.py) -> fetches, earlier where there is room -> transfers -> addresses -> referee
+
+Residency is decided without addresses, so its bytes are a bound for any placement of it. Where the values do not fit by
+address though they fit by their sum, it is decided again for a little less.
+"""
+
+import time
+from collections.abc import Mapping as Table
+from dataclasses import dataclass
+from functools import cached_property
+
+import msgspec
+
+from ..passes.addresses import Place
+from ..passes.fuse import Fuse, Fused
+from ..passes.prefetch import Prefetch
+from ..passes.transfers import Transfers
+from ..solvers.residency import Mapped, Residency
+from ..solvers.spm import peaks, solve, with_capacity
+from .errors import BudgetError, InvalidSchedule, MachineError
+from .machine import Machine
+from .program import Program
+from .referee import Report, referee
+from .schedule import Schedule
+from .units import parse_bytes, show_bytes
+
+SIZES = ("M_R", "M_H", "M_P")  # COSMA's: the largest op, halfway, the smallest peak
+SHRINKS = 40  # tries with less and less of the scratchpad before the answer is that nothing was placed
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """An inference on a scratchpad.
+
+    Attributes:
+        fused: what runs.
+        machine: with the scratchpad's size.
+        schedule: instructions with addresses, accepted by the referee.
+        report: what the referee measured.
+        mapped: the residency behind it.
+        compulsory: bytes that every mapping moves.
+        bound: no mapping moves fewer bytes beyond those.
+        seconds: it took to find.
+    """
+
+    fused: Fused
+    machine: Machine
+    schedule: Schedule
+    report: Report
+    mapped: Mapped
+    compulsory: int
+    bound: int
+    seconds: float
+
+    @property
+    def capacity(self) -> int:
+        """Bytes of the scratchpad."""
+        return self.machine.tiers[0].capacity
+
+    @property
+    def noncompulsory(self) -> int:
+        """Bytes moved that a larger scratchpad would spare."""
+        return sum(self.report.moved) - self.compulsory
+
+    @property
+    def gap(self) -> float:
+        """How far the bytes are above the bound, as a share of them."""
+        return 1 - self.bound / self.noncompulsory if self.noncompulsory else 0.0
+
+
+@dataclass(frozen=True)
+class Mapper:
+    """Maps one inference onto scratchpads of any size.
+
+    Attributes:
+        program: an inference, with its costs filled in.
+        machine: whose first tier is the scratchpad and whose second the memory behind it.
+        weights: whether parameters take room in the scratchpad; if not, they reach the unit by a way of their own.
+        sizes: bytes of each buffer, where they are not the program's.
+        prefetch: start loads as early as there is room.
+        seed: of the searches.
+    """
+
+    program: Program
+    machine: Machine
+    weights: bool = False
+    sizes: tuple[int, ...] | None = None
+    prefetch: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.machine.tiers) < 2 or not self.routes:
+            raise MachineError(
+                f"machine {self.machine.name} has no memory behind its first tier with links there and back: use scratchpad"
+            )
+
+    @property
+    def routes(self) -> bool:
+        """Whether there are links both ways between the first two tiers."""
+        ends = {(link.source, link.target) for link in self.machine.links}
+        first, second = (tier.name for tier in self.machine.tiers[:2])
+        return (first, second) in ends and (second, first) in ends
+
+    @cached_property
+    def fused(self) -> Fused:
+        """What runs."""
+        return Fuse(self.weights)(self.program, self.sizes)
+
+    @cached_property
+    def problem(self) -> Residency:
+        """The same as arrays, for a scratchpad that holds nothing."""
+        program = self.fused.program
+        sizes = tuple(buffer.bytes for buffer in program.buffers)
+        return Residency(sizes, tuple(op.reads for op in program.ops), tuple(op.writes for op in program.ops), 0)
+
+    @cached_property
+    def landmarks(self) -> dict[str, int]:
+        """COSMA's sizes of a scratchpad for this program, in bytes."""
+        largest, least = peaks(self.problem)
+        return {"M_R": largest, "M_H": (largest + least) // 2, "M_P": least}
+
+    def capacity_of(self, asked: int | str) -> int:
+        """Bytes asked for: a size, or the name of one."""
+        return self.landmarks[asked] if asked in SIZES else parse_bytes(asked)  # type: ignore[index]
+
+    @cached_property
+    def homes(self) -> dict[int, int]:
+        """What lies in the memory behind before the step or after it, and the number of the route there."""
+        lasting = {buffer for buffer, op in enumerate(self.problem.producer) if op < 0 and self.problem.readers[buffer]}
+        return dict.fromkeys(sorted(lasting | set(self.fused.program.outputs)), 1)
+
+    def map(self, capacity: int, seconds: float = 10.0) -> Mapping:
+        """The mapping that moves the fewest bytes, or the best found.
+
+        Args:
+            capacity: bytes of the scratchpad.
+            seconds: to search for, at most; finding none at all takes what it takes.
+
+        Raises:
+            BudgetError: some op alone needs more; it is named.
+        """
+        began = time.monotonic()
+        self.check(capacity)
+        bound: int | None = None
+        room = capacity
+        for number in range(SHRINKS):
+            mapped = solve(with_capacity(self.problem, room), max(seconds - (time.monotonic() - began), 0.5), self.seed)
+            if mapped is None:
+                break
+            bound = mapped.bound if bound is None else bound
+            made = self.schedule(mapped, capacity)
+            if made is not None:
+                return Mapping(self.fused, self.sized(capacity), *made, mapped, self.problem.compulsory, bound,
+                               time.monotonic() - began)  # fmt: skip
+            room -= max(capacity // 500 * (number + 1), 1)
+        raise BudgetError(
+            f"no addresses found for {self.program.name} in a scratchpad of {show_bytes(capacity)} ({capacity} bytes); the "
+            f"smallest that avoids all transfers is {self.landmarks['M_P']} bytes",
+            None,
+        )
+
+    def check(self, capacity: int) -> None:
+        """Refuse a scratchpad in which some op does not fit."""
+        worst = max(range(len(self.problem.need)), key=self.problem.need.__getitem__, default=None)
+        if worst is not None and self.problem.need[worst] > capacity:
+            op = self.fused.program.ops[worst]
+            raise BudgetError(
+                f"a scratchpad of {show_bytes(capacity)} ({capacity} bytes) cannot hold the operands of {op.name} "
+                f"({op.target.partition('+')[0]}{', in ' + op.where if op.where else ''}): it needs "
+                f"{self.problem.need[worst]} bytes at once",
+                self.problem.need[worst],
+            )
+
+    def sized(self, capacity: int) -> Machine:
+        """The machine with a scratchpad of so many bytes."""
+        first, *rest = self.machine.tiers
+        return msgspec.structs.replace(self.machine, tiers=(msgspec.structs.replace(first, capacity=capacity), *rest))
+
+    def schedule(self, mapped: Mapped, capacity: int) -> tuple[Schedule, Report] | None:
+        """Instructions and addresses for a residency, with loads early if they fit so; None where nothing fits by address."""
+        machine, program = self.sized(capacity), self.fused.program
+        late = events_of(self.problem, mapped)
+        tier = {**self.homes, **{-1 - event: 1 for event in late if event < 0}}
+        tries = [late]
+        if self.prefetch:
+            tries.insert(0, Prefetch(capacity)(program, machine, late, tier, self.homes))
+        for events in tries:
+            schedule = Transfers(capacity)(program, machine, events, tier, self.homes)
+            schedule, _ = Place(capacity=capacity)(program, machine, schedule)
+            try:
+                return schedule, referee(program, machine, schedule)
+            except InvalidSchedule as error:
+                if error.rule not in ("place", "capacity"):
+                    raise
+        return None
+
+
+def events_of(problem: Residency, mapped: Mapped) -> list[int]:
+    """Ops and fetches (`-1 - buffer`) in time order, each fetch right before the op that reads it."""
+    events: list[int] = []
+    known: set[int] = set()
+    for step, op in enumerate(mapped.order):
+        for buffer in problem.reads[op]:
+            first = problem.producer[buffer] < 0 and buffer not in known
+            if first or (buffer, step) in mapped.dropped:
+                events.append(-1 - buffer)
+            known.add(buffer)
+        events.append(op)
+    return events
+
+
+def figures(mapping: Mapping, baselines: Table[str, int | None]) -> dict[str, object]:
+    """For JSON: see the contract's `memplan map`."""
+    return {
+        "scratchpad": mapping.capacity,
+        "compulsory": mapping.compulsory,
+        "noncompulsory": mapping.noncompulsory,
+        "lower_bound": mapping.bound,
+        "status": "optimal" if mapping.noncompulsory <= mapping.bound else "feasible",
+        "gap": mapping.gap,
+        "seconds": mapping.seconds,
+        "baselines": dict(baselines),
+        "peak": mapping.report.peak[0],
+        "time": mapping.report.time,
+        "ops": len(mapping.fused.program.ops),
+        "buffers": len(mapping.fused.program.buffers),
+        "machine": mapping.machine.name,
+    }
