@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from memplan.planner.errors import PlanMismatch as PlanMismatch
     from memplan.planner.machine import Machine as Machine
     from memplan.planner.machine import load_machine as load_machine
+    from memplan.planner.maps import map_model as map_model
     from memplan.planner.plan import Plan as Plan
     from memplan.planner.plan import load as load
     from memplan.planner.program import Program as Program
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 # name -> module that defines it; loaded on first use, so that `import memplan.solvers` does not import torch
 _FACE = {
     "plan": "planner.api",
+    "map_model": "planner.maps",
     "Plan": "planner.plan",
     "load": "planner.plan",
     "Machine": "planner.machine",

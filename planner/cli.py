@@ -419,6 +419,43 @@ def alloc(
     answer(as_json, facts, table((), places.rows()))
 
 
+@app.command(name="map")
+def map_(
+    model: Model,
+    scratchpad: Annotated[str, typer.Option(help="Bytes, 1MiB, or M_R (the largest op), M_P (the smallest peak), M_H.")],
+    machine: Annotated[str, typer.Option(help="A preset or TOML file with a memory behind its first tier.")] = "scratchpad",
+    weights: Annotated[bool, typer.Option("--weights", help="Parameters take room in the scratchpad, too.")] = False,
+    bits: Annotated[int | None, typer.Option(help="Of every element: 8, 16 or 32; left out: the model's own.")] = None,
+    execute: Annotated[bool, typer.Option("--run", help="Run it on the scratchpad machine, beside the model.")] = False,
+    time_limit: Annotated[float, typer.Option(help="Seconds to search for, at most.", min=0.0)] = 10.0,
+    seed: Seed = 0,
+    out: Annotated[Path | None, output("Write the program: .json, or text.", "-o", "--output")] = None,
+    png: Annotated[Path | None, output("Addresses over time as a picture.")] = None,
+    svg: Annotated[Path | None, output("The same, scalable.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Map an inference onto a scratchpad accelerator."""
+    from .maps import compared, map_model
+    from .models import load_model
+
+    with progress("building the model") as report:
+        module, args, kwargs = load_model(model, meta=not execute)
+        made = map_model(module.eval(), scratchpad, args, kwargs, machine=machine, weights=weights, bits=bits,
+                         time_limit=time_limit, seed=seed, progress=report)  # fmt: skip
+        ran = compared(made, args, kwargs) if execute else {}
+        if out is not None:
+            out.write_text(made.assembly.to_json() if out.suffix == ".json" else str(made.assembly))
+        for path in (png, svg):
+            if path is not None:
+                made.save_picture(path)
+    facts = made.facts() | ran | ({"output": str(out)} if out else {})
+    rows = made.rows()
+    if ran:
+        same = "the model's numbers" if ran["equal"] else f"differs by {ran['difference']:.1e}"
+        rows.append(("run", same, f"{show_bytes(ran['counted'])} moved, {show_seconds(ran['counted_time'])} by its clock"))
+    answer(as_json, facts, table((), rows))
+
+
 def export(
     made: "Plan", *, png: Path | None, svg: Path | None, trace: Path | None, snapshot: Path | None, html: Path | None
 ) -> None:

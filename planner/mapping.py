@@ -3,11 +3,10 @@
     fuse -> residency and order (solvers/spm.py) -> fetches, earlier where there is room -> transfers -> addresses -> referee
 
 Residency is decided without addresses, so its bytes are a bound for any placement of it. Where the values do not fit by
-address though they fit by their sum, it is decided again for a little less.
+address though they fit by their sum, it is decided once more, in the same order and with addresses (solvers/placed.py).
 """
 
 import time
-from collections.abc import Mapping as Table
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,6 +16,7 @@ from ..passes.addresses import Place
 from ..passes.fuse import Fuse, Fused
 from ..passes.prefetch import Prefetch
 from ..passes.transfers import Transfers
+from ..solvers.placed import Addresses, solve_placed
 from ..solvers.residency import Mapped, Residency
 from ..solvers.spm import peaks, solve, with_capacity
 from .errors import BudgetError, InvalidSchedule, MachineError
@@ -27,7 +27,6 @@ from .schedule import Schedule
 from .units import parse_bytes, show_bytes
 
 SIZES = ("M_R", "M_H", "M_P")  # COSMA's: the largest op, halfway, the smallest peak
-SHRINKS = 40  # tries with less and less of the scratchpad before the answer is that nothing was placed
 
 
 @dataclass(frozen=True)
@@ -81,6 +80,7 @@ class Mapper:
         sizes: bytes of each buffer, where they are not the program's.
         prefetch: start loads as early as there is room.
         seed: of the searches.
+        alignment: every address is a multiple of it.
     """
 
     program: Program
@@ -89,6 +89,7 @@ class Mapper:
     sizes: tuple[int, ...] | None = None
     prefetch: bool = True
     seed: int = 0
+    alignment: int = 1
 
     def __post_init__(self) -> None:
         if len(self.machine.tiers) < 2 or not self.routes:
@@ -113,7 +114,8 @@ class Mapper:
         """The same as arrays, for a scratchpad that holds nothing."""
         program = self.fused.program
         sizes = tuple(buffer.bytes for buffer in program.buffers)
-        return Residency(sizes, tuple(op.reads for op in program.ops), tuple(op.writes for op in program.ops), 0)
+        reads, writes = (tuple(getattr(op, side) for op in program.ops) for side in ("reads", "writes"))
+        return Residency(sizes, reads, writes, 0, program.outputs)
 
     @cached_property
     def landmarks(self) -> dict[str, int]:
@@ -128,7 +130,7 @@ class Mapper:
     @cached_property
     def homes(self) -> dict[int, int]:
         """What lies in the memory behind before the step or after it, and the number of the route there."""
-        lasting = {buffer for buffer, op in enumerate(self.problem.producer) if op < 0 and self.problem.readers[buffer]}
+        lasting = {buffer for buffer, op in enumerate(self.problem.producer) if op < 0}
         return dict.fromkeys(sorted(lasting | set(self.fused.program.outputs)), 1)
 
     def map(self, capacity: int, seconds: float = 10.0) -> Mapping:
@@ -143,23 +145,25 @@ class Mapper:
         """
         began = time.monotonic()
         self.check(capacity)
-        bound: int | None = None
-        room = capacity
-        for number in range(SHRINKS):
-            mapped = solve(with_capacity(self.problem, room), max(seconds - (time.monotonic() - began), 0.5), self.seed)
-            if mapped is None:
-                break
-            bound = mapped.bound if bound is None else bound
-            made = self.schedule(mapped, capacity)
-            if made is not None:
-                return Mapping(self.fused, self.sized(capacity), *made, mapped, self.problem.compulsory, bound,
-                               time.monotonic() - began)  # fmt: skip
-            room -= max(capacity // 500 * (number + 1), 1)
-        raise BudgetError(
-            f"no addresses found for {self.program.name} in a scratchpad of {show_bytes(capacity)} ({capacity} bytes); the "
-            f"smallest that avoids all transfers is {self.landmarks['M_P']} bytes",
-            None,
-        )
+        problem = with_capacity(self.problem, capacity)
+        mapped = solve(problem, seconds, self.seed)
+        assert mapped is not None
+        made = self.schedule(mapped, capacity)
+        if made is None:  # it fits by the sum of what is there, and not by address
+            left = max(seconds - (time.monotonic() - began), 1.0)
+            placed = solve_placed(problem, mapped.order, mapped, self.alignment, left, self.seed)
+            if placed is not None:
+                mapped, addresses = placed
+                made = self.schedule(mapped, capacity, addresses)
+        if made is None:
+            raise BudgetError(
+                f"no addresses found for {self.program.name} in a scratchpad of {show_bytes(capacity)} ({capacity} bytes): "
+                f"every op fits, and what has to stay between ops fits by its sum, but no place was found for all of it; try "
+                f"{show_bytes(self.landmarks['M_P'] * 5 // 4)} or a longer time limit",
+                self.landmarks["M_P"] * 5 // 4,
+            )
+        return Mapping(self.fused, self.sized(capacity), *made, mapped, problem.compulsory, mapped.bound,
+                       time.monotonic() - began)  # fmt: skip
 
     def check(self, capacity: int) -> None:
         """Refuse a scratchpad in which some op does not fit."""
@@ -175,20 +179,29 @@ class Mapper:
 
     def sized(self, capacity: int) -> Machine:
         """The machine with a scratchpad of so many bytes."""
-        first, *rest = self.machine.tiers
-        return msgspec.structs.replace(self.machine, tiers=(msgspec.structs.replace(first, capacity=capacity), *rest))
+        change = msgspec.structs.replace
+        tiers = [change(tier, alignment=max(tier.alignment, self.alignment)) for tier in self.machine.tiers]
+        return change(self.machine, tiers=(change(tiers[0], capacity=capacity), *tiers[1:]))
 
-    def schedule(self, mapped: Mapped, capacity: int) -> tuple[Schedule, Report] | None:
-        """Instructions and addresses for a residency, with loads early if they fit so; None where nothing fits by address."""
+    def schedule(self, mapped: Mapped, capacity: int, addresses: Addresses | None = None) -> tuple[Schedule, Report] | None:
+        """Instructions and addresses for a residency, with loads early if they fit so; None where nothing fits by address.
+
+        Loads early, stores beside the ops that follow; then loads where they are needed; then stores waited for at once too,
+        which is what a residency with addresses speaks of.
+        """
         machine, program = self.sized(capacity), self.fused.program
         late = events_of(self.problem, mapped)
         tier = {**self.homes, **{-1 - event: 1 for event in late if event < 0}}
-        tries = [late]
-        if self.prefetch:
-            tries.insert(0, Prefetch(capacity)(program, machine, late, tier, self.homes))
-        for events in tries:
-            schedule = Transfers(capacity)(program, machine, events, tier, self.homes)
-            schedule, _ = Place(capacity=capacity)(program, machine, schedule)
+        early = Prefetch(capacity)(program, machine, late, tier, self.homes) if self.prefetch else late
+        known: dict[int, list[int]] | None = None
+        tries = [(early, capacity)] * self.prefetch + [(late, capacity), (late, 0)]
+        if addresses is not None:
+            known, tries = {}, [(late, 0)]
+            for (buffer, _), offset in sorted(addresses.items(), key=lambda item: item[0]):
+                known.setdefault(buffer, []).append(offset)
+        for events, room in tries:
+            schedule = Transfers(room)(program, machine, events, tier, self.homes)
+            schedule, _ = Place(capacity=capacity, known=known)(program, machine, schedule)
             try:
                 return schedule, referee(program, machine, schedule)
             except InvalidSchedule as error:
@@ -209,22 +222,3 @@ def events_of(problem: Residency, mapped: Mapped) -> list[int]:
             known.add(buffer)
         events.append(op)
     return events
-
-
-def figures(mapping: Mapping, baselines: Table[str, int | None]) -> dict[str, object]:
-    """For JSON: see the contract's `memplan map`."""
-    return {
-        "scratchpad": mapping.capacity,
-        "compulsory": mapping.compulsory,
-        "noncompulsory": mapping.noncompulsory,
-        "lower_bound": mapping.bound,
-        "status": "optimal" if mapping.noncompulsory <= mapping.bound else "feasible",
-        "gap": mapping.gap,
-        "seconds": mapping.seconds,
-        "baselines": dict(baselines),
-        "peak": mapping.report.peak[0],
-        "time": mapping.report.time,
-        "ops": len(mapping.fused.program.ops),
-        "buffers": len(mapping.fused.program.buffers),
-        "machine": mapping.machine.name,
-    }

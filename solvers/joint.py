@@ -73,7 +73,7 @@ class Model:
                 self.resident[buffer, t] = add(f"resident {buffer} {t}")
                 if t > low + 1 or op < 0:
                     self.load[buffer, t] = add(f"load {buffer} {t}")
-            if op >= 0 and uses:
+            if problem.fresh[buffer] and uses:
                 self.stored[buffer] = add(f"stored {buffer}")
         self.add_orders()
         self.add_residency()
@@ -115,8 +115,9 @@ class Model:
             rows[t].append((size[buffer], there))
         for (buffer, t), load in self.load.items():
             op = problem.producer[buffer]
-            if op >= 0:
+            if buffer in self.stored:
                 self.model.add_implication(load, self.stored[buffer])
+            if op >= 0:
                 low, high = self.windows[op]
                 if t <= high:
                     self.model.add(sum(self.at[op, k] for k in range(low, t)) >= load)

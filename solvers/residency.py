@@ -2,8 +2,8 @@
 
 Each op of a step needs what it reads and what it writes in the scratchpad at once. Between two uses a value either stays
 there or is dropped and loaded again. A value that an op has made must be stored before it may be dropped, once however
-often it is loaded; one that lies in the large memory from the start need not. First loads, and the store of a result that
-nobody reads, are *compulsory*: every mapping has them. All other bytes are what a mapping is judged by (COSMA, arXiv
+often it is loaded; one that lies in the large memory from the start need not. First loads and the stores
+of outputs are *compulsory*: every mapping has them. All other bytes are what a mapping is judged by (COSMA, arXiv
 2311.18246, equation 12).
 
 Addresses are left out: they come after, from `allocate.py`, and where none exist for an answer its capacity is lowered
@@ -30,12 +30,14 @@ class Residency:
         reads: for each op the buffers it reads, each once.
         writes: for each op the buffers it makes; a buffer that none makes lies in the large memory from the start.
         capacity: bytes of the scratchpad.
+        outputs: buffers that an op makes and that must be stored whatever happens.
     """
 
     size: tuple[int, ...]
     reads: tuple[tuple[int, ...], ...]
     writes: tuple[tuple[int, ...], ...]
     capacity: int
+    outputs: tuple[int, ...] = ()
 
     @cached_property
     def producer(self) -> tuple[int, ...]:
@@ -69,14 +71,14 @@ class Residency:
 
     @cached_property
     def compulsory(self) -> int:
-        """Bytes that every mapping moves: what is read from the large memory once, and results that nobody reads."""
+        """Bytes that every mapping moves: what lies in the large memory and is read, once in, and the outputs, once out."""
         loaded = sum(size for size, op, uses in zip(self.size, self.producer, self.readers, strict=True) if op < 0 and uses)
-        return loaded + sum(self.size[b] for b in self.results)
+        return loaded + sum(self.size[buffer] for buffer in self.outputs)
 
     @cached_property
-    def results(self) -> tuple[int, ...]:
-        """Buffers that an op makes and none reads."""
-        return tuple(b for b, op in enumerate(self.producer) if op >= 0 and not self.readers[b])
+    def fresh(self) -> tuple[bool, ...]:
+        """For each buffer whether the large memory would not have it if nobody stored it there for room's sake."""
+        return tuple(op >= 0 and buffer not in self.outputs for buffer, op in enumerate(self.producer))
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def find_gaps(problem: Residency, order: Sequence[int]) -> Gaps:
 
 def cost_of(problem: Residency, dropped: frozenset[tuple[int, int]] | set[tuple[int, int]]) -> int:
     """Bytes moved for what is dropped: each load, and for what an op made one store."""
-    stored = {buffer for buffer, _ in dropped if problem.producer[buffer] >= 0}
+    stored = {buffer for buffer, _ in dropped if problem.fresh[buffer]}
     return sum(problem.size[buffer] for buffer, _ in dropped) + sum(problem.size[buffer] for buffer in stored)
 
 
@@ -173,7 +175,7 @@ def solve_ordered(problem: Residency, order: Sequence[int], seconds: float = 10.
     stored = {
         buffer: model.new_bool_var(f"stored {buffer}")
         for buffer in sorted({int(gaps.buffer[gap]) for gap in pressed})
-        if problem.producer[buffer] >= 0
+        if problem.fresh[buffer]
     }
     for row, room in rows.items():
         whole = sum(problem.size[int(gaps.buffer[gap])] for gap in row)

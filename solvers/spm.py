@@ -19,6 +19,14 @@ def peaks(problem: Residency) -> tuple[int, int]:
     return max(problem.need, default=0), max((find_order(part.problem)[1] for part in distinct(cut(problem))), default=0)
 
 
+def smallest_peak_order(problem: Residency) -> list[int]:
+    """An order with the smallest peak."""
+    order: list[int] = []
+    for part in cut(problem):
+        order += [part.ops[op] for op in find_order(part.problem)[0][part.leads :]]
+    return order
+
+
 def distinct(parts: Iterable[Part]) -> list[Part]:
     """Parts of which none has another's problem."""
     return list({part.problem: part for part in parts}.values())

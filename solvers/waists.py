@@ -36,9 +36,9 @@ def find_waists(problem: Residency) -> list[int]:
             future[other] |= future[op] | 1 << op
     open_until = [0] * (count + 1)  # how many buffers are in use from before each op to after it
     for buffer, uses in enumerate(problem.readers):
-        first = problem.producer[buffer] if problem.producer[buffer] >= 0 else (uses[0] if uses else 0)
-        if uses and uses[-1] > first:
-            open_until[first + 1] += 1
+        first = problem.producer[buffer] + 1 if problem.producer[buffer] >= 0 else min(uses, default=0)
+        if uses and uses[-1] > first:  # what a waist makes may cross it, what it reads may not
+            open_until[first] += 1
             open_until[uses[-1]] -= 1
     found, across = [], 0
     for op in range(count):
@@ -80,5 +80,6 @@ def take(problem: Residency, ops: tuple[int, ...], leads: bool) -> Part:
         size=tuple(problem.size[old] for old in buffers),
         reads=tuple(tuple(new[old] for old in row) for row in reads),
         writes=tuple(tuple(new[old] for old in row) for row in writes),
+        outputs=tuple(new[old] for old in problem.outputs if old in new),
     )
     return Part(part, ops, buffers, leads)

@@ -29,6 +29,7 @@ STOREYS = {
     "planner.api": 5,
     "planner.models": 3,  # builds models by name for the command line and its trials; knows no plan
     "planner.placing": 5,
+    "planner.maps": 5,
     "planner.tables": 6,
     "planner.cli": 6,
 }

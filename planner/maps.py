@@ -1,0 +1,217 @@
+"""`memplan.map_model`: a model's inference onto a scratchpad, end to end; and what `memplan map` prints of it."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from ..solvers.replacement import baselines
+from ..solvers.spm import smallest_peak_order, with_capacity
+from .cost import apply_costs
+from .errors import BudgetError, MemplanError
+from .machine import Machine, load_machine
+from .mapping import SIZES, Mapper
+from .mapping import Mapping as Mapped
+from .units import parse_bytes, show_bytes, show_seconds
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
+    from ..backends.scratchpad import Assembly, Counted
+    from .capture import Captured
+
+BITS = (8, 16, 32)
+
+
+@dataclass
+class MappedModel:
+    """A model mapped onto a scratchpad.
+
+    Attributes:
+        mapper: that planned it, and plans it for other sizes.
+        mapping: schedule, addresses and figures.
+        captured: the inference.
+        model: whose parameters a run reads; on meta it can be planned and not run.
+        capture_seconds: spent tracing.
+        counted: what the last run came to.
+    """
+
+    mapper: Mapper
+    mapping: Mapped
+    captured: "Captured"
+    model: "nn.Module"
+    capture_seconds: float
+    counted: "Counted | None" = None
+
+    @cached_property
+    def baselines(self) -> dict[str, int | None]:
+        """Bytes beyond the compulsory ones of each rule in `solvers/replacement.py`; None where it finds no addresses."""
+        problem = with_capacity(self.mapper.problem, self.mapping.capacity)
+        orders = {"default": range(len(problem.reads)), "peak": smallest_peak_order(problem)}
+        return baselines(problem, orders)
+
+    @property
+    def assembly(self) -> "Assembly":
+        """The program for the scratchpad machine."""
+        from ..backends.scratchpad import assemble
+
+        return assemble(self.mapping)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's outputs, computed on exactly the scratchpad's bytes (`backends/scratchpad.py`)."""
+        from ..backends.scratchpad import Scratchpad
+
+        machine = Scratchpad(self.model, self.captured, self.mapping)
+        result = machine.run(*args, **kwargs)
+        self.counted = machine.counted
+        return result
+
+    def facts(self) -> dict[str, Any]:
+        """For JSON."""
+        found, report = self.mapping, self.mapping.report
+        program = found.fused.program
+        return {
+            "scratchpad": found.capacity,
+            "compulsory": found.compulsory,
+            "noncompulsory": found.noncompulsory,
+            "lower_bound": found.bound,
+            "status": "optimal" if found.noncompulsory <= found.bound else "feasible",
+            "gap": found.gap,
+            "seconds": found.seconds,
+            "baselines": self.baselines,
+            "sizes": self.mapper.landmarks,
+            "peak": report.peak[0],
+            "moved": dict(zip([f"{link.source}->{link.target}" for link in found.machine.links], report.moved, strict=True)),
+            "time": report.time,
+            "compute_time": sum(op.seconds for op in program.ops),
+            "machine": found.machine.name,
+            "ops": len(program.ops),
+            "buffers": len(program.buffers),
+            "capture_seconds": self.capture_seconds,
+        }
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """For people: what, the figure, and what to say of it."""
+        found = self.mapping
+        proven = "proven fewest" if found.noncompulsory <= found.bound else f"at least {show_bytes(found.bound)}"
+        known = [size for size in self.baselines.values() if size is not None]
+        best = f"best of {len(known)} rules {show_bytes(min(known))}" if known else "no rule finds addresses"
+        sizes = ", ".join(f"{name} {show_bytes(size)}" for name, size in self.mapper.landmarks.items())
+        compute = sum(op.seconds for op in found.fused.program.ops)
+        return [
+            ("scratchpad", show_bytes(found.capacity), sizes),
+            ("peak", show_bytes(found.report.peak[0]), f"{len(found.fused.program.ops)} ops, every operand at its address"),
+            ("compulsory transfers", show_bytes(found.compulsory), "each input once in, each output once out"),
+            ("other transfers", show_bytes(found.noncompulsory), f"{proven}; {best}"),
+            ("time (predicted)", show_seconds(found.report.time), f"of which computing {show_seconds(compute)}"),
+            ("solved in", show_seconds(found.seconds), ""),
+        ]
+
+    def save_picture(self, path: "Path") -> None:
+        """Addresses over time, as rectangles."""
+        from ..backends.pictures import packing, save
+
+        mine = [place for place in self.mapping.schedule.placements if not place.tier]
+        size = [self.mapping.fused.program.buffers[place.buffer].bytes for place in mine]
+        title, capacity = f"{self.captured.program.name}, scratchpad", self.mapping.capacity
+        spans, offsets = [[(place.lower, place.upper)] for place in mine], [place.offset for place in mine]
+        save(packing(title, spans, size, offsets, self.mapping.report.peak[0], capacity), path)
+
+
+def map_model(
+    model: "nn.Module",
+    scratchpad: int | str,
+    args: tuple = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    machine: str | Machine = "scratchpad",
+    weights: bool = False,
+    bits: int | None = None,
+    prefetch: bool = True,
+    time_limit: float = 10.0,
+    seed: int = 0,
+    progress: Callable[[str, float], None] | None = None,
+) -> MappedModel:
+    """Map an inference onto an accelerator whose scratchpad software manages.
+
+    Order, residency and addresses are chosen so that the fewest bytes beyond the compulsory ones cross between the scratchpad
+    and the memory behind it (COSMA, arXiv 2311.18246).
+
+    Args:
+        model: in evaluation mode; its parameters on the CPU or on meta.
+        scratchpad: bytes (1048576, "1MiB"), or COSMA's sizes: "M_R", the largest op's operands and results; "M_P", the smallest
+            peak of any order; "M_H", halfway between.
+        args: example inputs.
+        kwargs: more of them.
+        machine: a preset's name, a TOML path or a Machine with a memory behind its first tier.
+        weights: whether parameters take room in the scratchpad, or reach the unit by a way of their own.
+        bits: of every element; None for the model's own types. Mappings for other sizes than the model's cannot be run.
+        prefetch: start loads as early as there is room.
+        time_limit: seconds of search.
+        seed: of the search.
+        progress: is told (stage, share done).
+
+    Returns:
+        The mapping, accepted by the referee; `.run(*args)` carries it out.
+
+    Raises:
+        BudgetError: an op alone needs more than the scratchpad; the message names it, `.minimum` is what it needs.
+        CaptureError: the model cannot be traced.
+        MachineError: no such machine, or one without a memory behind its first tier.
+    """
+    from .capture import capture
+
+    if bits not in (None, *BITS):
+        raise MemplanError(f"bits={bits}: choose from {', '.join(map(str, BITS))}, or leave it out for the model's own types")
+    known = machine if isinstance(machine, Machine) else load_machine(machine)
+    if scratchpad not in SIZES:
+        readable(scratchpad)
+    tell = progress or (lambda stage, share: None)
+    tell("tracing the model", 0.0)
+    began = time.monotonic()
+    captured = capture(
+        model, args, dict(kwargs or {}), train=False, loss=None, optimizer=None, in_backward=False, device=None, runs_on=None
+    )
+    seconds = time.monotonic() - began
+    program = apply_costs(captured.program, known)
+    width = [node.meta["val"].element_size() for _, node in sorted(captured.traced.base.items())]
+    sizes = None
+    if bits is not None:
+        sizes = tuple(buffer.bytes // size * bits // 8 for buffer, size in zip(program.buffers, width, strict=True))
+    alignment = max(width, default=1) if bits is None else bits // 8
+    mapper = Mapper(program, known, weights, sizes, prefetch, seed, alignment)
+    tell("mapping", 0.0)
+    mapping = mapper.map(mapper.capacity_of(scratchpad), time_limit)
+    return MappedModel(mapper, mapping, captured, model, seconds)
+
+
+def readable(scratchpad: int | str) -> None:
+    """Refuse what is no size of a scratchpad, before anything is traced."""
+    try:
+        parse_bytes(scratchpad)
+    except BudgetError:
+        raise BudgetError(
+            f"scratchpad={scratchpad!r}: give bytes, as 1048576 or '1MiB', or one of {', '.join(SIZES)}"
+        ) from None
+
+
+def compared(made: MappedModel, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A run on the scratchpad machine, its outputs beside the model's own."""
+    import torch
+    from torch.utils import _pytree as pytree
+
+    found = made.run(*args, **kwargs)
+    with torch.no_grad():
+        wanted = made.model(*args, **kwargs)
+    pairs = [(one, other) for one, other in zip(pytree.tree_leaves(found), pytree.tree_leaves(wanted), strict=True)
+             if isinstance(other, torch.Tensor)]  # fmt: skip
+    assert made.counted is not None
+    return {
+        "equal": all(torch.equal(one, other) for one, other in pairs),
+        "difference": max((float((one.double() - other.double()).abs().max()) for one, other in pairs), default=0.0),
+        "counted": made.counted.loaded + made.counted.stored,
+        "counted_time": made.counted.time,
+    }

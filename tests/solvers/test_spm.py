@@ -1,0 +1,221 @@
+"""Scratchpads: the fast method against brute force and against COSMA's own program, over all orders."""
+
+import heapq
+import itertools
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from memplan.solvers.cosma import solve_pulp, solve_sat
+from memplan.solvers.peakorder import Walk, find_order
+from memplan.solvers.replacement import ARENAS, POLICIES, baseline, stays
+from memplan.solvers.residency import Residency, cost_of, find_gaps, solve_ordered
+from memplan.solvers.spm import join, peaks, smallest_peak_order, solve, solve_part, with_capacity
+from memplan.solvers.storage import peak_of
+from memplan.solvers.waists import cut
+
+
+def make_problem(rng: random.Random, ops: int, sizes: int = 6) -> Residency:
+    """A random graph of ops with one or two results, which reads values made before it or given."""
+    size, reads, writes = [rng.randint(1, sizes) for _ in range(rng.randint(1, 2))], [], []
+    given = list(range(len(size)))
+    unread: set[int] = set()
+    for _ in range(ops):
+        known = list(range(len(size)))
+        recent = known[-3:]
+        mine = {rng.choice(recent if rng.random() < 0.7 else known) for _ in range(rng.choice([1, 1, 2, 2, 3]))}
+        mine |= {rng.choice(given)} if rng.random() < 0.15 else set()
+        made = []
+        for _ in range(2 if rng.random() < 0.15 else 1):
+            size.append(rng.randint(1, sizes))
+            made.append(len(size) - 1)
+        reads.append(tuple(sorted(mine)))
+        writes.append(tuple(made))
+        unread = (unread | set(made)) - mine
+    outputs = {buffer for buffer in unread if rng.random() < 0.8}
+    outputs |= {rng.choice([b for row in writes for b in row])} if rng.random() < 0.2 else set()
+    return Residency(tuple(size), tuple(reads), tuple(writes), 0, tuple(sorted(outputs)))
+
+
+@st.composite
+def problems(draw, most: int) -> Residency:
+    """A problem with a scratchpad between its largest op and its smallest peak."""
+    problem = make_problem(random.Random(draw(st.integers(0, 2**32))), draw(st.integers(2, most)))
+    low, high = peaks(problem)
+    return with_capacity(problem, draw(st.integers(low, max(low, high))))
+
+
+def orders(problem: Residency):
+    """Every order."""
+    for order in itertools.permutations(range(len(problem.reads))):
+        at = {op: step for step, op in enumerate(order)}
+        if all(at[other] < at[op] for op, others in enumerate(problem.before) for other in others):
+            yield order
+
+
+def search(problem: Residency) -> int:
+    """The fewest bytes by brute force: a cheapest path over (ops done, values resident, values stored)."""
+    size = problem.size
+    everything = frozenset(range(len(problem.reads)))
+    heap = [(0, 0, frozenset(), frozenset(), frozenset())]
+    seen = set()
+    count = itertools.count(1)
+    while heap:
+        cost, _, done, resident, stored = heapq.heappop(heap)
+        if done == everything:
+            return cost
+        if (done, resident, stored) in seen:
+            continue
+        seen.add((done, resident, stored))
+        for op in everything - done:
+            if not set(problem.before[op]) <= done:
+                continue
+            wanted = {*problem.reads[op], *problem.writes[op]}
+            others = sorted(b for b in resident - wanted if any(reader not in done for reader in problem.readers[b]))
+            for count_kept in range(len(others) + 1):
+                for kept in itertools.combinations(others, count_kept):
+                    if sum(size[b] for b in {*kept, *wanted}) > problem.capacity:
+                        continue
+                    more, there = cost, set(stored)
+                    for buffer in set(others) - set(kept):  # it leaves; a store is paid when it does
+                        if problem.fresh[buffer] and buffer not in there:
+                            more += size[buffer]
+                            there.add(buffer)
+                    for buffer in problem.reads[op]:
+                        used = problem.producer[buffer] >= 0 or any(reader in done for reader in problem.readers[buffer])
+                        more += size[buffer] if buffer not in resident and used else 0
+                    state = (done | {op}, frozenset({*kept, *wanted}), frozenset(there))
+                    heapq.heappush(heap, (more, next(count), *state))
+    raise AssertionError("nothing fits")
+
+
+def replayed(problem: Residency, order, dropped) -> int:
+    """Bytes of a mapping, with every step checked, in the obvious way."""
+    resident: dict[int, bool] = {}
+    stored: set[int] = set()
+    cost = 0
+    seen: set[int] = set()
+    last = {b: max(order.index(op) for op in uses) for b, uses in enumerate(problem.readers) if uses}
+    following = {(int(g), int(a)): int(u) for g, a, u in zip(*[iter(x) for x in gaps_of(problem, order)], strict=True)}
+    for step, op in enumerate(order):
+        for buffer in problem.reads[op]:
+            if buffer not in resident:
+                assert problem.producer[buffer] < 0 or (buffer, step) in dropped
+                cost += problem.size[buffer] if buffer in seen else 0
+            resident[buffer] = True
+            seen.add(buffer)
+        for buffer in problem.writes[op]:
+            resident[buffer] = True
+            seen.add(buffer)
+        assert sum(problem.size[b] for b in resident) <= problem.capacity
+        for buffer in list(resident):
+            until = following.get((buffer, step))
+            if last.get(buffer, -1) <= step:
+                del resident[buffer]
+            elif until is not None and (buffer, until) in dropped:
+                if problem.fresh[buffer] and buffer not in stored:
+                    cost += problem.size[buffer]
+                    stored.add(buffer)
+                del resident[buffer]
+    return cost
+
+
+def gaps_of(problem: Residency, order):
+    """The gaps as lists."""
+    gaps = find_gaps(problem, order)
+    return gaps.buffer.tolist(), gaps.after.tolist(), gaps.until.tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(7))
+def test_the_fast_method_is_as_good_as_brute_force(problem):
+    """The fewest bytes over all orders, proven, and its own count of them is what a replay counts."""
+    found = solve(problem, 20.0)
+    assert found is not None
+    assert found.bytes == found.bound == search(problem)
+    assert found.bytes == cost_of(problem, found.dropped) == replayed(problem, list(found.order), found.dropped)
+
+
+@settings(max_examples=25, deadline=None)
+@given(problems(5))
+def test_cosmas_program_has_the_same_optimum(problem):
+    """With addresses, through both solvers."""
+    found = solve(problem, 20.0)
+    assert found is not None
+    wanted = solve_sat(problem)
+    assert wanted == solve_pulp(problem)
+    assert found.bytes == wanted
+
+
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None)
+@given(problems(14))
+def test_larger_graphs_have_cosmas_optimum_too(problem):
+    found = solve(problem, 60.0)
+    assert found is not None
+    assert found.bytes == found.bound
+    wanted = solve_sat(problem, 120.0)
+    assert wanted is None or found.bytes == wanted
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.integers(2, 7))
+def test_no_order_has_a_smaller_peak(seed, ops):
+    problem = make_problem(random.Random(seed), ops)
+    order, peak, proven = find_order(problem)
+    walk = Walk(problem)
+    assert proven
+    assert peak == walk.peak_of(order) == min(walk.peak_of(list(each)) for each in orders(problem))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32), st.integers(2, 30))
+def test_at_the_smallest_peak_nothing_moves(seed, ops):
+    """And one byte less is more than nothing, unless an op alone wants as much."""
+    problem = make_problem(random.Random(seed), ops)
+    low, high = peaks(problem)
+    found = solve(with_capacity(problem, high))
+    assert found is not None
+    assert found.bytes == 0
+    assert Walk(problem).peak_of(smallest_peak_order(problem)) == high
+    assert solve(with_capacity(problem, low - 1)) is None
+    if low < high:
+        less = solve(with_capacity(problem, high - 1), 20.0)
+        assert less is not None
+        assert less.bytes > 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems(14))
+def test_parts_are_as_good_as_the_whole(problem):
+    """Waists cost nothing: parts solved apart give the optimum of all in one."""
+    parts = cut(problem)
+    assert [op for part in parts for op in part.ops[part.leads :]] == list(range(len(problem.reads)))
+    apart = join(problem, [(part, solve_part(part.problem, 20.0, 0)) for part in parts])
+    whole = solve_part(problem, 20.0, 0)
+    assert apart.bytes == apart.bound == whole.bytes == whole.bound
+    assert replayed(problem, list(apart.order), apart.dropped) == apart.bytes
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(10), st.sampled_from(sorted(POLICIES)), st.sampled_from(sorted(ARENAS)))
+def test_rules_are_never_better_than_the_optimum_of_their_order(problem, policy, arena):
+    order = list(range(len(problem.reads)))
+    best = solve_ordered(problem, order)
+    moved = baseline(problem, order, policy, arena)
+    assert best is not None
+    assert best.bytes == best.bound
+    assert moved is None or moved >= best.bytes
+
+
+def test_a_chain_with_a_skip():
+    """Worked by hand: the skipped value waits outside, stored once and loaded once."""
+    problem = Residency((4, 8, 8, 8), ((0,), (1,), (2, 1)), ((1,), (2,), (3,)), 24)
+    assert peaks(problem) == (24, 24)
+    chain = Residency((4, 8, 9, 9, 8), ((0,), (1,), (2,), (3, 1)), ((1,), (2,), (3,), (4,)), 25)
+    assert peaks(chain) == (25, 26)
+    found = solve(chain)
+    assert found is not None
+    assert (found.bytes, found.bound, found.dropped) == (16, 16, {(1, 3)})
+    assert peak_of(stays(chain, found), stays(chain, found).lower * 0) <= 25
