@@ -427,7 +427,7 @@ def map_(
     weights: Annotated[bool, typer.Option("--weights", help="Parameters take room in the scratchpad, too.")] = False,
     bits: Annotated[int | None, typer.Option(help="Of every element: 8, 16 or 32; left out: the model's own.")] = None,
     execute: Annotated[bool, typer.Option("--run", help="Run it on the scratchpad machine, beside the model.")] = False,
-    time_limit: Annotated[float, typer.Option(help="Seconds to search for, at most.", min=0.0)] = 10.0,
+    time_limit: Annotated[float, typer.Option(help="Seconds to search for, at most.", min=0.0)] = 60.0,
     seed: Seed = 0,
     out: Annotated[Path | None, output("Write the program: .json, or text.", "-o", "--output")] = None,
     png: Annotated[Path | None, output("Addresses over time as a picture.")] = None,

@@ -133,7 +133,7 @@ class Mapper:
         lasting = {buffer for buffer, op in enumerate(self.problem.producer) if op < 0}
         return dict.fromkeys(sorted(lasting | set(self.fused.program.outputs)), 1)
 
-    def map(self, capacity: int, seconds: float = 10.0) -> Mapping:
+    def map(self, capacity: int, seconds: float = 60.0) -> Mapping:
         """The mapping that moves the fewest bytes, or the best found.
 
         Args:

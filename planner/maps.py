@@ -131,7 +131,7 @@ def map_model(
     weights: bool = False,
     bits: int | None = None,
     prefetch: bool = True,
-    time_limit: float = 10.0,
+    time_limit: float = 60.0,
     seed: int = 0,
     progress: Callable[[str, float], None] | None = None,
 ) -> MappedModel:

@@ -1,17 +1,23 @@
 """A step mapped onto a scratchpad: parts between waists, in each the best order and what stays resident.
 
-cut at waists -> for each different part: base order and smallest-peak order -> exact residency of each -> order and
-residency together, where they are not proven best -> the parts' answers, one after another
+cut at waists -> for each different part: base order, smallest-peak order, a narrow search -> exact residency of each ->
+order and residency together, best first; where too much is live for that, by CP-SAT -> the parts' answers joined
 """
 
 import time
 from collections.abc import Iterable
 from dataclasses import replace
 
-from .joint import solve_free
+from .joint import find_windows, solve_free
+from .orders import beam, solve_orders
 from .peakorder import find_order
 from .residency import Mapped, Residency, solve_ordered
 from .waists import Part, cut
+
+MANY = 12  # ops from which a narrow search is worth its time
+WIDTH = 60  # of it
+SHARE = 0.8  # of the time, for the search best first
+STEPS = 2000  # pairs of op and step: with more, CP-SAT says nothing
 
 
 def peaks(problem: Residency) -> tuple[int, int]:
@@ -32,7 +38,7 @@ def distinct(parts: Iterable[Part]) -> list[Part]:
     return list({part.problem: part for part in parts}.values())
 
 
-def solve(problem: Residency, seconds: float = 10.0, seed: int = 0) -> Mapped | None:
+def solve(problem: Residency, seconds: float = 60.0, seed: int = 0) -> Mapped | None:
     """The mapping that moves the fewest bytes, or the best found in time; None where an op alone does not fit.
 
     Args:
@@ -54,16 +60,36 @@ def solve(problem: Residency, seconds: float = 10.0, seed: int = 0) -> Mapped | 
 
 def solve_part(problem: Residency, seconds: float, seed: int) -> Mapped:
     """The best mapping of one part found, with a bound over all orders."""
-    began = time.monotonic()
+    until = time.monotonic() + seconds
     best: Mapped | None = None
-    for order in (list(range(len(problem.reads))), find_order(problem)[0]):
+    for order in (list(range(len(problem.reads))), find_order(problem)[0], None):
+        if order is None:
+            if best is None or one_order(problem) or len(problem.reads) < MANY:
+                continue
+            order = beam(problem, WIDTH)
         found = solve_ordered(problem, order, seconds, seed)
         assert found is not None
         best = found if best is None or found.bytes < best.bytes else best
         if not best.bytes:
             return best
     assert best is not None
-    return solve_free(problem, best, seconds - (time.monotonic() - began), seed)
+    if one_order(problem):
+        return best
+    found = solve_orders(problem, best, (until - time.monotonic()) * SHARE, seed)
+    if found.bytes == found.bound or steps_of(problem) > STEPS:
+        return found
+    other = solve_free(problem, best if best.bytes < found.bytes else found, max(until - time.monotonic(), 0.1), seed)
+    return Mapped(other.order, other.dropped, other.bytes, min(max(found.bound, other.bound), other.bytes))
+
+
+def one_order(problem: Residency) -> bool:
+    """Whether the ops can run in one order only."""
+    return all(low == high for low, high in find_windows(problem))
+
+
+def steps_of(problem: Residency) -> int:
+    """How many pairs of an op and a step that it may run at there are."""
+    return sum(high - low + 1 for low, high in find_windows(problem))
 
 
 def join(problem: Residency, answers: list[tuple[Part, Mapped]]) -> Mapped:
