@@ -451,7 +451,7 @@ def map_(
     facts = made.facts() | ran | ({"output": str(out)} if out else {})
     rows = made.rows()
     if ran:
-        same = "the model's numbers" if ran["equal"] else f"differs by {ran['difference']:.1e}"
+        same = "equal" if ran["equal"] else f"differs by {ran['difference']:.1e}"
         rows.append(("run", same, f"{show_bytes(ran['counted'])} moved, {show_seconds(ran['counted_time'])} by its clock"))
     answer(as_json, facts, table((), rows))
 

@@ -99,14 +99,14 @@ class MappedModel:
         proven = "proven fewest" if found.noncompulsory <= found.bound else f"at least {show_bytes(found.bound)}"
         known = [size for size in self.baselines.values() if size is not None]
         best = f"best of {len(known)} rules {show_bytes(min(known))}" if known else "no rule finds addresses"
-        sizes = ", ".join(f"{name} {show_bytes(size)}" for name, size in self.mapper.landmarks.items())
+        sizes = ", ".join(f"{name} {show_bytes(self.mapper.landmarks[name])}" for name in ("M_R", "M_P"))
         compute = sum(op.seconds for op in found.fused.program.ops)
         return [
             ("scratchpad", show_bytes(found.capacity), sizes),
-            ("peak", show_bytes(found.report.peak[0]), f"{len(found.fused.program.ops)} ops, every operand at its address"),
-            ("compulsory transfers", show_bytes(found.compulsory), "each input once in, each output once out"),
-            ("other transfers", show_bytes(found.noncompulsory), f"{proven}; {best}"),
-            ("time (predicted)", show_seconds(found.report.time), f"of which computing {show_seconds(compute)}"),
+            ("peak", show_bytes(found.report.peak[0]), f"{len(found.fused.program.ops)} ops"),
+            ("compulsory", show_bytes(found.compulsory), "inputs once in, outputs once out"),
+            ("moved beside that", show_bytes(found.noncompulsory), f"{proven}; {best}"),
+            ("time (predicted)", show_seconds(found.report.time), f"computing {show_seconds(compute)}"),
             ("solved in", show_seconds(found.seconds), ""),
         ]
 
