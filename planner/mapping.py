@@ -15,7 +15,7 @@ import msgspec
 from ..passes.addresses import Place
 from ..passes.fuse import Fuse, Fused
 from ..passes.prefetch import Prefetch
-from ..passes.transfers import Transfers
+from ..passes.transfers import Transfers, routes_of
 from ..solvers.placed import Addresses, solve_placed
 from ..solvers.residency import Mapped, Residency
 from ..solvers.spm import peaks, solve, with_capacity
@@ -62,6 +62,17 @@ class Mapping:
     def noncompulsory(self) -> int:
         """Bytes moved that a larger scratchpad would spare."""
         return sum(self.report.moved) - self.compulsory
+
+    @property
+    def exposed(self) -> float:
+        """Seconds of copies that nothing can hide: what the first op reads, on its way in, and what the last makes, out."""
+        program, (first, *_), (*_, last) = self.fused.program, self.mapped.order, self.mapped.order
+        made = program.producer
+        pairs = [("in", buffer) for buffer in program.ops[first].reads if made[buffer] < 0]
+        pairs += [("out", buffer) for buffer in program.ops[last].writes if buffer in program.outputs]
+        route = routes_of(self.machine)[0]
+        links = {"in": self.machine.links[route.back], "out": self.machine.links[route.out]}
+        return sum(links[way].latency + program.buffers[buffer].bytes / links[way].bandwidth for way, buffer in pairs)
 
     @property
     def gap(self) -> float:

@@ -17,7 +17,7 @@ import time
 from .residency import Mapped, Residency, solve_ordered
 from .waists import ancestors
 
-STATES = 2_000_000
+STATES = 1_000_000  # looked at, at most: half a kilobyte each, and some more that wait
 WIDE = 14  # values that might leave for one op: with more, their sets are too many to look at
 # least cost of any end, ops done (negative), cost, and as bits: done, resident, stored, ready; ops as a linked list
 State = tuple[int, int, int, int, int, int, int, tuple]

@@ -16,7 +16,8 @@ from .waists import Part, cut
 
 MANY = 12  # ops from which a narrow search is worth its time
 WIDTH = 60  # of it
-SHARE = 0.8  # of the time, for the search best first
+SHARE = 0.6  # of the time, for the search best first
+WIDER = 8  # times wider is the next search after the first
 STEPS = 2000  # pairs of op and step: with more, CP-SAT says nothing
 
 
@@ -76,10 +77,24 @@ def solve_part(problem: Residency, seconds: float, seed: int) -> Mapped:
     if one_order(problem):
         return best
     found = solve_orders(problem, best, (until - time.monotonic()) * SHARE, seed)
-    if found.bytes == found.bound or steps_of(problem) > STEPS:
+    if found.bytes == found.bound:
         return found
+    if steps_of(problem) > STEPS:
+        return widened(problem, found, until, seed)
     other = solve_free(problem, best if best.bytes < found.bytes else found, max(until - time.monotonic(), 0.1), seed)
     return Mapped(other.order, other.dropped, other.bytes, min(max(found.bound, other.bound), other.bytes))
+
+
+def widened(problem: Residency, found: Mapped, until: float, seed: int) -> Mapped:
+    """The same or better, by wider and wider searches while there is time."""
+    width, took = WIDTH, 0.0
+    while took * WIDER < until - time.monotonic():
+        width, began = width * WIDER, time.monotonic()
+        other = solve_ordered(problem, beam(problem, width), max(until - time.monotonic(), 1.0), seed)
+        if other is not None and other.bytes < found.bytes:
+            found = Mapped(other.order, other.dropped, other.bytes, found.bound)
+        took = time.monotonic() - began
+    return found
 
 
 def one_order(problem: Residency) -> bool:
