@@ -400,7 +400,7 @@ def alloc(
     png: Annotated[Path | None, output("The packing as a picture.")] = None,
     svg: Annotated[Path | None, output("The same, scalable.")] = None,
     time_limit: Annotated[float, typer.Option(help="Seconds to search for, at most.", min=0.0)] = 10.0,
-    method: Annotated[Method, typer.Option(help="auto, or a solver to compare it with (cp-sat wants ortools).")] = Method.AUTO,
+    method: Annotated[Method, typer.Option(help="auto, or a solver to compare it with.")] = Method.AUTO,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
