@@ -66,8 +66,10 @@ class Mapping:
     @property
     def exposed(self) -> float:
         """Seconds of copies that nothing can hide: what the first op reads, on its way in, and what the last makes, out."""
-        program, (first, *_), (*_, last) = self.fused.program, self.mapped.order, self.mapped.order
-        made = program.producer
+        program = self.fused.program
+        if not program.ops:
+            return 0.0
+        first, last, made = self.mapped.order[0], self.mapped.order[-1], program.producer
         pairs = [("in", buffer) for buffer in program.ops[first].reads if made[buffer] < 0]
         pairs += [("out", buffer) for buffer in program.ops[last].writes if buffer in program.outputs]
         route = routes_of(self.machine)[0]
@@ -149,10 +151,10 @@ class Mapper:
 
         Args:
             capacity: bytes of the scratchpad.
-            seconds: to search for, at most; finding none at all takes what it takes.
+            seconds: to search for, at most.
 
         Raises:
-            BudgetError: some op alone needs more; it is named.
+            BudgetError: some op alone needs more, and is named; or no addresses were found.
         """
         began = time.monotonic()
         self.check(capacity)
@@ -167,11 +169,11 @@ class Mapper:
                 mapped, addresses = placed
                 made = self.schedule(mapped, capacity, addresses)
         if made is None:
+            enough = self.enough(capacity)
             raise BudgetError(
-                f"no addresses found for {self.program.name} in a scratchpad of {show_bytes(capacity)} ({capacity} bytes): "
-                f"every op fits, and what has to stay between ops fits by its sum, but no place was found for all of it; try "
-                f"{show_bytes(self.landmarks['M_P'] * 5 // 4)} or a longer time limit",
-                self.landmarks["M_P"] * 5 // 4,
+                f"no addresses found for {self.program.name} in a scratchpad of {show_bytes(capacity)} ({capacity} bytes), "
+                f"though every op fits it: {show_bytes(enough)} ({enough} bytes) are enough; or try a longer time limit",
+                enough,
             )
         return Mapping(self.fused, self.sized(capacity), *made, mapped, problem.compulsory, mapped.bound,
                        time.monotonic() - began)  # fmt: skip
@@ -187,6 +189,15 @@ class Mapper:
                 f"{self.problem.need[worst]} bytes at once",
                 self.problem.need[worst],
             )
+
+    def enough(self, capacity: int) -> int:
+        """Bytes beyond a capacity with which nothing moves that could stay, and everything has an address."""
+        room = max(self.landmarks["M_P"], capacity)
+        while True:
+            room += room // 16 + self.alignment
+            mapped = solve(with_capacity(self.problem, room), 1.0, self.seed)
+            if mapped is not None and self.schedule(mapped, room) is not None:
+                return room
 
     def sized(self, capacity: int) -> Machine:
         """The machine with a scratchpad of so many bytes."""

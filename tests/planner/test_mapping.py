@@ -161,6 +161,27 @@ def test_one_byte_less_names_the_op():
     assert caught.value.minimum == least
 
 
+def test_without_addresses_it_says_how_many_bytes_are_enough(monkeypatch):
+    """Where nothing is found by address, the number it names has been tried."""
+    made = memplan.map_model(net(), "M_P", IMAGE)
+    real, least = Mapper.schedule, made.mapper.landmarks["M_P"]
+    monkeypatch.setattr("memplan.planner.mapping.solve_placed", lambda *args: None)
+
+    def short(self, mapped, room, *rest):
+        return real(self, mapped, room, *rest) if room > least else None
+
+    monkeypatch.setattr(Mapper, "schedule", short)
+    with pytest.raises(BudgetError, match="are enough") as caught:
+        made.mapper.map(least)
+    assert caught.value.minimum is not None
+    assert made.mapper.map(caught.value.minimum).noncompulsory == 0
+
+
+def test_a_model_that_computes_nothing():
+    made = memplan.map_model(nn.Flatten().eval(), "1KiB", (torch.ones(2, 3),))
+    assert (made.mapping.noncompulsory, made.mapping.exposed, made.run(torch.ones(2, 3)).sum()) == (0, 0.0, 6)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [
