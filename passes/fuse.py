@@ -55,12 +55,13 @@ class Fuse:
         groups = self.join(program) if self.vector else [[index] for index in range(len(program.ops))]
         size = [buffer.bytes for buffer in program.buffers] if sizes is None else list(sizes)
         of_group = {index: group[0] for group in groups for index in group}
+        readers = readers_of(program)
         inside = {
             buffer
             for group in groups
             for index in group[:-1]
             for buffer in program.ops[index].writes
-            if all(of_group[reader] == group[0] for reader in readers_of(program)[buffer])
+            if buffer not in program.outputs and all(of_group[reader] == group[0] for reader in readers[buffer])
         }
         dropped = set() if self.weights else {b for b, buffer in enumerate(program.buffers) if buffer.kind in WEIGHTS}
         origin = tuple(b for b in range(len(program.buffers)) if b not in inside | dropped)

@@ -56,9 +56,8 @@ class Prefetch:
                 hidden += program.ops[order[place]].seconds if order[place] >= 0 else 0.0
             if place < at:
                 order.insert(place, order.pop(at))
-                moved = live[at]
                 live[place + 1 : at + 1] = live[place:at] + size
-                live[place] = (live[place - 1] if place else 0) + size if place else moved
+                live[place] = size + (live[place - 1] if place else 0)
             front = place + 1
         return order
 

@@ -82,6 +82,10 @@ def test_prefetch_only_moves_loads_forward():
     assert sorted(after) == sorted(before)
     assert [event for event in after if event >= 0] == [event for event in before if event >= 0]
     assert [event for event in after if event < 0] == [event for event in before if event < 0]
+    loads = [[at for at, event in enumerate(events) if event < 0] for events in (before, after)]
+    assert all(new <= old for old, new in zip(*loads, strict=True))
+    assert loads[0] != loads[1]
+    assert made.report.time < Mapper(program, MACHINE, weights=True, prefetch=False).map(made.capacity).report.time
 
 
 def test_an_output_stays_where_its_home_is():
@@ -124,7 +128,7 @@ def test_ops_join_as_a_vector_unit_takes_them():
     assert len(made.mapping.fused.program.ops[0].target.split("+")) == 3
     apart = Fuse(weights=True, vector=False)(made.captured.program)
     assert [op.target for op in apart.program.ops] == [op.target for op in made.captured.program.ops]
-    assert apart.program.digest == made.captured.program.digest or len(apart.origin) == len(made.captured.program.buffers)
+    assert len(apart.origin) == len(made.captured.program.buffers)
 
 
 def test_a_value_read_twice_is_not_swallowed():
@@ -141,6 +145,26 @@ def test_a_value_read_twice_is_not_swallowed():
 
     made = memplan.map_model(Twice().eval(), "M_P", IMAGE)
     assert len(made.mapping.fused.program.ops) == 3
+
+
+def test_a_result_that_is_only_returned_is_not_swallowed():
+    """The other result of the op before is joined with its reader; this one is an output."""
+
+    class Pool(nn.Module):
+        def forward(self, x):
+            pooled, where = nn.functional.max_pool2d(x, 2, return_indices=True)
+            return pooled.relu(), where
+
+    made = memplan.map_model(Pool().eval(), "M_P", IMAGE)
+    assert len(made.mapping.fused.program.ops) == 1
+    found = made.run(*IMAGE)
+    assert all(torch.equal(one, other) for one, other in zip(found, Pool()(*IMAGE), strict=True))
+
+
+def test_a_model_in_training_mode_is_refused():
+    """Its normalisation would change statistics that a mapping does not store."""
+    with pytest.raises(memplan.MemplanError, match="evaluation mode"):
+        memplan.map_model(net().train(), "M_P", IMAGE)
 
 
 def test_sizes_of_the_paper():
@@ -196,7 +220,7 @@ def test_a_model_that_computes_nothing():
 def test_wrong_arguments(options, error, said):
     options = {"scratchpad": "M_R", **options}
     if error is None:
-        assert memplan.map_model(net(), options.pop("scratchpad"), IMAGE, **options).mapping.noncompulsory >= 0
+        assert memplan.map_model(net(), options.pop("scratchpad"), IMAGE, **options).mapping.machine.name == "rtx4090"
         return
     with pytest.raises(error, match=said):
         memplan.map_model(net(), options.pop("scratchpad"), IMAGE, **options)
