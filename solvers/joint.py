@@ -9,7 +9,7 @@ residents fit by their sum. When a value is stored does not matter, so one choic
 import numpy as np
 from ortools.sat.python import cp_model
 
-from .residency import WORKERS, Mapped, Residency, find_gaps, solve_ordered
+from .residency import Mapped, Residency, find_gaps, make_solver, solve_ordered
 from .waists import ancestors
 
 
@@ -27,10 +27,7 @@ def solve_free(problem: Residency, start: Mapped, seconds: float = 10.0, seed: i
         return start
     model = Model(problem, windows)
     model.suggest(start)
-    solver = cp_model.CpSolver()
-    solver.parameters.num_workers = WORKERS
-    solver.parameters.max_time_in_seconds = seconds
-    solver.parameters.random_seed = seed
+    solver = make_solver(seconds, seed)
     status = solver.solve(model.model)
     best = start
     if status in (cp_model.OPTIMAL, cp_model.FEASIBLE):

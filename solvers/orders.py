@@ -14,6 +14,7 @@ import heapq
 import itertools
 import time
 
+from .peakorder import unroll
 from .residency import Mapped, Residency, solve_ordered
 from .waists import ancestors
 
@@ -217,12 +218,3 @@ def moves(walk: Walk, cost: int, done: int, resident: int, stored: int, ready: i
             still = walk.alive(stored | gone & walk.fresh, now)
             made.append(state(walk.price(gone, stored), now, kept, still, following, op))
     return made
-
-
-def unroll(path: tuple) -> list[int]:
-    """A linked list, last first, as a list."""
-    order = []
-    while path:
-        op, path = path
-        order.append(op)
-    return order[::-1]

@@ -7,6 +7,8 @@ more than the peak so far, runs at once, for nothing is gained by waiting.
 """
 
 import heapq
+from dataclasses import replace
+from functools import lru_cache
 
 from .residency import Residency
 
@@ -15,7 +17,14 @@ BEAM = 64  # sets kept for each number of ops where that does not suffice
 
 
 def find_order(problem: Residency, sets: int = SETS) -> tuple[list[int], int, bool]:
-    """An order, its peak in bytes, and whether no order has a smaller one."""
+    """An order, its peak in bytes, and whether no order has a smaller one; whatever the problem's capacity."""
+    order, peak, proven = search(replace(problem, capacity=0), sets)
+    return list(order), peak, proven
+
+
+@lru_cache(maxsize=512)  # the same parts are asked for by every size of a scratchpad
+def search(problem: Residency, sets: int) -> tuple[list[int], int, bool]:
+    """What `find_order` returns."""
     walk = Walk(problem)
     found = walk.search(sets)
     if found is not None:

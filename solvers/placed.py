@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from ortools.sat.python import cp_model
 
-from .residency import WORKERS, Mapped, Residency, cost_of, find_gaps
+from .residency import Mapped, Residency, cost_of, find_gaps, make_solver
 
 Addresses = dict[tuple[int, int], int]  # (buffer, step at which it comes to lie there) -> where
 
@@ -30,8 +30,8 @@ def solve_placed(
     """
     gaps = find_gaps(problem, order)
     model = cp_model.CpModel()
-    unit = int(np.gcd.reduce([alignment, *problem.size])) if alignment > 1 else int(np.gcd.reduce([*problem.size]))
-    unit = alignment if unit % alignment else unit
+    unit = int(np.gcd.reduce([0, *problem.size]))  # pushed down, everything lies at a sum of sizes
+    unit = alignment if unit % alignment or not unit else unit
     tall = [-(-size // unit) for size in problem.size]
     top = problem.capacity // unit
     across, upwards = [], []
@@ -59,10 +59,7 @@ def solve_placed(
     moved = sum(size[b] * gone for (b, _), gone in goes.items()) + sum(size[b] * each for b, each in stored.items())
     model.add(moved >= start.bound)
     model.minimize(moved)
-    solver = cp_model.CpSolver()
-    solver.parameters.num_workers = WORKERS
-    solver.parameters.max_time_in_seconds = seconds
-    solver.parameters.random_seed = seed
+    solver = make_solver(seconds, seed)
     if solver.solve(model) not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         return None
     dropped = frozenset(key for key, gone in goes.items() if solver.boolean_value(gone))

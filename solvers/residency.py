@@ -6,8 +6,8 @@ often it is loaded; one that lies in the large memory from the start need not. F
 of outputs are *compulsory*: every mapping has them. All other bytes are what a mapping is judged by (COSMA, arXiv
 2311.18246, equation 12).
 
-Addresses are left out: they come after, from `allocate.py`, and where none exist for an answer its capacity is lowered
-a little. With addresses in the program its relaxation says nothing until residents are also made to fit by their sum, and
+Addresses are left out: they come after, from `allocate.py`, and where none exist for an answer `placed.py` chooses again, with
+them. With addresses in the program its relaxation says nothing until residents are also made to fit by their sum, and
 then the addresses only slow it.
 """
 
@@ -19,6 +19,15 @@ import numpy as np
 from ortools.sat.python import cp_model
 
 WORKERS = 2  # threads of a search, always as many, so that answers do not depend on the machine
+
+
+def make_solver(seconds: float, seed: int) -> cp_model.CpSolver:
+    """CP-SAT, to search for so long."""
+    solver = cp_model.CpSolver()
+    solver.parameters.num_workers = WORKERS
+    solver.parameters.max_time_in_seconds = seconds
+    solver.parameters.random_seed = seed
+    return solver
 
 
 @dataclass(frozen=True)
@@ -115,7 +124,7 @@ class Mapped:
         order: ops by step.
         dropped: (buffer, step of the use before which it is loaded again).
         bytes: moved beyond the compulsory ones.
-        bound: no mapping moves fewer.
+        bound: no mapping moves fewer; from `solve_ordered`, none in the same order.
     """
 
     order: tuple[int, ...]
@@ -185,10 +194,7 @@ def solve_ordered(problem: Residency, order: Sequence[int], seconds: float = 10.
             model.add_implication(goes[gap], stored[int(gaps.buffer[gap])])
     loads = sum(problem.size[int(gaps.buffer[gap])] * goes[gap] for gap in pressed)
     model.minimize(loads + sum(problem.size[buffer] * stored[buffer] for buffer in stored))
-    solver = cp_model.CpSolver()
-    solver.parameters.num_workers = WORKERS
-    solver.parameters.max_time_in_seconds = seconds
-    solver.parameters.random_seed = seed
+    solver = make_solver(seconds, seed)
     status = solver.solve(model)
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         dropped = frozenset((int(gaps.buffer[gap]), int(gaps.until[gap])) for gap in pressed)

@@ -62,27 +62,26 @@ def solve(problem: Residency, seconds: float = 60.0, seed: int = 0) -> Mapped | 
 def solve_part(problem: Residency, seconds: float, seed: int) -> Mapped:
     """The best mapping of one part found, with a bound over all orders."""
     until = time.monotonic() + seconds
-    best: Mapped | None = None
-    for order in (list(range(len(problem.reads))), find_order(problem)[0], None):
-        if order is None:
-            if best is None or one_order(problem) or len(problem.reads) < MANY:
-                continue
-            order = beam(problem, WIDTH)
-        found = solve_ordered(problem, order, seconds, seed)
-        assert found is not None
-        best = found if best is None or found.bytes < best.bytes else best
-        if not best.bytes:
-            return best
-    assert best is not None
-    if one_order(problem):
+    best = best_of(problem, [list(range(len(problem.reads))), find_order(problem)[0]], seconds, seed)
+    if not best.bytes or one_order(problem):
+        return best
+    if len(problem.reads) >= MANY:
+        best = best_of(problem, [list(best.order), beam(problem, WIDTH)], seconds, seed)
+    if not best.bytes:
         return best
     found = solve_orders(problem, best, (until - time.monotonic()) * SHARE, seed)
     if found.bytes == found.bound:
         return found
     if steps_of(problem) > STEPS:
         return widened(problem, found, until, seed)
-    other = solve_free(problem, best if best.bytes < found.bytes else found, max(until - time.monotonic(), 0.1), seed)
+    other = solve_free(problem, found, max(until - time.monotonic(), 0.1), seed)
     return Mapped(other.order, other.dropped, other.bytes, min(max(found.bound, other.bound), other.bytes))
+
+
+def best_of(problem: Residency, orders: Iterable[list[int]], seconds: float, seed: int) -> Mapped:
+    """The best residency of some orders; every op fits."""
+    answers = [solve_ordered(problem, order, seconds, seed) for order in orders]
+    return min((answer for answer in answers if answer is not None), key=lambda answer: answer.bytes)
 
 
 def widened(problem: Residency, found: Mapped, until: float, seed: int) -> Mapped:
