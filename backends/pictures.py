@@ -263,10 +263,10 @@ def packing(
     spans: "Sequence[Sequence[tuple[int, int]]]",
     sizes: "Sequence[int]",
     offsets: "Sequence[int]",
-    bound: int,
+    bound: int | None,
     capacity: int | None,
 ) -> Figure:
-    """Buffers as rectangles, time across and addresses upwards, with the lower bound and the capacity asked for."""
+    """Buffers as rectangles, time across and addresses upwards, with the lower bound, if known, and the capacity asked for."""
     figure = new_figure(10.0, 5.6)
     ax = figure.add_subplot()
     boxes = [
@@ -285,7 +285,7 @@ def packing(
         if height is not None:
             ax.axhline(height, color=colour, linestyle=(0, (5, 3)), linewidth=1.0, label=f"{label} {show_bytes(height)}")
     ax.set_xlim(min(ends), max(ends))
-    ax.set_ylim(0, 1.08 * max(peak, bound, capacity or 0, 1))
+    ax.set_ylim(0, 1.08 * max(peak, bound or 0, capacity or 0, 1))
     ax.set_yticks(byte_ticks(ax.get_ylim()[1]))
     dress(ax, "{:.0f}".format, show_bytes)
     ax.set_xlabel("time", fontsize=9)

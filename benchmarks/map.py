@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ..planner.errors import BudgetError
+from ..planner.machine import load_machine
 from ..planner.maps import compared, map_model
 from .record import (
     HERE,
@@ -44,6 +45,7 @@ NAMES = (
 )  # fmt: skip
 SEARCHED = ("nasnet_a", "amoebanet_d", "pnasnet_5", "darts")  # found by search, not drawn by hand
 SIZES = ("M_R", "M_H", "M_P")
+BANDWIDTH = min(link.bandwidth for link in load_machine("scratchpad").links)
 
 
 def serve(request: Row) -> Iterator[Row]:
@@ -134,7 +136,7 @@ def row_of(row: Row, bits: int) -> list[str]:
     if bits != 32:
         return cells
     ran = "-" if "equal" not in row else "equal" if row["equal"] else f"{row['difference']:.0e}"
-    ideal = row.get("exposed_time", 0.0) + max(row["compute_time"], *(size / 2.56e10 for size in row["moved"].values()))
+    ideal = row.get("exposed_time", 0.0) + max(row["compute_time"], *(size / BANDWIDTH for size in row["moved"].values()))
     return [*cells, ran, ratio(row["time"] / ideal)]
 
 

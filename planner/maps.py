@@ -119,7 +119,7 @@ class MappedModel:
         size = [self.mapping.fused.program.buffers[place.buffer].bytes for place in mine]
         title, capacity = f"{self.captured.program.name}, scratchpad", self.mapping.capacity
         spans, offsets = [[(place.lower, place.upper)] for place in mine], [place.offset for place in mine]
-        save(packing(title, spans, size, offsets, self.mapping.report.peak[0], capacity), path)
+        save(packing(title, spans, size, offsets, None, capacity), path)
 
 
 def map_model(
@@ -161,6 +161,7 @@ def map_model(
     Raises:
         BudgetError: an op alone needs more than the scratchpad; the message names it, `.minimum` is what it needs.
         CaptureError: the model cannot be traced.
+        MemplanError: the model is in training mode and changes its buffers.
         MachineError: no such machine, or one without a memory behind its first tier.
     """
     from .capture import capture
@@ -177,6 +178,8 @@ def map_model(
         model, args, dict(kwargs or {}), train=False, loss=None, optimizer=None, in_backward=False, device=None, runs_on=None
     )
     seconds = time.monotonic() - began
+    if captured.traced.mutations:
+        raise MemplanError("the model changes its own buffers when it is called: put it in evaluation mode, model.eval()")
     program = apply_costs(captured.program, known)
     width = [node.meta["val"].element_size() for _, node in sorted(captured.traced.base.items())]
     sizes = None
