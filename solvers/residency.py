@@ -40,6 +40,7 @@ class Residency:
         writes: for each op the buffers it makes; a buffer that none makes lies in the large memory from the start.
         capacity: bytes of the scratchpad.
         outputs: buffers that an op makes and that must be stored whatever happens.
+        edges: pairs of ops of which the first runs before the second, beside what reads say.
     """
 
     size: tuple[int, ...]
@@ -47,6 +48,7 @@ class Residency:
     writes: tuple[tuple[int, ...], ...]
     capacity: int
     outputs: tuple[int, ...] = ()
+    edges: tuple[tuple[int, int], ...] = ()
 
     @cached_property
     def producer(self) -> tuple[int, ...]:
@@ -68,8 +70,11 @@ class Residency:
 
     @cached_property
     def before(self) -> tuple[tuple[int, ...], ...]:
-        """For each op the ops whose results it reads."""
-        return tuple(tuple(sorted({self.producer[b] for b in buffers} - {-1})) for buffers in self.reads)
+        """For each op the ops that run before it: those whose results it reads, and those that an edge leads from."""
+        found = [{self.producer[buffer] for buffer in buffers} - {-1} for buffers in self.reads]
+        for earlier, later in self.edges:
+            found[later].add(earlier)
+        return tuple(tuple(sorted(ops)) for ops in found)
 
     @cached_property
     def need(self) -> tuple[int, ...]:

@@ -1,24 +1,22 @@
 """A step mapped onto a scratchpad: parts between waists, in each the best order and what stays resident.
 
 cut at waists -> for each different part: base order, smallest-peak order, a narrow search -> exact residency of each ->
-order and residency together, best first; where too much is live for that, by CP-SAT -> the parts' answers joined
+order and residency together, best first; what that does not finish, with walls -> the parts' answers joined
 """
 
 import time
 from collections.abc import Iterable
 from dataclasses import replace
 
-from .joint import find_windows, solve_free
 from .orders import beam, solve_orders
 from .peakorder import find_order
 from .residency import Mapped, Residency, solve_ordered
-from .waists import Part, cut
+from .waists import Part, ancestors, cut
+from .walls import solve_walls
 
 MANY = 12  # ops from which a narrow search is worth its time
 WIDTH = 60  # of it
-SHARE = 0.6  # of the time, for the search best first
-WIDER = 8  # times wider is the next search after the first
-STEPS = 2000  # pairs of op and step: with more, CP-SAT says nothing
+SHARE = 0.3  # of the time, for the search best first
 
 
 def peaks(problem: Residency) -> tuple[int, int]:
@@ -72,10 +70,7 @@ def solve_part(problem: Residency, seconds: float, seed: int) -> Mapped:
     found = solve_orders(problem, best, (until - time.monotonic()) * SHARE, seed)
     if found.bytes == found.bound:
         return found
-    if steps_of(problem) > STEPS:
-        return widened(problem, found, until, seed)
-    other = solve_free(problem, found, max(until - time.monotonic(), 0.1), seed)
-    return Mapped(other.order, other.dropped, other.bytes, min(max(found.bound, other.bound), other.bytes))
+    return solve_walls(problem, found, max(until - time.monotonic(), 0.1), seed)
 
 
 def best_of(problem: Residency, orders: Iterable[list[int]], seconds: float, seed: int) -> Mapped:
@@ -84,26 +79,9 @@ def best_of(problem: Residency, orders: Iterable[list[int]], seconds: float, see
     return min((answer for answer in answers if answer is not None), key=lambda answer: answer.bytes)
 
 
-def widened(problem: Residency, found: Mapped, until: float, seed: int) -> Mapped:
-    """The same or better, by wider and wider searches while there is time."""
-    width, took = WIDTH, 0.0
-    while took * WIDER < until - time.monotonic():
-        width, began = width * WIDER, time.monotonic()
-        other = solve_ordered(problem, beam(problem, width), max(until - time.monotonic(), 1.0), seed)
-        if other is not None and other.bytes < found.bytes:
-            found = Mapped(other.order, other.dropped, other.bytes, found.bound)
-        took = time.monotonic() - began
-    return found
-
-
 def one_order(problem: Residency) -> bool:
     """Whether the ops can run in one order only."""
-    return all(low == high for low, high in find_windows(problem))
-
-
-def steps_of(problem: Residency) -> int:
-    """How many pairs of an op and a step that it may run at there are."""
-    return sum(high - low + 1 for low, high in find_windows(problem))
+    return all(past.bit_count() == op for op, past in enumerate(ancestors(problem.before)))
 
 
 def join(problem: Residency, answers: list[tuple[Part, Mapped]]) -> Mapped:

@@ -75,11 +75,13 @@ def take(problem: Residency, ops: tuple[int, ...], leads: bool) -> Part:
     writes = [problem.writes[op] for op in ops]
     buffers = tuple(dict.fromkeys(buffer for row in zip(reads, writes, strict=True) for part in row for buffer in part))
     new = {old: index for index, old in enumerate(buffers)}
+    at = {op: index for index, op in enumerate(ops)}
     part = replace(
         problem,
         size=tuple(problem.size[old] for old in buffers),
         reads=tuple(tuple(new[old] for old in row) for row in reads),
         writes=tuple(tuple(new[old] for old in row) for row in writes),
         outputs=tuple(new[old] for old in problem.outputs if old in new),
+        edges=tuple((at[earlier], at[later]) for earlier, later in problem.edges if earlier in at and later in at),
     )
     return Part(part, ops, buffers, leads)

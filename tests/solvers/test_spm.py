@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from memplan.solvers.cosma import solve_pulp, solve_sat
 from memplan.solvers.peakorder import Walk, find_order
 from memplan.solvers.replacement import ARENAS, POLICIES, baseline, stays
-from memplan.solvers.residency import Residency, cost_of, find_gaps, solve_ordered
+from memplan.solvers.residency import Mapped, Residency, cost_of, find_gaps, make_solver, solve_ordered
 from memplan.solvers.spm import join, peaks, smallest_peak_order, solve, solve_part, with_capacity
 from memplan.solvers.storage import peak_of
 from memplan.solvers.waists import cut
+from memplan.solvers.walls import Model, arrange, solve_walls
 
 
 def make_problem(rng: random.Random, ops: int, sizes: int = 6) -> Residency:
@@ -135,6 +136,39 @@ def test_the_fast_method_is_as_good_as_brute_force(problem):
     assert found is not None
     assert found.bytes == found.bound == search(problem)
     assert found.bytes == cost_of(problem, found.dropped) == replayed(problem, list(found.order), found.dropped)
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(7))
+def test_walls_end_at_the_optimum(problem):
+    """From any mapping of any order and with nothing known, with proof."""
+    start = solve_ordered(problem, list(range(len(problem.reads))))
+    assert start is not None
+    found = solve_walls(problem, Mapped(start.order, start.dropped, start.bytes, 0), 20.0)
+    assert found.bytes == found.bound == search(problem)
+    assert found.bytes == replayed(problem, list(found.order), found.dropped)
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(7), st.data())
+def test_fewer_walls_bound_from_below(problem, data):
+    """Whichever ops are walls, the program asks for no more than the best mapping moves, and more walls ask for no less."""
+    walls = data.draw(st.lists(st.integers(0, len(problem.reads) - 1), min_size=1, unique=True))
+    wanted = search(problem)
+    costs = []
+    for chosen in (walls[:-1], walls):
+        if chosen:
+            model, solver = Model(problem, chosen, 0, wanted + 1), make_solver(20.0, 0)
+            solver.solve(model.model)
+            costs.append(solver.objective_value)
+            order = arrange(problem, chosen, model.times(solver))
+            step = {op: number for number, op in enumerate(order)}
+            assert sorted(order) == list(range(len(order)))
+            assert all(step[other] < step[op] for op, others in enumerate(problem.before) for other in others)
+            times = model.times(solver)
+            assert [times[op] for op in order] == sorted(times)
+    assert costs == sorted(costs)
+    assert costs[-1] <= wanted
 
 
 @settings(max_examples=25, deadline=None)
