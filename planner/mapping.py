@@ -16,6 +16,7 @@ from ..passes.addresses import Place
 from ..passes.fuse import Fuse, Fused
 from ..passes.prefetch import Prefetch
 from ..passes.transfers import Transfers, routes_of
+from ..solvers.overlap import least_time
 from ..solvers.placed import Addresses, solve_placed
 from ..solvers.residency import Mapped, Residency
 from ..solvers.spm import peaks, solve, with_capacity
@@ -38,8 +39,8 @@ class Mapping:
         machine: with the scratchpad's size.
         schedule: instructions with addresses, accepted by the referee.
         report: what the referee measured.
+        problem: what was solved.
         mapped: the residency behind it.
-        compulsory: bytes that every mapping moves.
         bound: no mapping moves fewer bytes beyond those.
         seconds: it took to find.
     """
@@ -48,10 +49,15 @@ class Mapping:
     machine: Machine
     schedule: Schedule
     report: Report
+    problem: Residency
     mapped: Mapped
-    compulsory: int
     bound: int
     seconds: float
+
+    @property
+    def compulsory(self) -> int:
+        """Bytes that every mapping moves."""
+        return self.problem.compulsory
 
     @property
     def capacity(self) -> int:
@@ -63,18 +69,13 @@ class Mapping:
         """Bytes moved that a larger scratchpad would spare."""
         return sum(self.report.moved) - self.compulsory
 
-    @property
-    def exposed(self) -> float:
-        """Seconds of copies that nothing can hide: what the first op reads, on its way in, and what the last makes, out."""
-        program = self.fused.program
-        if not program.ops:
-            return 0.0
-        first, last, made = self.mapped.order[0], self.mapped.order[-1], program.producer
-        pairs = [("in", buffer) for buffer in program.ops[first].reads if made[buffer] < 0]
-        pairs += [("out", buffer) for buffer in program.ops[last].writes if buffer in program.outputs]
-        route = routes_of(self.machine)[0]
-        links = {"in": self.machine.links[route.back], "out": self.machine.links[route.out]}
-        return sum(links[way].latency + program.buffers[buffer].bytes / links[way].bandwidth for way, buffer in pairs)
+    @cached_property
+    def least_time(self) -> float:
+        """Seconds that this order and residency take whenever their copies start, or more."""
+        program, route = self.fused.program, routes_of(self.machine)[0]
+        links = self.machine.links[route.back], self.machine.links[route.out]
+        load, store = ([link.latency + buffer.bytes / link.bandwidth for buffer in program.buffers] for link in links)
+        return least_time(self.problem, self.mapped, [op.seconds for op in program.ops], load, store)
 
     @property
     def gap(self) -> float:
@@ -175,8 +176,7 @@ class Mapper:
                 f"though every op fits it: {show_bytes(enough)} ({enough} bytes) are enough; or try a longer time limit",
                 enough,
             )
-        return Mapping(self.fused, self.sized(capacity), *made, mapped, problem.compulsory, mapped.bound,
-                       time.monotonic() - began)  # fmt: skip
+        return Mapping(self.fused, self.sized(capacity), *made, problem, mapped, mapped.bound, time.monotonic() - began)
 
     def check(self, capacity: int) -> None:
         """Refuse a scratchpad in which some op does not fit."""

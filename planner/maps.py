@@ -87,7 +87,7 @@ class MappedModel:
             "moved": dict(zip([f"{link.source}->{link.target}" for link in found.machine.links], report.moved, strict=True)),
             "time": report.time,
             "compute_time": sum(op.seconds for op in program.ops),
-            "exposed_time": found.exposed,
+            "least_time": found.least_time,
             "machine": found.machine.name,
             "ops": len(program.ops),
             "buffers": len(program.buffers),

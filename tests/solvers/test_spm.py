@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memplan.solvers.cosma import solve_pulp, solve_sat
+from memplan.solvers.overlap import least_time
 from memplan.solvers.peakorder import Walk, find_order
 from memplan.solvers.replacement import ARENAS, POLICIES, baseline, stays
 from memplan.solvers.residency import Mapped, Residency, cost_of, find_gaps, make_solver, solve_ordered
@@ -253,3 +254,8 @@ def test_a_chain_with_a_skip():
     assert found is not None
     assert (found.bytes, found.bound, found.dropped) == (16, 16, {(1, 3)})
     assert peak_of(stays(chain, found), stays(chain, found).lower * 0) <= 25
+    # 4 to load the input and 1 to run; the skipped value leaves, 8 after that, before the third op has room; it runs until
+    # 14; beside it there is no room for the load, 8 more; and the last op, 1
+    assert least_time(chain, found, [1.0] * 4, chain.size, chain.size) == 23.0
+    roomy = with_capacity(chain, 26)
+    assert least_time(roomy, Mapped(found.order, frozenset(), 0, 0), [1.0] * 4, chain.size, chain.size) == 8.0
