@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 def apply(plan: "Plan", model: nn.Module, loss: Any = None, optimizer: Any = None) -> nn.Module:
     """The planned module: see `Plan.apply`."""
+    if plan.recipe.mapped:
+        raise MemplanError("this plan is a mapping onto a scratchpad, which map_model(model, ...).run(*args) carries out")
     if plan.recipe.in_backward != (optimizer is not None):
         asked = "wants" if plan.recipe.in_backward else "has no optimizer_in_backward, so does not take"
         raise MemplanError(f"this plan {asked} an optimizer: plan.apply(model{', optimizer=...' * plan.recipe.in_backward})")

@@ -432,6 +432,7 @@ def map_(
     out: Annotated[Path | None, output("Write the program: .json, or text.", "-o", "--output")] = None,
     png: Annotated[Path | None, output("Addresses over time as a picture.")] = None,
     svg: Annotated[Path | None, output("The same, scalable.")] = None,
+    save: Annotated[Path | None, output("Write a plan, for `memplan show` and `memplan check`.")] = None,
     as_json: Json = False,
 ) -> None:
     """Map an inference onto a scratchpad accelerator."""
@@ -448,6 +449,8 @@ def map_(
         for path in (png, svg):
             if path is not None:
                 made.save_picture(path)
+        if save is not None:
+            made.plan.save(save)
     facts = made.facts() | ran | ({"output": str(out)} if out else {})
     rows = made.rows()
     if ran:

@@ -13,6 +13,8 @@ from .errors import BudgetError, MemplanError
 from .machine import Machine, load_machine
 from .mapping import SIZES, Mapper
 from .mapping import Mapping as Mapped
+from .pipeline import Planner
+from .plan import Plan, PlanBody, Recipe, Side, assemble
 from .units import parse_bytes, show_bytes, show_seconds
 
 if TYPE_CHECKING:
@@ -52,6 +54,30 @@ class MappedModel:
         problem = with_capacity(self.mapper.problem, self.mapping.capacity)
         orders = {"default": range(len(problem.reads)), "peak": smallest_peak_order(problem)}
         return baselines(problem, orders)
+
+    @property
+    def plan(self) -> Plan:
+        """The same as a plan, which `memplan show` and `memplan check` read; unplanned, everything is in the scratchpad.
+
+        Its gap and bound are of its time, not of its bytes: the ops alone are its bound.
+        """
+        from .capture import describe_inputs
+
+        found, program = self.mapping, self.mapping.fused.program
+        unplanned = Planner(program, found.machine).unplanned
+        body = PlanBody(
+            program=program,
+            machine=found.machine,
+            recipe=Recipe(describe_inputs(self.captured), train=False, loss=False, optimizer=None, mapped=True),
+            budget=found.capacity,
+            planned=found.schedule,
+            unplanned=unplanned.schedule,
+            bound=min(sum(op.seconds for op in program.ops), found.report.time),
+            minimum=found.report.peak[0],
+            capture_seconds=self.capture_seconds,
+            solve_seconds=found.seconds,
+        )
+        return assemble(body, Side(program, found.schedule, found.report), unplanned)
 
     @property
     def assembly(self) -> "Assembly":

@@ -31,6 +31,7 @@ class Recipe(msgspec.Struct, frozen=True):
         loss: the loss was the caller's own function, which a file cannot carry.
         optimizer: the name of the optimizer counted in, or None.
         in_backward: the step runs the optimizer's updates itself.
+        mapped: ops are joined for a scratchpad, whose machine runs the schedule (`planner/maps.py`).
     """
 
     inputs: str
@@ -38,6 +39,7 @@ class Recipe(msgspec.Struct, frozen=True):
     loss: bool
     optimizer: str | None
     in_backward: bool = False
+    mapped: bool = False
 
 
 class Counts(msgspec.Struct, frozen=True):
@@ -150,12 +152,13 @@ class Plan:
         ]
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        counts = self.counts
+        counts, mapped = self.counts, self.recipe.mapped
         asked = "none" if self.budget is None else show_bytes(self.budget)
         lines += [
             f"budget {asked} on {self.machine.name}; smallest known to work {show_bytes(self.minimum)}",
             f"{self.status}, within {self.gap:.1%} of the fastest possible; "
-            f"{counts.keep} activations kept, {counts.recompute} recomputed, {counts.offload} moved",
+            + (f"{counts.keep} activations kept, {counts.recompute} recomputed, " if not mapped else "")
+            + f"{counts.offload} moved",
             f"traced in {self.capture_seconds:.1f} s, solved in {self.solve_seconds:.1f} s; "
             f"{len(self.program.ops)} ops, {len(self.program.buffers)} buffers",
         ]
@@ -164,10 +167,12 @@ class Plan:
         if self.schedule.homes:
             away = sum(self.program.buffers[buffer].bytes for buffer, _ in self.schedule.homes)
             where = " and ".join(sorted({self.machine.tiers[tier].name for _, tier in self.schedule.homes}))
-            lines.append(f"between their uses {show_bytes(away)} of parameters and optimizer state are on {where}")
+            what = "inputs and outputs" if mapped else "parameters and optimizer state"
+            lines.append(f"between their uses {show_bytes(away)} of {what} are on {where}")
         if self.arena:
             beside = f" and {len(self.schedule.outside)} short-lived results" if self.schedule.outside else ""
-            lines.append(f"addresses planned: one arena of {show_bytes(self.arena)}; gradients, outputs{beside} lie outside it")
+            rest = "" if mapped else f"; gradients, outputs{beside} lie outside it"
+            lines.append(f"addresses planned: one arena of {show_bytes(self.arena)}{rest}")
         return "\n".join(lines)
 
     def save(self, path: str | Path) -> None:

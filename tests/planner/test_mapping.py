@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from memplan.passes.fuse import Fuse
 from memplan.passes.prefetch import Prefetch
 from memplan.planner import cli
-from memplan.planner.errors import BudgetError, InvalidSchedule, MachineError
+from memplan.planner.errors import BudgetError, InvalidSchedule, MachineError, MemplanError
 from memplan.planner.machine import load_machine
 from memplan.planner.mapping import Mapper, events_of
 from memplan.planner.program import Buffer, Kind, Op, Phase, Program
@@ -261,6 +261,27 @@ def test_the_command(tmp_path, capsys):
     assert main(["map", model, "--scratchpad", "1KiB", "--json"]) == 3
     assert json.loads(capsys.readouterr().out)["minimum_budget"] == facts["sizes"]["M_R"]
     assert main(["map", model, "--scratchpad", "much"]) == 2
+
+
+def test_a_saved_mapping_is_a_plan(tmp_path, capsys):
+    """`show` and `check` read it, with the moves on lanes of their own; it is not for `Plan.apply`."""
+    (tmp_path / "net.py").write_text(FILE)
+    saved, picture = tmp_path / "map.json", tmp_path / "map.png"
+    assert not main(["map", f"{tmp_path / 'net.py'}:make", "--scratchpad", "M_R", "--save", str(saved), "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    assert not main(["check", str(saved), "--json"])
+    checked = json.loads(capsys.readouterr().out)
+    assert (checked["peak"], checked["time"], checked["moved"]) == (facts["peak"], facts["time"], facts["moved"])
+    assert not main(["show", str(saved), "--png", str(picture), "--trace", str(tmp_path / "t.json"), "--text", "--json"])
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["budget"] == facts["scratchpad"]
+    assert "start" in shown["text"]
+    assert picture.stat().st_size > 10_000
+    names = {event.get("name") for event in json.loads((tmp_path / "t.json").read_text())["traceEvents"]}
+    assert any("input" in str(name) for name in names)
+    made = memplan.load(saved)
+    with pytest.raises(MemplanError, match=r"map_model\(model, ...\).run"):
+        made.apply(nn.Identity())
 
 
 def test_landmarks_are_those_of_the_problem():
