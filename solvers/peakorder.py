@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from .residency import Residency
+from .waists import ancestors
 
 SETS = 200_000  # visited at most
 BEAM = 64  # sets kept for each number of ops where that does not suffice
@@ -26,12 +27,28 @@ def find_order(problem: Residency, sets: int = SETS) -> tuple[list[int], int, bo
 def search(problem: Residency, sets: int) -> tuple[list[int], int, bool]:
     """What `find_order` returns."""
     walk = Walk(problem)
-    found = walk.search(sets)
-    if found is not None:
-        return found, walk.peak_of(found), True
-    tried = [walk.beam(BEAM), list(range(walk.count))]
-    best = min(tried, key=walk.peak_of)
-    return best, walk.peak_of(best), walk.peak_of(best) <= max(problem.need, default=0)
+    best = min([list(range(walk.count)), walk.beam(BEAM)], key=walk.peak_of)
+    peak, proven = walk.peak_of(best), True
+    if peak > least_peak(problem):
+        found, proven = walk.search(sets, peak)
+        best = found or best
+    return best, walk.peak_of(best), proven
+
+
+def least_peak(problem: Residency) -> int:
+    """The most that any op needs, with what has been made or loaded before it and is read behind it in every order."""
+    count, past = len(problem.reads), ancestors(problem.before)
+    future = [0] * count
+    for op in range(count - 1, -1, -1):
+        for other in problem.before[op]:
+            future[other] |= future[op] | 1 << op
+    readers = [sum(1 << op for op in ops) for ops in problem.readers]
+    there = [1 << op if op >= 0 else uses for op, uses in zip(problem.producer, readers, strict=True)]  # after any of these
+    most = 0
+    for op, need in enumerate(problem.need):
+        across = {b for b, ops in enumerate(there) if past[op] & ops and future[op] & readers[b]}
+        most = max(most, need + sum(problem.size[b] for b in across - {*problem.reads[op]}))
+    return most
 
 
 class Walk:
@@ -57,52 +74,59 @@ class Walk:
         gone += sum(size[buffer] for buffer in problem.writes[op] if not self.readers[buffer])
         return during, during - gone
 
-    def ready(self, done: int) -> list[int]:
-        """The ops that may run next."""
-        return [op for op in range(self.count) if not done >> op & 1 and not self.before[op] & ~done]
+    def behind(self, ready: tuple[int, ...], done: int, op: int) -> tuple[int, ...]:
+        """The ops that may run next, once one of those that might has run."""
+        others = tuple(other for other in ready if other != op)
+        return others + tuple(other for other in self.after[op] if not self.before[other] & ~done)
 
-    def steps(self, done: int, live: int) -> list[tuple[int, int, int]]:
+    def steps(self, done: int, live: int, ready: tuple[int, ...]) -> list[tuple[int, int, int]]:
         """What may run next: op, bytes while it runs, bytes after it."""
-        return [(op, *self.run(done, live, op)) for op in self.ready(done)]
+        return [(op, *self.run(done, live, op)) for op in ready]
 
-    def search(self, most: int) -> list[int] | None:
-        """The best order, or None where too many sets would have to be visited."""
+    @property
+    def first(self) -> tuple[int, ...]:
+        """The ops that may run at once."""
+        return tuple(op for op in range(self.count) if not self.before[op])
+
+    def search(self, most: int, below: int) -> tuple[list[int] | None, bool]:
+        """The best order of those with a smaller peak, if there is one, and whether not too many sets had to be visited."""
         full = (1 << self.count) - 1
-        heap: list[tuple[int, int, int, int, tuple]] = [(0, 0, 0, 0, ())]
+        heap: list[tuple[int, int, int, int, tuple[int, ...], tuple]] = [(0, 0, 0, 0, self.first, ())]
         seen: set[int] = set()
         while heap:
-            peak, _, done, live, path = heapq.heappop(heap)
+            peak, _, done, live, ready, path = heapq.heappop(heap)
             if done in seen:
                 continue
             seen.add(done)
             if len(seen) > most:
-                return None
-            steps = self.steps(done, live)
+                return None, False
+            steps = self.steps(done, live, ready)
             while free := next((step for step in steps if step[1] <= peak and step[2] <= live), None):
                 done, live, path = done | 1 << free[0], free[2], (free[0], path)
-                steps = self.steps(done, live)
+                ready = self.behind(ready, done, free[0])
+                steps = self.steps(done, live, ready)
             if done == full:
-                return unroll(path)
+                return unroll(path), True
             for op, during, after in steps:
                 more = done | 1 << op
-                if more not in seen:
-                    heapq.heappush(heap, (max(peak, during), -more.bit_count(), more, after, (op, path)))
-        return None
+                if during < below and more not in seen:
+                    following = self.behind(ready, more, op)
+                    heapq.heappush(heap, (max(peak, during), -more.bit_count(), more, after, following, (op, path)))
+        return None, True
 
     def beam(self, width: int) -> list[int]:
         """The best of a few sets of each size, by peak and then by live bytes."""
-        states: dict[int, tuple[int, int, tuple]] = {0: (0, 0, ())}
+        states: dict[int, tuple[int, int, tuple[int, ...], tuple]] = {0: (0, 0, self.first, ())}
         for _ in range(self.count):
-            following: dict[int, tuple[int, int, tuple]] = {}
-            for done, (peak, live, path) in states.items():
-                for op, during, after in self.steps(done, live):
-                    state = (max(peak, during), after, (op, path))
-                    known = following.get(done | 1 << op)
-                    if known is None or state[:2] < known[:2]:
-                        following[done | 1 << op] = state
-            best = sorted(following.items(), key=lambda item: item[1][:2])[:width]
-            states = dict(best)
-        ((_, _, path),) = states.values()
+            following: dict[int, tuple[int, int, tuple[int, ...], tuple]] = {}
+            for done, (peak, live, ready, path) in states.items():
+                for op, during, after in self.steps(done, live, ready):
+                    now = done | 1 << op
+                    known = following.get(now)
+                    if known is None or (max(peak, during), after) < known[:2]:
+                        following[now] = (max(peak, during), after, self.behind(ready, now, op), (op, path))
+            states = dict(sorted(following.items(), key=lambda item: item[1][:2])[:width])
+        ((_, _, _, path),) = states.values()
         return unroll(path)
 
     def peak_of(self, order: list[int]) -> int:
