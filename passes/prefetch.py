@@ -1,8 +1,8 @@
 """Loads started earlier: beside the computing of the ops before, as far as the scratchpad has room.
 
 The loads of a mapping are taken in order; each moves forward past ops, one at a time, while the bytes live at every
-moment between leave room for it, and no further than it takes to hide the copy behind the ops passed. Loads keep their
-order, for the link serves them first come first served.
+moment between leave room for it, and no further than so many times what it takes to hide the copy behind the ops passed.
+Loads keep their order, for the link serves them first come first served.
 """
 
 from collections.abc import Container, Mapping, Sequence
@@ -15,19 +15,19 @@ from ..planner.program import Program
 from .liveness import last_reads
 from .transfers import routes_of
 
-AHEAD = 1.5  # times the copy's own seconds that are hidden before a load stops moving
-
 
 @dataclass(frozen=True)
 class Prefetch:
     """Events -> events with fetches moved forward.
 
     Attributes:
-        budget: bytes of the device.
+        budget: bytes of the device that loads may fill.
+        ahead: times the copy's own seconds that are hidden before a load stops moving.
     """
 
     name = "prefetch"
     budget: int
+    ahead: float = 20.0
 
     def __call__(
         self,
@@ -48,7 +48,7 @@ class Prefetch:
             buffer = -1 - order[at]
             size = program.buffers[buffer].bytes
             link = machine.links[routes[tier[buffer] - 1].back]
-            wanted = AHEAD * (link.latency + size / link.bandwidth)
+            wanted = self.ahead * (link.latency + size / link.bandwidth)
             made = self.earliest(program, order, at, buffer)
             place, hidden = at, 0.0
             while place > max(front, made) and hidden < wanted and live[place - 1] + size <= self.budget:

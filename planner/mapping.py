@@ -6,6 +6,7 @@ Residency is decided without addresses, so its bytes are a bound for any placeme
 address though they fit by their sum, it is decided once more, in the same order and with addresses (solvers/placed.py).
 """
 
+import math
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +28,10 @@ from .referee import Report, referee
 from .schedule import Schedule
 from .units import parse_bytes, show_bytes
 
+# How far ahead loads start, in times of what hides them, and how much of the scratchpad they may fill: rising, for the
+# fuller it is the sooner no addresses are found.
+EARLY = ((20.0, 1.0), *((math.inf, share) for share in (0.8, 0.85, 0.9, 0.95)))
+CLOSE = 1.03  # times the least time: no need to start any earlier
 SIZES = ("M_R", "M_H", "M_P")  # COSMA's: the largest op, halfway, the smallest peak
 
 
@@ -42,6 +47,7 @@ class Mapping:
         problem: what was solved.
         mapped: the residency behind it.
         bound: no mapping moves fewer bytes beyond those.
+        least_time: seconds that this order and residency take whenever their copies start, or more.
         seconds: it took to find.
     """
 
@@ -52,6 +58,7 @@ class Mapping:
     problem: Residency
     mapped: Mapped
     bound: int
+    least_time: float
     seconds: float
 
     @property
@@ -68,14 +75,6 @@ class Mapping:
     def noncompulsory(self) -> int:
         """Bytes moved that a larger scratchpad would spare."""
         return sum(self.report.moved) - self.compulsory
-
-    @cached_property
-    def least_time(self) -> float:
-        """Seconds that this order and residency take whenever their copies start, or more."""
-        program, route = self.fused.program, routes_of(self.machine)[0]
-        links = self.machine.links[route.back], self.machine.links[route.out]
-        load, store = ([link.latency + buffer.bytes / link.bandwidth for buffer in program.buffers] for link in links)
-        return least_time(self.problem, self.mapped, [op.seconds for op in program.ops], load, store)
 
     @property
     def gap(self) -> float:
@@ -176,7 +175,8 @@ class Mapper:
                 f"though every op fits it: {show_bytes(enough)} ({enough} bytes) are enough; or try a longer time limit",
                 enough,
             )
-        return Mapping(self.fused, self.sized(capacity), *made, problem, mapped, mapped.bound, time.monotonic() - began)
+        return Mapping(self.fused, self.sized(capacity), *made, problem, mapped, mapped.bound,
+                       self.least_time(mapped, capacity), time.monotonic() - began)  # fmt: skip
 
     def check(self, capacity: int) -> None:
         """Refuse a scratchpad in which some op does not fit."""
@@ -208,28 +208,62 @@ class Mapper:
     def schedule(self, mapped: Mapped, capacity: int, addresses: Addresses | None = None) -> tuple[Schedule, Report] | None:
         """Instructions and addresses for a residency, with loads early if they fit so; None where nothing fits by address.
 
-        Loads early, stores beside the ops that follow; then loads where they are needed; then stores waited for at once too,
-        which is what a residency with addresses speaks of.
+        Loads early, the earliest that leave addresses; then loads where they are needed, stores beside the ops that follow;
+        then stores waited for at once too, which is what a residency with addresses speaks of.
         """
-        machine, program = self.sized(capacity), self.fused.program
         late = events_of(self.problem, mapped)
-        tier = {**self.homes, **{-1 - event: 1 for event in late if event < 0}}
-        early = Prefetch(capacity)(program, machine, late, tier, self.homes) if self.prefetch else late
-        known: dict[int, list[int]] | None = None
-        tries = [(early, capacity)] * self.prefetch + [(late, capacity), (late, 0)]
         if addresses is not None:
-            known, tries = {}, [(late, 0)]
+            known: dict[int, list[int]] = {}
             for (buffer, _), offset in sorted(addresses.items(), key=lambda item: item[0]):
                 known.setdefault(buffer, []).append(offset)
-        for events, room in tries:
-            schedule = Transfers(room)(program, machine, events, tier, self.homes)
-            schedule, _ = Place(capacity=capacity, known=known)(program, machine, schedule)
-            try:
-                return schedule, referee(program, machine, schedule)
-            except InvalidSchedule as error:
-                if error.rule not in ("place", "capacity"):
-                    raise
+            return self.place(late, capacity, 0, known)
+        best = self.early(late, mapped, capacity) if self.prefetch else None
+        return best or self.place(late, capacity, capacity) or self.place(late, capacity, 0)
+
+    def early(self, late: list[int], mapped: Mapped, capacity: int) -> tuple[Schedule, Report] | None:
+        """The fastest with loads started early that has addresses; a scratchpad filled to the brim with loads has none."""
+        machine, program = self.sized(capacity), self.fused.program
+        least, best = self.least_time(mapped, capacity), None
+        for ahead, share in EARLY:
+            fill = Prefetch(int(capacity * share), ahead)
+            made = self.place(fill(program, machine, late, self.tiers(late), self.homes), capacity, capacity)
+            if made is not None and (best is None or made[1].time < best[1].time):
+                best = made
+            if (made is None and share < 1) or (best is not None and best[1].time <= CLOSE * least):
+                break
+        return best
+
+    def place(
+        self, events: list[int], capacity: int, room: int, known: dict[int, list[int]] | None = None
+    ) -> tuple[Schedule, Report] | None:
+        """Instructions and addresses for ops and fetches; None where there are none.
+
+        Args:
+            events: ops and fetches.
+            capacity: bytes of the scratchpad.
+            room: bytes within which stores need not be waited for.
+            known: addresses of each buffer's stays; None to find them.
+        """
+        machine, program = self.sized(capacity), self.fused.program
+        schedule = Transfers(room)(program, machine, events, self.tiers(events), self.homes)
+        schedule, _ = Place(capacity=capacity, known=known)(program, machine, schedule)
+        try:
+            return schedule, referee(program, machine, schedule)
+        except InvalidSchedule as error:
+            if error.rule not in ("place", "capacity"):
+                raise
         return None
+
+    def tiers(self, events: list[int]) -> dict[int, int]:
+        """For each buffer that is ever away from the scratchpad the number of the route there."""
+        return {**self.homes, **{-1 - event: 1 for event in events if event < 0}}
+
+    def least_time(self, mapped: Mapped, capacity: int) -> float:
+        """Seconds that an order and residency take whenever their copies start, or more."""
+        program, route = self.fused.program, routes_of(self.machine)[0]
+        links = self.machine.links[route.back], self.machine.links[route.out]
+        load, store = ([link.latency + buffer.bytes / link.bandwidth for buffer in program.buffers] for link in links)
+        return least_time(with_capacity(self.problem, capacity), mapped, [op.seconds for op in program.ops], load, store)
 
 
 def events_of(problem: Residency, mapped: Mapped) -> list[int]:

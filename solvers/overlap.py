@@ -37,19 +37,18 @@ def least_time(
     """
     live = live_bytes(problem, mapped)
     links = loads_of(problem, mapped, live, load), stores_of(problem, mapped, live, store)
-    count = len(mapped.order)
-    start, end = [0.0] * (count + 1), [0.0] * (count + 1)  # of each step, and of what comes behind the last; end[-1] is 0
-    for step in range(count + 1):
-        start[step] = end[step - 1] if step else 0.0
+    ends = [0.0]  # when each step ends, by its number and one
+    for step in range(len(mapped.order) + 1):
+        start = ends[-1]
         for copies in links:
             if any(copy.before == step for copy in copies):
                 busy = 0.0
                 for copy in copies:  # those that may start last come first
                     if copy.before <= step:
                         busy += copy.seconds
-                        start[step] = max(start[step], (end[copy.after] if copy.after >= 0 else 0.0) + busy)
-        end[step] = start[step] + (seconds[mapped.order[step]] if step < count else 0.0)
-    return end[count]
+                        start = max(start, ends[copy.after + 1] + busy)
+        ends.append(start + (seconds[mapped.order[step]] if step < len(mapped.order) else 0.0))
+    return ends[-1]
 
 
 def live_bytes(problem: Residency, mapped: Mapped) -> np.ndarray:
