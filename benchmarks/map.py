@@ -3,9 +3,10 @@
     python -m memplan.benchmarks.map
     python -m memplan.benchmarks.map --networks vit_b_16 nasnet_a --curve 0 --no-run
 
-For each of the fourteen networks of `examples/networks`, in 8 and in 32 bits: a mapping at COSMA's three sizes (the largest
-op, halfway, the smallest peak), the rules of `solvers/replacement.py`, and what a byte less says; then a curve over sizes
-between the first and the last. In 32 bits the mappings are run on the scratchpad machine beside the model.
+For each of the fourteen networks of `examples/networks`, in 8 bits, in 8 bits with weights in the scratchpad, and in 32 bits: a
+mapping at COSMA's three sizes (the largest op, halfway, the smallest peak), the rules of `solvers/replacement.py`, and what a
+byte less says; without weights, then a curve over sizes between the first and the last. In 32 bits the mappings are run
+on the scratchpad machine beside the model, and so are the inferences of models that the other benchmarks train.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import torch
 from ..planner.errors import BudgetError
 from ..planner.machine import load_machine
 from ..planner.maps import compared, map_model
+from .models import build
 from .record import (
     HERE,
     Results,
@@ -44,17 +46,21 @@ NAMES = (
     "nasnet_a", "amoebanet_d", "pnasnet_5", "darts",
 )  # fmt: skip
 SEARCHED = ("nasnet_a", "amoebanet_d", "pnasnet_5", "darts")  # found by search, not drawn by hand
+TRAINED = tuple(f"{name} (trained)" for name in ("gpt2", "llama", "bert", "vit", "resnet50", "t5", "unet"))
 SIZES = ("M_R", "M_H", "M_P")
+GROUPS = {  # bits, whether weights take room, whose, whether they are run
+    "8 bits": (8, False, NAMES, False),
+    "8 bits, weights in the scratchpad": (8, True, NAMES, False),
+    "32 bits": (32, False, NAMES, True),
+    "Models that are trained elsewhere here, the inference and its loss": (32, False, TRAINED, True),
+}
 BANDWIDTH = min(link.bandwidth for link in load_machine("scratchpad").links)
 
 
 def serve(request: Row) -> Iterator[Row]:
     """Everything about one network in one number of bits."""
-    sys.path.insert(0, str(HERE.parent / "examples" / "networks"))
-    factory = importlib.import_module("all").NETWORKS[request["name"]]
-    torch.manual_seed(0)
     with torch.device("cpu" if request["run"] else "meta"):
-        model, args = factory()
+        model, args = make(request["name"])
     options: dict[str, Any] = {"bits": request["bits"], "weights": request["weights"], "time_limit": request["time_limit"]}
     made = map_model(model.eval(), "M_P", args, **options)
     low, high = made.mapper.landmarks["M_R"], made.mapper.landmarks["M_P"]
@@ -78,15 +84,25 @@ def serve(request: Row) -> Iterator[Row]:
                    "seconds": found.seconds}  # fmt: skip
 
 
-def measure(results: Results, name: str, bits: int, options: argparse.Namespace) -> None:
-    """One network in one number of bits, unless it is there."""
-    if results.last(name=name, bits=bits, size="M_R") is not None:
+def make(name: str) -> tuple[torch.nn.Module, tuple]:
+    """A network, or a model that is trained, by name."""
+    if name in TRAINED:
+        return build(name.partition(" ")[0])
+    sys.path.insert(0, str(HERE.parent / "examples" / "networks"))
+    torch.manual_seed(0)
+    return importlib.import_module("all").NETWORKS[name]()
+
+
+def measure(results: Results, name: str, group: str, options: argparse.Namespace) -> None:
+    """One network in one group of the table, unless it is there."""
+    bits, weights, _, runs = GROUPS[group]
+    if results.last(name=name, bits=bits, weights=weights, size="M_R") is not None:
         return
-    say(f"{name}, {bits} bits")
-    request = {"name": name, "bits": None if bits == 32 else bits, "weights": False, "time_limit": options.time_limit,
-               "run": bits == 32 and not options.no_run, "curve": options.curve}  # fmt: skip
+    say(f"{name}, {group}")
+    request = {"name": name, "bits": None if bits == 32 else bits, "weights": weights, "time_limit": options.time_limit,
+               "run": runs and not options.no_run, "curve": 0 if weights else options.curve}  # fmt: skip
     for row in ask("map", request, timeout=options.timeout):
-        results.add({"task": "map", "name": name, "bits": bits} | row)
+        results.add({"task": "map", "name": name, "bits": bits, "weights": weights} | row)
 
 
 def render(results: Results, path: Path) -> None:
@@ -94,23 +110,24 @@ def render(results: Results, path: Path) -> None:
     lines = header("Inferences on a scratchpad", results)
     lines += paragraph(
         "Written by `python -m memplan.benchmarks.map`. Networks of `examples/networks`, batch 1, weights not in the "
-        "scratchpad, fused as `passes/fuse.py` says. Sizes are COSMA's (arXiv 2311.18246): M_R, the largest op's operands "
-        "and results; M_P, the smallest peak of any order, proven; M_H, halfway. *Moved*: bytes beyond the compulsory ones, "
-        "by the referee's count, with an address for every operand. *Best*, *mean* of the rules: orders as traced and of "
-        "smallest peak, Belady's choice and a small integer program, arenas of TensorFlow Lite and XLA; those of the eight "
-        "that find addresses. *Run*: on a machine of exactly that many bytes, against the model. *Of ideal*: time by the "
-        "machine's clock over the larger of computing and its busier link. *Of least*: the same over the least time that "
-        "this order and residency allow, whenever their copies start (`solvers/overlap.py`)."
+        "scratchpad where nothing else is said, fused as `passes/fuse.py` says. Sizes are COSMA's (arXiv 2311.18246): M_R, "
+        "the largest op's operands and results; M_P, the smallest peak of any order, proven; M_H, halfway. *Moved*: bytes "
+        "beyond the compulsory ones, by the referee's count, with an address for every operand. *Best*, *mean* of the rules: "
+        "orders as traced and of smallest peak, Belady's choice and a small integer program, arenas of TensorFlow Lite and "
+        "XLA; those of the eight that find addresses. *Run*: on a machine of exactly that many bytes, against the model. "
+        "*Of ideal*: time by the machine's clock over the larger of computing and its busier link. *Of least*: the same over "
+        "the least time that this order and residency allow, whenever their copies start (`solvers/overlap.py`)."
     )
-    for bits in sorted({row["bits"] for row in results.all(task="map")}):
-        lines += [f"## {bits} bits", ""]
-        heads = ["network", "size", "KiB", "moved, KiB", "bound, KiB", "gap", "seconds", "best rule, KiB", "mean rule, KiB",
-                 "rules", "less than best", "less than mean"]  # fmt: skip
-        heads += ["run", "of ideal", "of least"] if bits == 32 else []
-        rows = [row_of(row, bits) for name in NAMES for row in landmarks(results, name, bits)]
-        lines += markdown(heads, rows)
-        lines += summary(results, bits)
-    lines += curves(results)
+    for group, (_, _, names, _) in GROUPS.items():
+        found = {name: landmarks(results, name, group) for name in names}
+        rows = [row_of(row, group) for mine in found.values() for row in mine]
+        if rows:
+            heads = ["network", "size", "KiB", "moved, KiB", "bound, KiB", "gap", "seconds", "best rule, KiB",
+                     "mean rule, KiB", "rules", "less than best", "less than mean"]  # fmt: skip
+            heads += ["run"] * GROUPS[group][3] + ["of ideal", "of least"]
+            lines += [f"## {group}", "", *markdown(heads, rows), *summary(found)]
+    for group in GROUPS:
+        lines += curves(results, group)
     refused = results.last(task="map", size="M_R - 1")
     if refused is not None:
         lines += paragraph(f"A byte less than M_R, {refused['name']}: *{refused['refused']}*")
@@ -118,13 +135,14 @@ def render(results: Results, path: Path) -> None:
     path.write_text("\n".join(lines).rstrip() + "\n")
 
 
-def landmarks(results: Results, name: str, bits: int) -> list[Row]:
+def landmarks(results: Results, name: str, group: str) -> list[Row]:
     """The rows of a network, one for each different size."""
-    rows = [results.last(task="map", name=name, bits=bits, size=size) for size in SIZES]
+    bits, weights, _, _ = GROUPS[group]
+    rows = [results.last(task="map", name=name, bits=bits, weights=weights, size=size) for size in SIZES]
     return list({row["scratchpad"]: row for row in rows if row is not None}.values())
 
 
-def row_of(row: Row, bits: int) -> list[str]:
+def row_of(row: Row, group: str) -> list[str]:
     """A line of the table."""
     known = [size for size in row["baselines"].values() if size is not None]
     best, average = min(known, default=None), mean(known)
@@ -133,11 +151,14 @@ def row_of(row: Row, bits: int) -> list[str]:
         percent(row["gap"]), f"{row['seconds']:.2f}", kib(best), kib(average), f"{len(known)} of {len(row['baselines'])}",
         percent(saved(row, best)), percent(saved(row, average)),
     ]  # fmt: skip
-    if bits != 32:
-        return cells
     ran = "-" if "equal" not in row else "equal" if row["equal"] else f"{row['difference']:.0e}"
-    ideal = max(row["compute_time"], *(size / BANDWIDTH for size in row["moved"].values()))
-    return [*cells, ran, ratio(row["time"] / ideal), ratio(row["time"] / row["least_time"])]
+    times = [ratio(row["time"] / ideal_of(row)), ratio(row["time"] / row["least_time"])]
+    return [*cells, *[ran] * GROUPS[group][3], *times]
+
+
+def ideal_of(row: Row) -> float:
+    """Seconds of computing or of the busier link, whichever are more."""
+    return max(row["compute_time"], *(size / BANDWIDTH for size in row["moved"].values()))
 
 
 def kib(size: float | None) -> str:
@@ -150,11 +171,11 @@ def saved(row: Row, size: float | None) -> float | None:
     return None if not size else 1 - row["noncompulsory"] / size
 
 
-def summary(results: Results, bits: int) -> list[str]:
-    """What the table comes to."""
+def summary(found: dict[str, list[Row]]) -> list[str]:
+    """What a group of the table comes to."""
     lines = []
-    for title, names in (("drawn by hand", [n for n in NAMES if n not in SEARCHED]), ("found by search", SEARCHED)):
-        rows = [row for name in names for row in landmarks(results, name, bits)]
+    for title, names in (("drawn by hand", [n for n in found if n not in SEARCHED]), ("found by search", SEARCHED)):
+        rows = [row for name in names for row in found.get(name, ())]
         if not rows:
             continue
         pressed = [row for row in rows if row["size"] == "M_R" and row["sizes"]["M_R"] < row["sizes"]["M_P"]]
@@ -169,7 +190,10 @@ def summary(results: Results, bits: int) -> list[str]:
             f"nothing: {verdict(all(not row['noncompulsory'] for row in rows if row['scratchpad'] == row['sizes']['M_P']))}. "
             f"M_R < M_P: {', '.join(row['name'] for row in pressed) or 'none'}; at M_R, against the best rule that "
             f"finds addresses "
-            f"{percent(best)} less on average, against their mean {percent(average)}."
+            f"{percent(best)} less on average, against their mean {percent(average)}. Time over the least: at most "
+            f"{ratio(max(row['time'] / row['least_time'] for row in rows))}; over the ideal: at most "
+            f"{ratio(max(row['time'] / ideal_of(row) for row in rows))}, at M_P "
+            f"{ratio(max(row['time'] / ideal_of(row) for row in rows if row['scratchpad'] == row['sizes']['M_P']))}."
         )
     return lines
 
@@ -179,29 +203,32 @@ def known_of(row: Row) -> list[int]:
     return [size for size in row["baselines"].values() if size is not None]
 
 
-def curves(results: Results) -> list[str]:
+def curves(results: Results, group: str) -> list[str]:
     """Sizes between M_R and M_P."""
-    lines = []
-    for bits in sorted({row["bits"] for row in results.all(task="map", size="curve")}):
-        rows = []
-        for name in NAMES:
-            found = results.all(task="map", name=name, bits=bits, size="curve")
-            if found:
-                rows.append([name, *(f"{kib(row['noncompulsory'])}{'' if row['noncompulsory'] <= row['lower_bound'] else '*'}"
-                                     for row in found)])  # fmt: skip
-        if rows:
-            count = max(len(row) for row in rows) - 1
-            lines += [f"## Between M_R and M_P, {bits} bits", ""]
-            lines += paragraph("KiB moved beyond the compulsory ones, at sizes evenly between; a star where not proven best.")
-            lines += markdown(["network", *(f"{number + 1}/{count + 1}" for number in range(count))], rows)
-    return lines
+    bits, weights, names, _ = GROUPS[group]
+    rows = []
+    for name in names:
+        found = results.all(task="map", name=name, bits=bits, weights=weights, size="curve")
+        if found:
+            rows.append([name, *(f"{kib(row['noncompulsory'])}{'' if row['noncompulsory'] <= row['lower_bound'] else '*'}"
+                                 for row in found)])  # fmt: skip
+    if not rows:
+        return []
+    count = max(len(row) for row in rows) - 1
+    return [
+        f"## Between M_R and M_P: {group}", "",
+        *paragraph("KiB moved beyond the compulsory ones, at sizes evenly between; a star where not proven best."),
+        *markdown(["network", *(f"{number + 1}/{count + 1}" for number in range(count))], rows),
+    ]  # fmt: skip
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", default=list(NAMES), choices=NAMES, metavar="NAME", help=", ".join(NAMES))
-    parser.add_argument("--bits", nargs="+", type=int, default=[8, 32], choices=(8, 16, 32), help="of an element")
+    known = [*NAMES, *TRAINED]
+    parser.add_argument("--networks", nargs="+", default=known, choices=known, metavar="NAME", help=", ".join(known))
+    parser.add_argument("--groups", nargs="+", default=list(GROUPS), choices=list(GROUPS), metavar="GROUP",
+                        help=" | ".join(GROUPS))  # fmt: skip
     parser.add_argument("--curve", type=int, default=10, help="sizes between M_R and M_P; 0: none")
     parser.add_argument("--no-run", action="store_true", help="plan only")
     parser.add_argument("--time-limit", type=float, default=50.0, help="seconds of search for each mapping, at most")
@@ -212,15 +239,15 @@ def main() -> None:
         return answer(serve)
     if options.quick:
         options.networks, options.curve, options.time_limit = ["vit_b_16", "r2plus1d_18"], 2, 5.0
-        options.bits, options.out = [8], options.out / "quick"
+        options.groups, options.out = ["8 bits"], options.out / "quick"
     results = Results(options.out / "map.jsonl")
     if not options.render:
         for name in options.networks if options.fresh else ():
             results.drop(name=name)
         note_machine(results)
-        for bits in options.bits:
-            for name in options.networks:
-                measure(results, name, bits, options)
+        for group in options.groups:
+            for name in (name for name in options.networks if name in GROUPS[group][2]):
+                measure(results, name, group, options)
                 render(results, options.out / "map.md")
     render(results, options.out / "map.md")
     print(options.out / "map.md")
