@@ -3,10 +3,11 @@
     python -m memplan.benchmarks.map
     python -m memplan.benchmarks.map --networks vit_b_16 nasnet_a --curve 0 --no-run
 
-For each of the fourteen networks of `examples/networks`, in 8 bits, in 8 bits with weights in the scratchpad, and in 32 bits: a
-mapping at COSMA's three sizes (the largest op, halfway, the smallest peak), the rules of `solvers/replacement.py`, and what a
-byte less says; without weights, then a curve over sizes between the first and the last. In 32 bits the mappings are run
-on the scratchpad machine beside the model, and so are the inferences of models that the other benchmarks train.
+For each of the fourteen networks of `examples/networks`, in 8 bits, in 8 bits with ops run again in place of loads, in 8 bits
+with weights in the scratchpad, and in 32 bits: a mapping at COSMA's three sizes (the largest op, halfway, the smallest peak),
+the rules of `solvers/replacement.py`, and what a byte less says; without weights, then a curve over sizes between the first and
+the last. In 32 bits the mappings are run on the scratchpad machine beside the model, and so are the inferences of models
+that the other benchmarks train.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -48,11 +49,25 @@ NAMES = (
 SEARCHED = ("nasnet_a", "amoebanet_d", "pnasnet_5", "darts")  # found by search, not drawn by hand
 TRAINED = tuple(f"{name} (trained)" for name in ("gpt2", "llama", "bert", "vit", "resnet50", "t5", "unet"))
 SIZES = ("M_R", "M_H", "M_P")
-GROUPS = {  # bits, whether weights take room, whose, whether they are run
-    "8 bits": (8, False, NAMES, False),
-    "8 bits, weights in the scratchpad": (8, True, NAMES, False),
-    "32 bits": (32, False, NAMES, True),
-    "Models that are trained elsewhere here, the inference and its loss": (32, False, TRAINED, True),
+
+
+class Group(NamedTuple):
+    """Rows of the table: bits of an element, whose, and whether weights take room, ops may run again, mappings are run."""
+
+    bits: int
+    names: tuple[str, ...] = NAMES
+    weights: bool = False
+    recompute: bool = False
+    run: bool = False
+
+
+GROUPS = {
+    "8 bits": Group(8),
+    "8 bits, ops may run again": Group(8, recompute=True),
+    "8 bits, weights in the scratchpad": Group(8, weights=True),
+    "32 bits": Group(32, run=True),
+    "32 bits, ops may run again": Group(32, recompute=True, run=True),
+    "Models that are trained elsewhere here, the inference and its loss": Group(32, TRAINED, run=True),
 }
 BANDWIDTH = min(link.bandwidth for link in load_machine("scratchpad").links)
 
@@ -61,7 +76,7 @@ def serve(request: Row) -> Iterator[Row]:
     """Everything about one network in one number of bits."""
     with torch.device("cpu" if request["run"] else "meta"):
         model, args = make(request["name"])
-    options: dict[str, Any] = {"bits": request["bits"], "weights": request["weights"], "time_limit": request["time_limit"]}
+    options: dict[str, Any] = {each: request[each] for each in ("bits", "weights", "recompute", "time_limit")}
     made = map_model(model.eval(), "M_P", args, **options)
     low, high = made.mapper.landmarks["M_R"], made.mapper.landmarks["M_P"]
     for size in SIZES:
@@ -95,14 +110,15 @@ def make(name: str) -> tuple[torch.nn.Module, tuple]:
 
 def measure(results: Results, name: str, group: str, options: argparse.Namespace) -> None:
     """One network in one group of the table, unless it is there."""
-    bits, weights, _, runs = GROUPS[group]
-    if results.last(name=name, bits=bits, weights=weights, size="M_R") is not None:
+    bits, _, weights, recompute, run = GROUPS[group]
+    if results.last(name=name, bits=bits, weights=weights, recompute=recompute, size="M_R") is not None:
         return
     say(f"{name}, {group}")
-    request = {"name": name, "bits": None if bits == 32 else bits, "weights": weights, "time_limit": options.time_limit,
-               "run": runs and not options.no_run, "curve": 0 if weights else options.curve}  # fmt: skip
+    request = {"name": name, "bits": None if bits == 32 else bits, "weights": weights, "recompute": recompute,
+               "time_limit": options.time_limit, "run": run and not options.no_run,
+               "curve": 0 if weights or recompute else options.curve}  # fmt: skip
     for row in ask("map", request, timeout=options.timeout):
-        results.add({"task": "map", "name": name, "bits": bits, "weights": weights} | row)
+        results.add({"task": "map", "name": name, "bits": bits, "weights": weights, "recompute": recompute} | row)
 
 
 def render(results: Results, path: Path) -> None:
@@ -116,15 +132,16 @@ def render(results: Results, path: Path) -> None:
         "orders as traced and of smallest peak, Belady's choice and a small integer program, arenas of TensorFlow Lite and "
         "XLA; those of the eight that find addresses. *Run*: on a machine of exactly that many bytes, against the model. "
         "*Of ideal*: time by the machine's clock over the larger of computing and its busier link. *Of least*: the same over "
-        "the least time that this order and residency allow, whenever their copies start (`solvers/overlap.py`)."
+        "the least time that this order and residency allow, whenever their copies start (`solvers/overlap.py`), or, where "
+        "ops run again, over computing. *Again*: ops run a second time; of such mappings no bound is known."
     )
-    for group, (_, _, names, _) in GROUPS.items():
-        found = {name: landmarks(results, name, group) for name in names}
+    for group, kind in GROUPS.items():
+        found = {name: landmarks(results, name, group) for name in kind.names}
         rows = [row_of(row, group) for mine in found.values() for row in mine]
         if rows:
             heads = ["network", "size", "KiB", "moved, KiB", "bound, KiB", "gap", "seconds", "best rule, KiB",
                      "mean rule, KiB", "rules", "less than best", "less than mean"]  # fmt: skip
-            heads += ["run"] * GROUPS[group][3] + ["of ideal", "of least"]
+            heads += ["again"] * kind.recompute + ["run"] * kind.run + ["of ideal", "of least"]
             lines += [f"## {group}", "", *markdown(heads, rows), *summary(found)]
     for group in GROUPS:
         lines += curves(results, group)
@@ -137,8 +154,9 @@ def render(results: Results, path: Path) -> None:
 
 def landmarks(results: Results, name: str, group: str) -> list[Row]:
     """The rows of a network, one for each different size."""
-    bits, weights, _, _ = GROUPS[group]
-    rows = [results.last(task="map", name=name, bits=bits, weights=weights, size=size) for size in SIZES]
+    kind = GROUPS[group]
+    wanted = {"task": "map", "name": name, "bits": kind.bits, "weights": kind.weights, "recompute": kind.recompute}
+    rows = [results.last(**wanted, size=size) for size in SIZES]
     return list({row["scratchpad"]: row for row in rows if row is not None}.values())
 
 
@@ -153,7 +171,8 @@ def row_of(row: Row, group: str) -> list[str]:
     ]  # fmt: skip
     ran = "-" if "equal" not in row else "equal" if row["equal"] else f"{row['difference']:.0e}"
     times = [ratio(row["time"] / ideal_of(row)), ratio(row["time"] / row["least_time"])]
-    return [*cells, *[ran] * GROUPS[group][3], *times]
+    kind = GROUPS[group]
+    return [*cells, *[str(row["repeated"])] * kind.recompute, *[ran] * kind.run, *times]
 
 
 def ideal_of(row: Row) -> float:
@@ -205,10 +224,11 @@ def known_of(row: Row) -> list[int]:
 
 def curves(results: Results, group: str) -> list[str]:
     """Sizes between M_R and M_P."""
-    bits, weights, names, _ = GROUPS[group]
+    kind = GROUPS[group]
+    wanted = {"task": "map", "bits": kind.bits, "weights": kind.weights, "recompute": kind.recompute, "size": "curve"}
     rows = []
-    for name in names:
-        found = results.all(task="map", name=name, bits=bits, weights=weights, size="curve")
+    for name in kind.names:
+        found = results.all(**wanted, name=name)
         if found:
             rows.append([name, *(f"{kib(row['noncompulsory'])}{'' if row['noncompulsory'] <= row['lower_bound'] else '*'}"
                                  for row in found)])  # fmt: skip
@@ -246,7 +266,7 @@ def main() -> None:
             results.drop(name=name)
         note_machine(results)
         for group in options.groups:
-            for name in (name for name in options.networks if name in GROUPS[group][2]):
+            for name in (name for name in options.networks if name in GROUPS[group].names):
                 measure(results, name, group, options)
                 render(results, options.out / "map.md")
     render(results, options.out / "map.md")

@@ -426,6 +426,7 @@ def map_(
     machine: Annotated[str, typer.Option(help="A preset or TOML file with a memory behind its first tier.")] = "scratchpad",
     weights: Annotated[bool, typer.Option("--weights", help="Parameters take room in the scratchpad, too.")] = False,
     bits: Annotated[int | None, typer.Option(help="Of every element: 8, 16 or 32; left out: the model's own.")] = None,
+    recompute: Annotated[bool, typer.Option("--recompute", help="Let ops run again where that spares bytes.")] = False,
     execute: Annotated[bool, typer.Option("--run", help="Run it on the scratchpad machine, beside the model.")] = False,
     time_limit: Annotated[float, typer.Option(help="Seconds to search for, at most.", min=0.0)] = 60.0,
     seed: Seed = 0,
@@ -442,7 +443,7 @@ def map_(
     with progress("building the model") as report:
         module, args, kwargs = load_model(model, meta=not execute)
         made = map_model(module.eval(), scratchpad, args, kwargs, machine=machine, weights=weights, bits=bits,
-                         time_limit=time_limit, seed=seed, progress=report)  # fmt: skip
+                         recompute=recompute, time_limit=time_limit, seed=seed, progress=report)  # fmt: skip
         ran = compared(made, args, kwargs) if execute else {}
         if out is not None:
             out.write_text(made.assembly.to_json() if out.suffix == ".json" else str(made.assembly))

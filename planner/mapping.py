@@ -17,6 +17,7 @@ from ..passes.addresses import Place
 from ..passes.fuse import Fuse, Fused
 from ..passes.prefetch import Prefetch
 from ..passes.transfers import Transfers, routes_of
+from ..solvers.again import solve_again
 from ..solvers.overlap import least_time
 from ..solvers.placed import Addresses, solve_placed
 from ..solvers.residency import Mapped, Residency
@@ -31,6 +32,7 @@ from .units import parse_bytes, show_bytes
 # How far ahead loads start, in times of what hides them, and how much of the scratchpad they may fill: rising, for the
 # fuller it is the sooner no addresses are found.
 EARLY = ((20.0, 1.0), *((math.inf, share) for share in (0.8, 0.85, 0.9, 0.95)))
+AGAIN = 20.0  # seconds, at most, to look for ops to run again
 CLOSE = 1.03  # times the least time: no need to start any earlier
 SIZES = ("M_R", "M_H", "M_P")  # COSMA's: the largest op, halfway, the smallest peak
 
@@ -46,7 +48,7 @@ class Mapping:
         report: what the referee measured.
         problem: what was solved.
         mapped: the residency behind it.
-        bound: no mapping moves fewer bytes beyond those.
+        bound: no mapping moves fewer bytes beyond those; 0 where ops run again, for nothing is proven of such mappings.
         least_time: seconds that this order and residency take whenever their copies start, or more.
         seconds: it took to find.
     """
@@ -92,6 +94,7 @@ class Mapper:
         weights: whether parameters take room in the scratchpad; if not, they reach the unit by a way of their own.
         sizes: bytes of each buffer, where they are not the program's.
         prefetch: start loads as early as there is room.
+        recompute: let ops run again in place of loads.
         seed: of the searches.
         alignment: every address is a multiple of it.
     """
@@ -101,6 +104,7 @@ class Mapper:
     weights: bool = False
     sizes: tuple[int, ...] | None = None
     prefetch: bool = True
+    recompute: bool = False
     seed: int = 0
     alignment: int = 1
 
@@ -129,6 +133,11 @@ class Mapper:
         sizes = tuple(buffer.bytes for buffer in program.buffers)
         reads, writes = (tuple(getattr(op, side) for op in program.ops) for side in ("reads", "writes"))
         return Residency(sizes, reads, writes, 0, program.outputs)
+
+    @cached_property
+    def repeatable(self) -> frozenset[int]:
+        """Ops that give the same when they run again; those that draw random numbers are left alone."""
+        return frozenset(index for index, op in enumerate(self.fused.program.ops) if op.repeatable and not op.random)
 
     @cached_property
     def landmarks(self) -> dict[str, int]:
@@ -161,7 +170,13 @@ class Mapper:
         problem = with_capacity(self.problem, capacity)
         mapped = solve(problem, seconds, self.seed)
         assert mapped is not None
-        made = self.schedule(mapped, capacity)
+        made = None
+        if self.recompute and mapped.bytes:
+            left = max(seconds - (time.monotonic() - began), 1.0)
+            again = solve_again(problem, mapped, self.repeatable, min(left, AGAIN), self.seed)
+            made = self.schedule(again, capacity) if again.again else None
+            mapped = mapped if made is None else again
+        made = made or self.schedule(mapped, capacity)
         if made is None:  # it fits by the sum of what is there, and not by address
             left = max(seconds - (time.monotonic() - began), 1.0)
             placed = solve_placed(problem, mapped.order, mapped, self.alignment, left, self.seed)
@@ -260,6 +275,9 @@ class Mapper:
 
     def least_time(self, mapped: Mapped, capacity: int) -> float:
         """Seconds that an order and residency take whenever their copies start, or more."""
+        if mapped.again:  # its computing alone
+            made = [self.problem.producer[buffer] for buffer, _ in mapped.again]
+            return sum(self.fused.program.ops[op].seconds for op in (*mapped.order, *made))
         program, route = self.fused.program, routes_of(self.machine)[0]
         links = self.machine.links[route.back], self.machine.links[route.out]
         load, store = ([link.latency + buffer.bytes / link.bandwidth for buffer in program.buffers] for link in links)
@@ -267,14 +285,21 @@ class Mapper:
 
 
 def events_of(problem: Residency, mapped: Mapped) -> list[int]:
-    """Ops and fetches (`-1 - buffer`) in time order, each fetch right before the op that reads it."""
+    """Ops and fetches (`-1 - buffer`) in time order, each fetch right before the op that reads it; ops run again likewise."""
     events: list[int] = []
     known: set[int] = set()
-    for step, op in enumerate(mapped.order):
-        for buffer in problem.reads[op]:
-            first = problem.producer[buffer] < 0 and buffer not in known
-            if first or (buffer, step) in mapped.dropped:
-                events.append(-1 - buffer)
-            known.add(buffer)
-        events.append(op)
+    at = {op: step for step, op in enumerate(mapped.order)}
+    repeated: dict[int, list[int]] = {}
+    for buffer, step in sorted(mapped.again, key=lambda key: at[problem.producer[key[0]]]):
+        repeated.setdefault(step, []).append(problem.producer[buffer])
+    for step, last in enumerate(mapped.order):
+        fetched: set[int] = set()
+        for op in (*repeated.get(step, ()), last):
+            for buffer in problem.reads[op]:
+                first = problem.producer[buffer] < 0 and buffer not in known
+                if first or ((buffer, step) in mapped.dropped and buffer not in fetched):
+                    events.append(-1 - buffer)
+                    fetched.add(buffer)
+                known.add(buffer)
+            events.append(op)
     return events

@@ -114,6 +114,8 @@ class MappedModel:
             "time": report.time,
             "compute_time": sum(op.seconds for op in program.ops),
             "least_time": found.least_time,
+            "repeated": report.repeated,
+            "recompute_time": report.recompute,
             "machine": found.machine.name,
             "ops": len(program.ops),
             "buffers": len(program.buffers),
@@ -128,12 +130,14 @@ class MappedModel:
         best = f"best of {len(known)} rules {show_bytes(min(known))}" if known else "no rule finds addresses"
         sizes = ", ".join(f"{name} {show_bytes(self.mapper.landmarks[name])}" for name in ("M_R", "M_P"))
         compute = sum(op.seconds for op in found.fused.program.ops)
+        again = f", and {show_seconds(found.report.recompute)} more for {found.report.repeated} ops run again"
+        again = again if found.report.repeated else ""
         return [
             ("scratchpad", show_bytes(found.capacity), sizes),
             ("peak", show_bytes(found.report.peak[0]), f"{len(found.fused.program.ops)} ops"),
             ("compulsory", show_bytes(found.compulsory), "inputs once in, outputs once out"),
             ("moved beside that", show_bytes(found.noncompulsory), f"{proven}; {best}"),
-            ("time (predicted)", show_seconds(found.report.time), f"computing {show_seconds(compute)}"),
+            ("time (predicted)", show_seconds(found.report.time), f"computing {show_seconds(compute)}{again}"),
             ("solved in", show_seconds(found.seconds), ""),
         ]
 
@@ -158,6 +162,7 @@ def map_model(
     weights: bool = False,
     bits: int | None = None,
     prefetch: bool = True,
+    recompute: bool = False,
     time_limit: float = 60.0,
     seed: int = 0,
     progress: Callable[[str, float], None] | None = None,
@@ -177,6 +182,7 @@ def map_model(
         weights: whether parameters take room in the scratchpad, or reach the unit by a way of their own.
         bits: of every element; None for the model's own types. Mappings for other sizes than the model's cannot be run.
         prefetch: start loads as early as there is room.
+        recompute: let ops run again where that spares bytes, which COSMA does not; no bound is known of such mappings.
         time_limit: seconds of search.
         seed: of the search.
         progress: is told (stage, share done).
@@ -212,7 +218,7 @@ def map_model(
     if bits is not None:
         sizes = tuple(buffer.bytes // size * bits // 8 for buffer, size in zip(program.buffers, width, strict=True))
     alignment = max(width, default=1) if bits is None else bits // 8
-    mapper = Mapper(program, known, weights, sizes, prefetch, seed, alignment)
+    mapper = Mapper(program, known, weights, sizes, prefetch, recompute, seed, alignment)
     tell("mapping", 0.0)
     mapping = mapper.map(mapper.capacity_of(scratchpad), time_limit)
     return MappedModel(mapper, mapping, captured, model, seconds)

@@ -130,12 +130,14 @@ class Mapped:
         dropped: (buffer, step of the use before which it is loaded again).
         bytes: moved beyond the compulsory ones.
         bound: no mapping moves fewer; from `solve_ordered`, none in the same order.
+        again: (buffer, step before which the op that made it runs once more).
     """
 
     order: tuple[int, ...]
     dropped: frozenset[tuple[int, int]]
     bytes: int
     bound: int
+    again: frozenset[tuple[int, int]] = frozenset()
 
 
 def find_gaps(problem: Residency, order: Sequence[int]) -> Gaps:

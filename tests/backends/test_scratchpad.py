@@ -94,6 +94,34 @@ def test_the_model_s_numbers_in_so_many_bytes(name, size, weights):
         assert all(torch.equal(x, y) for x, y in zip(leaves(made.run(*again)), leaves(model(*again)), strict=True))
 
 
+class Gated(nn.Module):
+    """A wide branch decides what passes of a value that waits, and that is cheap to make again."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.narrow, self.wide = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 4, 1), nn.Conv2d(4, 32, 1)
+        self.gate, self.out = nn.Conv2d(32, 16, 1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.out(x * self.gate(self.wide(self.narrow(x)).mean((2, 3), keepdim=True)))
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_ops_run_again_have_the_model_s_numbers(weights):
+    """Where an op runs once more the bytes are the model's, and fewer of them move."""
+    torch.manual_seed(0)
+    model, args = Gated().eval(), (torch.randn(1, 3, 14, 14),)
+    once, again = (memplan.map_model(model, "M_R", args, weights=weights, recompute=each) for each in (False, True))
+    found = again.run(*args)
+    with torch.no_grad():
+        assert torch.equal(found, model(*args))
+    assert again.mapping.report.repeated > 0 == once.mapping.report.repeated
+    assert again.mapping.noncompulsory < once.mapping.noncompulsory
+    assert (again.counted.stored, again.counted.loaded) == again.mapping.report.moved
+    assert again.counted.time == pytest.approx(again.mapping.report.time, rel=1e-12)
+
+
 def moved(step: Exec, which: int) -> Exec:
     """The same with one operand a few bytes further."""
     operands = list(step.operands)

@@ -7,6 +7,7 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memplan.solvers.again import solve_again
 from memplan.solvers.cosma import solve_pulp, solve_sat
 from memplan.solvers.overlap import least_time
 from memplan.solvers.peakorder import Walk, find_order
@@ -233,6 +234,51 @@ def test_parts_are_as_good_as_the_whole(problem):
     assert replayed(problem, list(apart.order), apart.dropped) == apart.bytes
 
 
+def search_again(problem: Residency, order: list[int]) -> int:
+    """The fewest bytes in an order, by brute force, if any op may run again before any step."""
+    size, made = problem.size, problem.producer
+    start = (0, frozenset[int](), frozenset[int](), frozenset[int]())  # step, resident, stored, loaded or made before
+    heap, count, seen = [(0, 0, start)], itertools.count(1), set()
+    while heap:
+        cost, _, state = heapq.heappop(heap)
+        if state in seen:
+            continue
+        seen.add(state)
+        step, resident, stored, known = state
+        if step == len(order):
+            return cost
+
+        def add(more, *state, so_far=cost):
+            heapq.heappush(heap, (so_far + more, next(count), state))
+
+        for buffer in resident:  # leaves, for nothing or with a store
+            add(0, step, resident - {buffer}, stored, known)
+            if problem.fresh[buffer] and buffer not in stored:
+                add(size[buffer], step, resident, stored | {buffer}, known)
+        for buffer in known - resident:  # comes back
+            if buffer in stored or not problem.fresh[buffer]:
+                add(size[buffer], step, resident | {buffer}, stored, known)
+        for op in (*order[:step], order[step]):
+            held = resident | {*problem.writes[op]}
+            first = {b for b in problem.reads[op] if made[b] < 0 and b not in known}
+            if {*problem.reads[op]} <= resident | first and sum(size[b] for b in held | first) <= problem.capacity:
+                add(0, step + (op == order[step]), held | first, stored, known | held | first)
+    raise AssertionError("nothing fits")
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems(5))
+def test_ops_run_again_spare_bytes(problem):
+    """No fewer than brute force finds, and no more than without."""
+    start = solve_ordered(problem, list(range(len(problem.reads))))
+    assert start is not None
+    found = solve_again(problem, start, range(len(problem.reads)))
+    assert search_again(problem, list(start.order)) <= found.bytes <= start.bytes
+    assert found.bytes == cost_of(problem, found.dropped)
+    assert bool(found.again) == (found.bytes < start.bytes)
+    assert solve_again(problem, start, ()) == start
+
+
 @settings(max_examples=60, deadline=None)
 @given(problems(10), st.sampled_from(sorted(POLICIES)), st.sampled_from(sorted(ARENAS)))
 def test_rules_are_never_better_than_the_optimum_of_their_order(problem, policy, arena):
@@ -254,6 +300,10 @@ def test_a_chain_with_a_skip():
     assert found is not None
     assert (found.bytes, found.bound, found.dropped) == (16, 16, {(1, 3)})
     assert peak_of(stays(chain, found), stays(chain, found).lower * 0) <= 25
+    # run again, right before the last op, the first needs the input, 4, which has room beside the others until then
+    again = solve_again(chain, found, range(4))
+    assert (again.bytes, again.bound, again.dropped, again.again) == (0, 0, frozenset(), {(1, 3)})
+    assert solve_again(chain, found, (1, 2, 3)) == found
     # 4 to load the input and 1 to run; the skipped value leaves, 8 after that, before the third op has room; it runs until
     # 14; beside it there is no room for the load, 8 more; and the last op, 1
     assert least_time(chain, found, [1.0] * 4, chain.size, chain.size) == 23.0
