@@ -3,13 +3,14 @@
 A value that leaves the scratchpad may come back by running the op that made it once more, right before the step that reads
 it or earlier, while an operand is there anyway. What that op reads has to be there then, so its operands have *points*
 besides their uses, at which they are wanted only if the op is repeated, and at which they may themselves be made again, to a
-depth. Between two points a value stays or does
-not, as between two uses in `residency.py`. COSMA (arXiv 2311.18246) loads only.
+depth. Between two points a value stays or does not, as between two uses in `residency.py`. COSMA (arXiv 2311.18246) loads
+only.
 """
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 from ortools.sat.python import cp_model
 
@@ -17,6 +18,16 @@ from .residency import Mapped, Residency, find_gaps, make_solver
 
 SHORT = 8  # steps of a gap in which a value may be made again before any; in longer ones, beside uses of its operands
 DEPTH = 3  # operands of what is made again may be made again themselves, so many times over
+
+
+class Stretch(NamedTuple):
+    """From one point of a buffer to the next: in the way of the steps `[lower, until)`, and of what is repeated before those
+    in `[ahead, until]`; `begun` is the point it begins at, -1 where the buffer is made."""
+
+    lower: int
+    ahead: int
+    until: int
+    begun: int
 
 
 @dataclass(frozen=True)
@@ -44,15 +55,14 @@ class Points:
         """For each buffer its points, ascending."""
         return [sorted({*uses, *extra}) for uses, extra in zip(self.uses, self.extra, strict=True)]
 
-    def stays(self, buffer: int) -> list[tuple[int, int, int]]:
-        """Stretches from one point to the next: the step it begins behind, the point it leads to, and the point it began at."""
-        made = self.problem.producer[buffer]
-        found, last, begun = [], self.step[made] if made >= 0 else None, -1
+    def stretches(self, buffer: int) -> list[Stretch]:
+        """Between the points of a buffer, and before the first if an op makes it."""
+        found, op = [], self.problem.producer[buffer]
+        lower, ahead, begun = (self.step[op] + 1, self.step[op] + 1, -1) if op >= 0 else (0, 0, None)
         for point in self.of[buffer]:
-            if last is not None:
-                found.append((last, point, begun))
-            begun = point
-            last = point if point in self.uses[buffer] else point - 1
+            if begun is not None:
+                found.append(Stretch(lower, ahead, point, begun))
+            lower, ahead, begun = point + (point in self.uses[buffer]), point + 1, point
         return found
 
 
@@ -122,17 +132,11 @@ class Model:
         self.again = {key: add(f"again {key}") for key in sorted(points.again)}
         self.loads = {key: add(f"load {key}") for key in keys}
         self.wanted = {(b, at): add(f"want {b} {at}") for b, extra in enumerate(points.extra) for at in sorted(extra)}
-        self.stays = {(b, at): add(f"stay {b} {at}") for b in range(len(points.of)) for _, at, _ in points.stays(b)}
+        self.stays = {(b, at): add(f"stay {b} {at}") for b in range(len(points.of)) for _, _, at, _ in points.stretches(b)}
         self.stored = {b: add(f"store {b}") for b, fresh in enumerate(self.problem.fresh) if fresh and points.of[b]}
         for buffer, point in keys:
             self.add_point(buffer, point)
-        repeats: dict[tuple[int, int], list[cp_model.IntVar]] = {key: [] for key in self.wanted}
-        for (buffer, point), again in self.again.items():
-            for operand in self.problem.reads[self.problem.producer[buffer]]:
-                if (operand, point) in self.wanted:
-                    repeats[operand, point].append(again)
-        for key, wanted in self.wanted.items():  # by some op that is repeated, and by no other
-            self.model.add_max_equality(wanted, repeats[key] or [0])
+        self.add_wishes()
         self.add_steps()
         size, first = self.problem.size, self.problem.compulsory - sum(self.problem.size[b] for b in self.problem.outputs)
         self.moved = sum(size[b] * load for (b, _), load in self.loads.items()) - first
@@ -147,11 +151,21 @@ class Model:
         self.model.add_bool_or([*unless, *ways])
         if unless:  # loads are for ops
             self.model.add_implication(self.loads[buffer, point], self.wanted[buffer, point])
-        for _, until, begun in self.points.stays(buffer):
-            if begun == point and unless:
-                self.model.add_bool_or([self.stays[buffer, until].negated(), *ways])
+        for stretch in self.points.stretches(buffer):
+            if stretch.begun == point and unless:
+                self.model.add_bool_or([self.stays[buffer, stretch.until].negated(), *ways])
         if buffer in self.stored:
             self.model.add_implication(self.loads[buffer, point], self.stored[buffer])
+
+    def add_wishes(self) -> None:
+        """At a point that is no use a value is wanted if an op that reads it is repeated there, and only then."""
+        repeats: dict[tuple[int, int], list[cp_model.IntVar]] = {key: [] for key in self.wanted}
+        for (buffer, point), again in self.again.items():
+            for operand in self.problem.reads[self.problem.producer[buffer]]:
+                if (operand, point) in self.wanted:
+                    repeats[operand, point].append(again)
+        for key, wanted in self.wanted.items():
+            self.model.add_max_equality(wanted, repeats[key] or [0])
 
     def add_steps(self) -> None:
         """What is there while each op runs fits, and so does what is there while ops are repeated before it."""
@@ -160,12 +174,12 @@ class Model:
         ahead: list[list[cp_model.LinearExprT]] = [[] for _ in self.points.order]
         most, most_ahead = [problem.need[op] for op in self.points.order], [0] * len(self.points.order)
         for buffer in range(len(size)):
-            for after, until, begun in self.points.stays(buffer):
-                stays = size[buffer] * self.stays[buffer, until]
-                for step in range(after + 1, until):
+            for stretch in self.points.stretches(buffer):
+                stays = size[buffer] * self.stays[buffer, stretch.until]
+                for step in range(stretch.lower, stretch.until):
                     during[step].append(stays)
                     most[step] += size[buffer]
-                for step in range(max(after, begun) + 1, until + 1):
+                for step in range(stretch.ahead, stretch.until + 1):
                     ahead[step].append(stays)
                     most_ahead[step] += size[buffer]
         repeated: dict[int, list[cp_model.IntVar]] = {}
