@@ -150,7 +150,7 @@ def test_the_probe_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     rates = probe_disk(tmp_path)
 
     assert rates.sound
-    assert seen == [(0, 2 * PAGE, [], 0, 0o600), (2 * PAGE, PAGE, [], 0, 0o600)] * disk.PASSES
+    assert seen == [(0, 2 * PAGE, [], 0, 0o600), (2 * PAGE, PAGE, [], 0, 0o600)] * (disk.PASSES * disk.ROUNDS)
     assert list(tmp_path.iterdir()) == []
 
 
