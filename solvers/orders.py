@@ -117,49 +117,57 @@ def bits(found: int) -> list[int]:
     return members
 
 
-def solve_orders(problem: Residency, start: Mapped, seconds: float, seed: int = 0, states: int = STATES) -> Mapped:
-    """The best found over all orders, with a bound over all orders.
+class Search:
+    """Best first over all orders, as long as it is told to, and on from there.
 
-    Args:
-        problem: a part.
-        start: a mapping to improve on; states that cost as much are not looked at.
-        seconds: to search for, at most.
-        seed: of the residency of the order that is found.
-        states: to look at, at most.
+    Attributes:
+        best: the best mapping known; states that cost as much are not looked at.
+        bound: no order moves fewer bytes.
+        over: whether looking on is of no use.
     """
-    walk, until = Walk(problem), time.monotonic() + seconds
-    full = (1 << walk.count) - 1
-    ready = mask(op for op in range(walk.count) if not walk.before[op])
-    heap: list[State] = [(0, 0, 0, 0, 0, 0, ready, ())]
-    seen: dict[int, list[tuple[int, int, int]]] = {}
-    looked, bound, order = 0, start.bytes, None
-    while heap:
-        least, _, cost, done, resident, stored, ready, path = heapq.heappop(heap)
-        if least >= start.bytes:
-            break
-        if done == full:
-            bound, order = least, unroll(path)
-            break
-        others = seen.setdefault(done, [])
-        if any(walk.covers(other, (cost, resident, stored)) for other in others):
-            continue
+
+    def __init__(self, problem: Residency, best: Mapped, states: int = STATES):
+        self.problem, self.best, self.left = problem, best, states
+        self.walk, self.bound, self.over = Walk(problem), 0, False
+        ready = mask(op for op in range(self.walk.count) if not self.walk.before[op])
+        self.heap: list[State] = [(0, 0, 0, 0, 0, 0, ready, ())]
+        self.seen: dict[int, list[tuple[int, int, int]]] = {}
+
+    def run(self, seconds: float, seed: int = 0) -> Mapped:
+        """The best found, with a bound over all orders.
+
+        Args:
+            seconds: to search for, at most.
+            seed: of the residency of the order that is found.
+        """
+        until, full = time.monotonic() + seconds, (1 << self.walk.count) - 1
+        while self.heap and not self.over:
+            if not self.left or (not self.left % 256 and time.monotonic() > until):
+                break
+            least, _, cost, done, resident, stored, ready, path = heapq.heappop(self.heap)
+            self.bound = max(self.bound, min(least, self.best.bytes))
+            self.over = least >= self.best.bytes or done == full
+            if done == full and least < self.best.bytes:
+                found = solve_ordered(self.problem, unroll(path), max(until - time.monotonic(), 1.0), seed)
+                self.best = found if found is not None and found.bytes < self.best.bytes else self.best
+            if not self.over and not self.known(cost, done, resident, stored):
+                self.left -= 1
+                following = moves(self.walk, cost, done, resident, stored, ready, path)
+                self.over = following is None
+                for move in following or ():
+                    if move[0] < self.best.bytes:
+                        heapq.heappush(self.heap, move)
+        if not self.heap and not self.over:  # all that is left costs as much as the best
+            self.bound = self.best.bytes
+        return Mapped(self.best.order, self.best.dropped, self.best.bytes, min(self.bound, self.best.bytes))
+
+    def known(self, cost: int, done: int, resident: int, stored: int) -> bool:
+        """Whether a state with the same ops done is no worse than this one, which is remembered if not."""
+        others = self.seen.setdefault(done, [])
+        if any(self.walk.covers(other, (cost, resident, stored)) for other in others):
+            return True
         others.append((cost, resident, stored))
-        looked += 1
-        if looked >= states or (not looked % 256 and time.monotonic() > until):
-            bound = least
-            break
-        following = moves(walk, cost, done, resident, stored, ready, path)
-        if following is None:
-            bound = least
-            break
-        for move in following:
-            if move[0] < start.bytes:
-                heapq.heappush(heap, move)
-    if order is None:
-        return Mapped(start.order, start.dropped, start.bytes, bound)
-    found = solve_ordered(problem, order, seconds, seed)
-    best = found if found is not None and found.bytes < start.bytes else start
-    return Mapped(best.order, best.dropped, best.bytes, min(bound, best.bytes))
+        return False
 
 
 def beam(problem: Residency, width: int) -> list[int]:

@@ -1,14 +1,15 @@
 """A step mapped onto a scratchpad: parts between waists, in each the best order and what stays resident.
 
 cut at waists -> for each different part: base order, smallest-peak order, a narrow search -> exact residency of each ->
-order and residency together, best first; what that does not finish, with walls -> the parts' answers joined
+order and residency together, best first; what that does not finish, with walls; or best first after all -> the parts'
+answers joined
 """
 
 import time
 from collections.abc import Iterable
 from dataclasses import replace
 
-from .orders import beam, solve_orders
+from .orders import Search, beam
 from .peakorder import find_order
 from .residency import Mapped, Residency, solve_ordered
 from .waists import Part, ancestors, cut
@@ -16,7 +17,7 @@ from .walls import solve_walls
 
 MANY = 12  # ops from which a narrow search is worth its time
 WIDTH = 60  # of it
-SHARE = 0.3  # of the time, for the search best first
+SHARES = 0.25, 0.45  # of the time: for the search best first, and for walls; then the search goes on
 
 
 def peaks(problem: Residency) -> tuple[int, int]:
@@ -67,10 +68,15 @@ def solve_part(problem: Residency, seconds: float, seed: int) -> Mapped:
         best = best_of(problem, [list(best.order), beam(problem, WIDTH)], seconds, seed)
     if not best.bytes:
         return best
-    found = solve_orders(problem, best, (until - time.monotonic()) * SHARE, seed)
-    if found.bytes == found.bound:
-        return found
-    return solve_walls(problem, found, max(until - time.monotonic(), 0.1), seed)
+    search = Search(problem, best)
+    found = search.run(seconds * SHARES[0], seed)
+    if found.bytes > found.bound:
+        left = until - time.monotonic() if search.over else seconds * SHARES[1]
+        found = solve_walls(problem, found, max(left, 0.1), seed)
+        search.best, search.bound = found, found.bound
+    if found.bytes > found.bound:
+        found = search.run(until - time.monotonic(), seed)
+    return found
 
 
 def best_of(problem: Residency, orders: Iterable[list[int]], seconds: float, seed: int) -> Mapped:

@@ -18,7 +18,6 @@ from .residency import Mapped, Residency, find_gaps, make_solver, solve_ordered
 from .waists import ancestors
 
 FIRST = 9  # walls to begin with, those that need most
-SLICE = 0.5  # of the time left that one program may take
 WIDTH = 20  # of the search for an order
 
 
@@ -36,8 +35,7 @@ def solve_walls(problem: Residency, start: Mapped, seconds: float = 10.0, seed: 
     walls = sorted(range(len(problem.reads)), key=lambda op: -problem.need[op])[:FIRST]
     while bound < best.bytes and (left := until - time.monotonic()) > 0:
         model = Model(problem, walls, bound, best.bytes)
-        whole = len(walls) == len(problem.reads)
-        solver = make_solver(left if whole else left * SLICE, seed)
+        solver = make_solver(left, seed)
         status = solver.solve(model.model)
         if status == cp_model.INFEASIBLE:  # nothing costs less than the best
             bound = best.bytes
