@@ -5,8 +5,8 @@
 
 For each of the fourteen networks of `examples/networks`, in 8 bits, in 8 bits with ops run again in place of loads, in 8 bits
 with weights in the scratchpad, and in 32 bits: a mapping at COSMA's three sizes (the largest op, halfway, the smallest peak),
-the rules of `solvers/replacement.py`, and what a byte less says; without weights, then a curve over sizes between the first and
-the last. In 32 bits the mappings are run on the scratchpad machine beside the model, and so are the inferences of models
+the rules of `solvers/replacement.py`, and what a byte less says; in the first of these, then a curve over sizes between the
+first and the last. In 32 bits the mappings are run on the scratchpad machine beside the model, and so are the inferences of models
 that the other benchmarks train.
 """
 
@@ -52,17 +52,19 @@ SIZES = ("M_R", "M_H", "M_P")
 
 
 class Group(NamedTuple):
-    """Rows of the table: bits of an element, whose, and whether weights take room, ops may run again, mappings are run."""
+    """Rows of the table: bits of an element, whose, and whether weights take room, ops may run again, mappings are run,
+    and whether there is a curve over sizes."""
 
     bits: int
     names: tuple[str, ...] = NAMES
     weights: bool = False
     recompute: bool = False
     run: bool = False
+    curve: bool = False
 
 
 GROUPS = {
-    "8 bits": Group(8),
+    "8 bits": Group(8, curve=True),
     "8 bits, ops may run again": Group(8, recompute=True),
     "8 bits, weights in the scratchpad": Group(8, weights=True),
     "32 bits": Group(32, run=True),
@@ -110,13 +112,13 @@ def make(name: str) -> tuple[torch.nn.Module, tuple]:
 
 def measure(results: Results, name: str, group: str, options: argparse.Namespace) -> None:
     """One network in one group of the table, unless it is there."""
-    bits, _, weights, recompute, run = GROUPS[group]
+    bits, _, weights, recompute, run, curve = GROUPS[group]
     if results.last(name=name, bits=bits, weights=weights, recompute=recompute, size="M_R") is not None:
         return
     say(f"{name}, {group}")
     request = {"name": name, "bits": None if bits == 32 else bits, "weights": weights, "recompute": recompute,
                "time_limit": options.time_limit, "run": run and not options.no_run,
-               "curve": 0 if weights or recompute else options.curve}  # fmt: skip
+               "curve": options.curve * curve}  # fmt: skip
     for row in ask("map", request, timeout=options.timeout):
         results.add({"task": "map", "name": name, "bits": bits, "weights": weights, "recompute": recompute} | row)
 
