@@ -6,8 +6,8 @@
 For each of the fourteen networks of `examples/networks`, in 8 bits, in 8 bits with ops run again in place of loads, in 8 bits
 with weights in the scratchpad, and in 32 bits: a mapping at COSMA's three sizes (the largest op, halfway, the smallest peak),
 the rules of `solvers/replacement.py`, and what a byte less says; in the first of these, then a curve over sizes between the
-first and the last. In 32 bits the mappings are run on the scratchpad machine beside the model, and so are the inferences of models
-that the other benchmarks train.
+first and the last. In 32 bits the mappings are run on the scratchpad machine beside the model, and so are the inferences of
+models that the other benchmarks train.
 """
 
 import argparse
