@@ -131,7 +131,7 @@ def gaps_of(problem: Residency, order):
 
 
 @settings(max_examples=60, deadline=None)
-@given(problems(7))
+@given(problems(14))
 def test_the_fast_method_is_as_good_as_brute_force(problem):
     """The fewest bytes over all orders, proven, and its own count of them is what a replay counts."""
     found = solve(problem, 20.0)
@@ -141,7 +141,7 @@ def test_the_fast_method_is_as_good_as_brute_force(problem):
 
 
 @settings(max_examples=60, deadline=None)
-@given(problems(7))
+@given(problems(11))
 def test_walls_end_at_the_optimum(problem):
     """From any mapping of any order and with nothing known, with proof."""
     start = solve_ordered(problem, list(range(len(problem.reads))))
