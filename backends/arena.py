@@ -15,8 +15,9 @@ import msgspec
 import torch
 from torch import fx
 
-from ..planner.graph import Traced, is_call, is_pick
+from ..planner.graph import Traced
 from ..planner.machine import Machine
+from ..planner.nodes import is_call, is_pick
 from ..planner.program import Op, Program
 from ..planner.schedule import Run, Schedule
 from .codegen import Generated, Writer

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..planner.graph import Source, Traced, is_call, is_pick
+from ..planner.graph import Source, Traced
 from ..planner.machine import Machine
+from ..planner.nodes import is_call, is_pick
 from ..planner.program import Phase, Program
 from ..planner.schedule import Free, Run, Schedule, Start, Wait
 from .homes import Homes

@@ -26,8 +26,9 @@ from torch._functorch._aot_autograd.descriptors import (
     TangentAOTInput,
 )
 
-from ..planner.graph import Traced, is_call, is_pick, lower
+from ..planner.graph import Traced, lower
 from ..planner.machine import Machine
+from ..planner.nodes import is_call, is_pick
 from ..planner.program import Phase
 from ..planner.schedule import Free, Run, Schedule, Start
 from .codegen import Generated, get_state

@@ -22,8 +22,8 @@ from torch.utils import _pytree as pytree
 
 from ..planner.capture import Captured
 from ..planner.errors import MemplanError
-from ..planner.graph import is_pick
 from ..planner.mapping import Mapping
+from ..planner.nodes import is_pick
 from ..planner.schedule import Free, Placement, Run, Start, Wait
 
 POISON = 0xFF  # in every floating-point type not a number

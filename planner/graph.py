@@ -6,28 +6,22 @@ its result in place of an operand (same storage size, shape and strides, and a k
 """
 
 import json
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
-from torch.utils.flop_counter import flop_registry
 
 from .errors import CaptureError
+from .in_place import InPlace, in_place_form
+from .nodes import call_key, closure, cost_of_graph, count_flops, encode, is_call, is_random, is_tensor, results, span
 from .optimizers import update_op, update_ops
 from .program import Buffer, Kind, Op, Phase, Program
 from .restore import restore_dropout, sum_tied
 
 # BatchNorm in training mode reads the running statistics only to update them: its other results do not depend on them.
 STATISTICS = {"aten._native_batch_norm_legit_functional.default": (3, 4)}
-
-
-# CPU kernels that reduce each row of the last dimension before they write any of it: as safe in place as pointwise ones.
-# Tested bit for bit against the ordinary call in tests/planner/test_in_place.py; CUDA's kernels are not on the list,
-# for nobody has tested them.
-ROWWISE = {"_softmax": 1, "_log_softmax": 1, "_softmax_backward_data": 2, "_log_softmax_backward_data": 2}
 
 
 @dataclass(frozen=True)
@@ -38,15 +32,6 @@ class Source:
     name: str = ""
     index: int = -1
     value: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class InPlace:
-    """How an op writes over an operand: the overload to call, and the operand's name if it is an `out=` overload."""
-
-    target: Any
-    operand: fx.Node
-    out: str | None
 
 
 @dataclass(frozen=True)
@@ -436,197 +421,3 @@ def split(graph: fx.Graph, outputs: list[fx.Node]) -> tuple[list[fx.Node], list[
         if is_call(node) and node in wanted and node not in done:
             emit(node)
     return sorted((node for node in early if is_call(node)), key=order.__getitem__), late
-
-
-def closure(nodes: list[fx.Node]) -> set[fx.Node]:
-    """The nodes and all they are computed from."""
-    seen: set[fx.Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            stack.extend(node.all_input_nodes)
-    return seen
-
-
-def is_call(node: fx.Node) -> bool:
-    """Whether the node calls something, other than picking one of several results."""
-    return node.op == "call_function" and not is_pick(node)
-
-
-def is_pick(node: fx.Node) -> bool:
-    """Whether the node picks one of another's results."""
-    return node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem"
-
-
-def is_random(node: fx.Node) -> bool:
-    """Whether the node draws random numbers."""
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-
-
-def is_tensor(value: Any) -> bool:
-    """Whether a node's value is a tensor or a tuple of them."""
-    return isinstance(value, torch.Tensor) or isinstance(value, tuple | list)
-
-
-def results(node: fx.Node) -> list[tuple[fx.Node, torch.Tensor]]:
-    """The nodes that stand for a call's tensors: itself, or the picks of its results.
-
-    A result that nobody picks still exists while the call runs; it is counted as workspace by the cost model.
-    """
-    value = node.meta.get("val")
-    if isinstance(value, torch.Tensor):
-        return [(node, value)]
-    picks = [user for user in node.users if is_pick(user) and isinstance(user.meta.get("val"), torch.Tensor)]
-    first: dict[int, fx.Node] = {}
-    for pick in sorted(picks, key=lambda user: int(user.args[1])):  # type: ignore[arg-type]
-        first.setdefault(int(pick.args[1]), pick)  # type: ignore[arg-type]
-    return [(pick, pick.meta["val"]) for pick in first.values()]
-
-
-def span(value: Any) -> int:
-    """Bytes of a tensor's elements that are stored: expanded dimensions count once."""
-    if not isinstance(value, torch.Tensor):
-        return 0
-    distinct = math.prod(size for size, step in zip(value.shape, value.stride(), strict=True) if step != 0)
-    return int(distinct) * value.element_size()
-
-
-def count_flops(node: fx.Node) -> float:
-    """Floating-point operations by torch's own counter; one per element written where it knows none."""
-    packet = node.target._overloadpacket  # type: ignore[union-attr]
-    value = node.meta.get("val")
-    name = str(packet)
-    if "flash_attention_for_cpu" in name:
-        query, key = (node.args[index].meta["val"].shape for index in ((1, 2) if "backward" in name else (0, 1)))  # type: ignore[union-attr]
-        product = 2.0 * math.prod(query[:3]) * key[2] * query[3]
-        return product * (5 if "backward" in name else 2)
-    if packet in flop_registry:
-        args = fx.map_arg(node.args, lambda arg: arg.meta["val"])
-        kwargs = fx.map_arg(node.kwargs, lambda arg: arg.meta["val"])
-        return float(flop_registry[packet](*args, **kwargs, out_val=value))
-    return float(sum(item.numel() for _, item in results(node)))
-
-
-def cost_of_graph(graph: fx.GraphModule) -> tuple[float, int, int]:
-    """FLOPs, traffic and peak bytes of a graph run in order with early frees, its inputs and outputs not counted."""
-    flops, traffic, live, peak = 0.0, 0, 0, 0
-    last: dict[int, fx.Node] = {}
-    sizes: dict[int, int] = {}
-    outside: set[int] = set()
-    for node in graph.graph.nodes:
-        for user in [node, *node.all_input_nodes]:
-            for _, item in results(user) if is_call(user) else [(user, user.meta.get("val"))]:
-                if isinstance(item, torch.Tensor):
-                    last[item.untyped_storage()._cdata] = node
-        if node.op in ("placeholder", "output"):
-            outside |= {arg.meta["val"].untyped_storage()._cdata for arg in [node, *node.all_input_nodes]
-                        if isinstance(arg.meta.get("val"), torch.Tensor)}  # fmt: skip
-    for node in graph.graph.nodes:
-        if not is_call(node):
-            continue
-        flops += count_flops(node)
-        traffic += sum(span(arg.meta.get("val")) for arg in node.all_input_nodes) + sum(span(v) for _, v in results(node))
-        for _, item in results(node):
-            storage = item.untyped_storage()
-            if storage._cdata not in sizes and storage._cdata not in outside:
-                sizes[storage._cdata] = storage.nbytes()
-                live += storage.nbytes()
-        peak = max(peak, live)
-        for storage_id, reader in last.items():
-            if reader is node and storage_id in sizes:
-                live -= sizes.pop(storage_id)
-    return flops, traffic, peak
-
-
-def encode(arg: Any) -> Any:
-    """An argument as JSON: see `call_key`."""
-    if isinstance(arg, fx.Node):
-        value = arg.meta.get("val")
-        if not isinstance(value, torch.Tensor):
-            return {"x": repr(value)}
-        told: dict[str, Any] = {"t": str(value.dtype)[6:], "s": list(value.shape), "st": list(value.stride())}
-        if value.storage_offset():
-            told["o"] = value.storage_offset()
-        return told
-    if isinstance(arg, list | tuple):
-        return [encode(item) for item in arg]
-    if isinstance(arg, float) and not math.isfinite(arg):
-        return {"f": str(arg)}
-    if arg is None or isinstance(arg, bool | int | float | str):
-        return arg
-    for kind, type_ in (("dtype", torch.dtype), ("layout", torch.layout), ("memory_format", torch.memory_format)):
-        if isinstance(arg, type_):
-            return {kind: str(arg)[6:]}
-    if isinstance(arg, torch.device):
-        return {"device": arg.type}
-    return {"x": repr(arg)}
-
-
-def call_key(node: fx.Node) -> str:
-    """A call as canonical JSON, from which it can be made again: what decides its cost, and nothing else."""
-    call = {
-        "op": str(node.target),
-        "args": [encode(arg) for arg in node.args],
-        "kwargs": {name: encode(arg) for name, arg in node.kwargs.items()},
-    }
-    return json.dumps(call, separators=(",", ":"))
-
-
-def in_place_form(node: fx.Node, operand: fx.Node, tensors: list[fx.Node], owner: dict[fx.Node, int]) -> InPlace | None:
-    """How the call can write its result over an operand, or None where it cannot.
-
-    Pointwise kernels read and write each element at the same index, so result and operand may be the same memory if
-    they have the same layout and fill their storages, and no other operand sees that storage through another layout.
-    """
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return None
-    new, old = node.meta["val"], operand.meta["val"]
-    if torch.Tag.pointwise not in target.tags and not is_rowwise(node):
-        return None
-    if not isinstance(new, torch.Tensor) or layout(new) != layout(old) or old.storage_offset():
-        return None
-    if not span(new) == new.untyped_storage().nbytes() == old.untyped_storage().nbytes():
-        return None
-    if any(owner[other] == owner[operand] and layout(other.meta["val"]) != layout(old) for other in tensors):
-        return None
-    key = "CUDA" if new.device.type == "cuda" else "CPU"
-    out = out_overload(target)
-    if out is not None and torch._C._dispatch_has_kernel_for_dispatch_key(out.name(), key):
-        return InPlace(out, operand, out._schema.arguments[-1].name)
-    packet = getattr(torch.ops.aten, target._opname + "_", None) if target.namespace == "aten" else None
-    overload = getattr(packet, target._overloadname, None)
-    if overload is not None and node.args and node.args[0] is operand:
-        wanted = [(arg.name, str(arg.type)) for arg in target._schema.arguments]
-        if [(arg.name, str(arg.type)) for arg in overload._schema.arguments] == wanted:
-            return InPlace(overload, operand, None)
-    return None
-
-
-def is_rowwise(node: fx.Node) -> bool:
-    """Whether the call is one of `ROWWISE` along the last dimension of contiguous CPU tensors."""
-    position = ROWWISE.get(node.target._opname)  # type: ignore[union-attr]
-    value = node.meta["val"]
-    if position is None or not isinstance(value, torch.Tensor) or value.device.type != "cpu" or value.dim() == 0:
-        return False
-    return node.args[position] in (-1, value.dim() - 1) and value.is_contiguous()
-
-
-def layout(value: torch.Tensor) -> tuple:
-    """Shape, strides, offset and type."""
-    return tuple(value.shape), tuple(value.stride()), value.storage_offset(), value.dtype
-
-
-def out_overload(target: torch._ops.OpOverload) -> Any:
-    """The overload of the same call that takes where to write, or None."""
-    wanted = [(arg.name, str(arg.type)) for arg in target._schema.arguments]
-    for name in target._overloadpacket.overloads():
-        candidate = getattr(target._overloadpacket, name)
-        arguments = candidate._schema.arguments
-        writes = [arg for arg in arguments if arg.alias_info is not None and arg.alias_info.is_write]
-        if len(writes) == 1 and arguments[-1] is not None and arguments[-1].name == writes[0].name and arguments[-1].kwarg_only:
-            if [(arg.name, str(arg.type)) for arg in arguments[:-1]] == wanted:
-                return candidate
-    return None

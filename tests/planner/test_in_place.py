@@ -1,8 +1,8 @@
-"""Kernels that `planner.graph` writes over an operand give, written so, the bits of the ordinary call."""
+"""Kernels that `planner.in_place` writes over an operand give, written so, the bits of the ordinary call."""
 
 import pytest
 import torch
-from memplan.planner.graph import ROWWISE, out_overload
+from memplan.planner.in_place import ROWWISE, out_overload
 
 ATEN = torch.ops.aten
 SHAPES = [(1, 1), (5, 1), (1, 100_000), (7, 33), (64, 1000), (1023, 4097), (8, 4, 256, 256)]

@@ -1,0 +1,145 @@
+"""What one node of a traced fx graph is: a call or a pick of its results, its tensors, its operations, its key."""
+
+import json
+import math
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils.flop_counter import flop_registry
+
+
+def closure(nodes: list[fx.Node]) -> set[fx.Node]:
+    """The nodes and all they are computed from."""
+    seen: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return seen
+
+
+def is_call(node: fx.Node) -> bool:
+    """Whether the node calls something, other than picking one of several results."""
+    return node.op == "call_function" and not is_pick(node)
+
+
+def is_pick(node: fx.Node) -> bool:
+    """Whether the node picks one of another's results."""
+    return node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem"
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether the node draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether a node's value is a tensor or a tuple of them."""
+    return isinstance(value, torch.Tensor) or isinstance(value, tuple | list)
+
+
+def results(node: fx.Node) -> list[tuple[fx.Node, torch.Tensor]]:
+    """The nodes that stand for a call's tensors: itself, or the picks of its results.
+
+    A result that nobody picks still exists while the call runs; it is counted as workspace by the cost model.
+    """
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        return [(node, value)]
+    picks = [user for user in node.users if is_pick(user) and isinstance(user.meta.get("val"), torch.Tensor)]
+    first: dict[int, fx.Node] = {}
+    for pick in sorted(picks, key=lambda user: int(user.args[1])):  # type: ignore[arg-type]
+        first.setdefault(int(pick.args[1]), pick)  # type: ignore[arg-type]
+    return [(pick, pick.meta["val"]) for pick in first.values()]
+
+
+def span(value: Any) -> int:
+    """Bytes of a tensor's elements that are stored: expanded dimensions count once."""
+    if not isinstance(value, torch.Tensor):
+        return 0
+    distinct = math.prod(size for size, step in zip(value.shape, value.stride(), strict=True) if step != 0)
+    return int(distinct) * value.element_size()
+
+
+def count_flops(node: fx.Node) -> float:
+    """Floating-point operations by torch's own counter; one per element written where it knows none."""
+    packet = node.target._overloadpacket  # type: ignore[union-attr]
+    value = node.meta.get("val")
+    name = str(packet)
+    if "flash_attention_for_cpu" in name:
+        query, key = (node.args[index].meta["val"].shape for index in ((1, 2) if "backward" in name else (0, 1)))  # type: ignore[union-attr]
+        product = 2.0 * math.prod(query[:3]) * key[2] * query[3]
+        return product * (5 if "backward" in name else 2)
+    if packet in flop_registry:
+        args = fx.map_arg(node.args, lambda arg: arg.meta["val"])
+        kwargs = fx.map_arg(node.kwargs, lambda arg: arg.meta["val"])
+        return float(flop_registry[packet](*args, **kwargs, out_val=value))
+    return float(sum(item.numel() for _, item in results(node)))
+
+
+def cost_of_graph(graph: fx.GraphModule) -> tuple[float, int, int]:
+    """FLOPs, traffic and peak bytes of a graph run in order with early frees, its inputs and outputs not counted."""
+    flops, traffic, live, peak = 0.0, 0, 0, 0
+    last: dict[int, fx.Node] = {}
+    sizes: dict[int, int] = {}
+    outside: set[int] = set()
+    for node in graph.graph.nodes:
+        for user in [node, *node.all_input_nodes]:
+            for _, item in results(user) if is_call(user) else [(user, user.meta.get("val"))]:
+                if isinstance(item, torch.Tensor):
+                    last[item.untyped_storage()._cdata] = node
+        if node.op in ("placeholder", "output"):
+            outside |= {arg.meta["val"].untyped_storage()._cdata for arg in [node, *node.all_input_nodes]
+                        if isinstance(arg.meta.get("val"), torch.Tensor)}  # fmt: skip
+    for node in graph.graph.nodes:
+        if not is_call(node):
+            continue
+        flops += count_flops(node)
+        traffic += sum(span(arg.meta.get("val")) for arg in node.all_input_nodes) + sum(span(v) for _, v in results(node))
+        for _, item in results(node):
+            storage = item.untyped_storage()
+            if storage._cdata not in sizes and storage._cdata not in outside:
+                sizes[storage._cdata] = storage.nbytes()
+                live += storage.nbytes()
+        peak = max(peak, live)
+        for storage_id, reader in last.items():
+            if reader is node and storage_id in sizes:
+                live -= sizes.pop(storage_id)
+    return flops, traffic, peak
+
+
+def encode(arg: Any) -> Any:
+    """An argument as JSON: see `call_key`."""
+    if isinstance(arg, fx.Node):
+        value = arg.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            return {"x": repr(value)}
+        told: dict[str, Any] = {"t": str(value.dtype)[6:], "s": list(value.shape), "st": list(value.stride())}
+        if value.storage_offset():
+            told["o"] = value.storage_offset()
+        return told
+    if isinstance(arg, list | tuple):
+        return [encode(item) for item in arg]
+    if isinstance(arg, float) and not math.isfinite(arg):
+        return {"f": str(arg)}
+    if arg is None or isinstance(arg, bool | int | float | str):
+        return arg
+    for kind, type_ in (("dtype", torch.dtype), ("layout", torch.layout), ("memory_format", torch.memory_format)):
+        if isinstance(arg, type_):
+            return {kind: str(arg)[6:]}
+    if isinstance(arg, torch.device):
+        return {"device": arg.type}
+    return {"x": repr(arg)}
+
+
+def call_key(node: fx.Node) -> str:
+    """A call as canonical JSON, from which it can be made again: what decides its cost, and nothing else."""
+    call = {
+        "op": str(node.target),
+        "args": [encode(arg) for arg in node.args],
+        "kwargs": {name: encode(arg) for name, arg in node.kwargs.items()},
+    }
+    return json.dumps(call, separators=(",", ":"))
