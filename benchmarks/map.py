@@ -62,6 +62,11 @@ class Group(NamedTuple):
     run: bool = False
     curve: bool = False
 
+    @property
+    def key(self) -> Row:
+        """What its rows have in common."""
+        return {"task": "map", "bits": self.bits, "weights": self.weights, "recompute": self.recompute}
+
 
 GROUPS = {
     "8 bits": Group(8, curve=True),
@@ -112,15 +117,14 @@ def make(name: str) -> tuple[torch.nn.Module, tuple]:
 
 def measure(results: Results, name: str, group: str, options: argparse.Namespace) -> None:
     """One network in one group of the table, unless it is there."""
-    bits, _, weights, recompute, run, curve = GROUPS[group]
-    if results.last(name=name, bits=bits, weights=weights, recompute=recompute, size="M_R") is not None:
+    kind = GROUPS[group]
+    if results.last(**kind.key, name=name, size="M_R") is not None:
         return
     say(f"{name}, {group}")
-    request = {"name": name, "bits": None if bits == 32 else bits, "weights": weights, "recompute": recompute,
-               "time_limit": options.time_limit, "run": run and not options.no_run,
-               "curve": options.curve * curve}  # fmt: skip
+    request = kind.key | {"name": name, "bits": None if kind.bits == 32 else kind.bits, "time_limit": options.time_limit,
+                          "run": kind.run and not options.no_run, "curve": options.curve * kind.curve}  # fmt: skip
     for row in ask("map", request, timeout=options.timeout):
-        results.add({"task": "map", "name": name, "bits": bits, "weights": weights, "recompute": recompute} | row)
+        results.add(kind.key | {"name": name} | row)
 
 
 def render(results: Results, path: Path) -> None:
@@ -158,9 +162,7 @@ def render(results: Results, path: Path) -> None:
 
 def landmarks(results: Results, name: str, group: str) -> list[Row]:
     """The rows of a network, one for each different size."""
-    kind = GROUPS[group]
-    wanted = {"task": "map", "name": name, "bits": kind.bits, "weights": kind.weights, "recompute": kind.recompute}
-    rows = [results.last(**wanted, size=size) for size in SIZES]
+    rows = [results.last(**GROUPS[group].key, name=name, size=size) for size in SIZES]
     return list({row["scratchpad"]: row for row in rows if row is not None}.values())
 
 
@@ -172,7 +174,7 @@ def once(results: Results, row: Row) -> Row:
 
 def row_of(row: Row, kind: Group, before: Row) -> list[str]:
     """A line of the table."""
-    known = [size for size in row["baselines"].values() if size is not None]
+    known = known_of(row)
     best, average = min(known, default=None), mean(known)
     judged = [kib(row["lower_bound"]), percent(row["gap"])]
     if kind.recompute:
@@ -250,10 +252,9 @@ def known_of(row: Row) -> list[int]:
 def curves(results: Results, group: str) -> list[str]:
     """Sizes between M_R and M_P."""
     kind = GROUPS[group]
-    wanted = {"task": "map", "bits": kind.bits, "weights": kind.weights, "recompute": kind.recompute, "size": "curve"}
     rows = []
     for name in kind.names:
-        found = results.all(**wanted, name=name)
+        found = results.all(**kind.key, name=name, size="curve")
         if found:
             rows.append([name, *(f"{kib(row['noncompulsory'])}{'' if row['noncompulsory'] <= row['lower_bound'] else '*'}"
                                  for row in found)])  # fmt: skip

@@ -48,7 +48,6 @@ class Mapping:
         report: what the referee measured.
         problem: what was solved.
         mapped: the residency behind it.
-        bound: no mapping moves fewer bytes beyond those; 0 where ops run again, for nothing is proven of such mappings.
         least_time: seconds that this order and residency take whenever their copies start, or more.
         seconds: it took to find.
     """
@@ -59,7 +58,6 @@ class Mapping:
     report: Report
     problem: Residency
     mapped: Mapped
-    bound: int
     least_time: float
     seconds: float
 
@@ -67,6 +65,11 @@ class Mapping:
     def compulsory(self) -> int:
         """Bytes that every mapping moves."""
         return self.problem.compulsory
+
+    @property
+    def bound(self) -> int:
+        """No mapping moves fewer bytes beyond those; 0 where ops run again, for nothing is proven of such mappings."""
+        return self.mapped.bound
 
     @property
     def capacity(self) -> int:
@@ -190,7 +193,7 @@ class Mapper:
                 f"though every op fits it: {show_bytes(enough)} ({enough} bytes) are enough; or try a longer time limit",
                 enough,
             )
-        return Mapping(self.fused, self.sized(capacity), *made, problem, mapped, mapped.bound,
+        return Mapping(self.fused, self.sized(capacity), *made, problem, mapped,
                        self.least_time(mapped, capacity), time.monotonic() - began)  # fmt: skip
 
     def check(self, capacity: int) -> None:
@@ -223,8 +226,8 @@ class Mapper:
     def schedule(self, mapped: Mapped, capacity: int, addresses: Addresses | None = None) -> tuple[Schedule, Report] | None:
         """Instructions and addresses for a residency, with loads early if they fit so; None where nothing fits by address.
 
-        Loads early, the earliest that leave addresses; then loads where they are needed, stores beside the ops that follow;
-        then stores waited for at once too, which is what a residency with addresses speaks of.
+        The fastest with loads early, and with loads where they are needed and stores beside the ops that follow; else stores
+        are waited for at once too, which is what a residency with addresses speaks of.
         """
         late = events_of(self.problem, mapped)
         if addresses is not None:
@@ -233,7 +236,10 @@ class Mapper:
                 known.setdefault(buffer, []).append(offset)
             return self.place(late, capacity, 0, known)
         best = self.early(late, mapped, capacity) if self.prefetch else None
-        return best or self.place(late, capacity, capacity) or self.place(late, capacity, 0)
+        if best is None or best[1].time > self.least_time(mapped, capacity) * (1 + 1e-9):  # early loads can hold up others
+            plain = self.place(late, capacity, capacity)
+            best = min((made for made in (best, plain) if made is not None), key=lambda made: made[1].time, default=None)
+        return best or self.place(late, capacity, 0)
 
     def early(self, late: list[int], mapped: Mapped, capacity: int) -> tuple[Schedule, Report] | None:
         """The fastest with loads started early that has addresses; a scratchpad filled to the brim with loads has none."""

@@ -125,13 +125,14 @@ class MappedModel:
     def rows(self) -> list[tuple[str, ...]]:
         """For people: what, the figure, and what to say of it."""
         found = self.mapping
-        proven = "proven fewest" if found.noncompulsory <= found.bound else f"at least {show_bytes(found.bound)}"
+        proven = f"at least {show_bytes(found.bound)}" if found.bound else "not proven fewest"
+        proven = "proven fewest" if found.noncompulsory <= found.bound else proven
         known = [size for size in self.baselines.values() if size is not None]
         best = f"best of {len(known)} rules {show_bytes(min(known))}" if known else "no rule finds addresses"
         sizes = ", ".join(f"{name} {show_bytes(self.mapper.landmarks[name])}" for name in ("M_R", "M_P"))
         compute = sum(op.seconds for op in found.fused.program.ops)
-        again = f", and {show_seconds(found.report.recompute)} more for {found.report.repeated} ops run again"
-        again = again if found.report.repeated else ""
+        spent, repeated = show_seconds(found.report.recompute), found.report.repeated
+        again = f", and {spent} more for {repeated} ops run again" if repeated else ""
         return [
             ("scratchpad", show_bytes(found.capacity), sizes),
             ("peak", show_bytes(found.report.peak[0]), f"{len(found.fused.program.ops)} ops"),

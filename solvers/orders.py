@@ -16,7 +16,7 @@ import time
 
 from .peakorder import unroll
 from .residency import Mapped, Residency, solve_ordered
-from .waists import ancestors
+from .waists import descendants
 
 STATES = 1_000_000  # looked at, at most: half a kilobyte each, and some more that wait
 WIDE = 14  # values that might leave for one op: with more, their sets are too many to look at
@@ -40,10 +40,7 @@ class Walk:
         for op, others in enumerate(problem.before):
             for other in others:
                 self.after[other].append(op)
-        later = [0] * self.count
-        for op, past in enumerate(ancestors(problem.before)):
-            for other in bits(past):
-                later[other] |= 1 << op
+        later = descendants(problem.before)
         self.forced = [  # by which ops each buffer is forced out, if it is there before them
             mask(
                 op
@@ -150,7 +147,7 @@ class Search:
             if done == full and least < self.best.bytes:
                 found = solve_ordered(self.problem, unroll(path), max(until - time.monotonic(), 1.0), seed)
                 self.best = found if found is not None and found.bytes < self.best.bytes else self.best
-            if not self.over and not self.known(cost, done, resident, stored):
+            if not self.over and not seen_better(self.walk, self.seen, cost, done, resident, stored):
                 self.left -= 1
                 following = moves(self.walk, cost, done, resident, stored, ready, path)
                 self.over = following is None
@@ -161,13 +158,16 @@ class Search:
             self.bound = self.best.bytes
         return Mapped(self.best.order, self.best.dropped, self.best.bytes, min(self.bound, self.best.bytes))
 
-    def known(self, cost: int, done: int, resident: int, stored: int) -> bool:
-        """Whether a state with the same ops done is no worse than this one, which is remembered if not."""
-        others = self.seen.setdefault(done, [])
-        if any(self.walk.covers(other, (cost, resident, stored)) for other in others):
-            return True
-        others.append((cost, resident, stored))
-        return False
+
+def seen_better(
+    walk: Walk, seen: dict[int, list[tuple[int, int, int]]], cost: int, done: int, resident: int, stored: int
+) -> bool:
+    """Whether a state with the same ops done is no worse than this one, which is remembered if not."""
+    others = seen.setdefault(done, [])
+    if any(walk.covers(other, (cost, resident, stored)) for other in others):
+        return True
+    others.append((cost, resident, stored))
+    return False
 
 
 def beam(problem: Residency, width: int) -> list[int]:
@@ -181,10 +181,8 @@ def beam(problem: Residency, width: int) -> list[int]:
         for _, _, cost, done, resident, stored, ready, path in sorted(
             level, key=lambda each: (each[0], walk.bytes_of(each[4]))
         ):
-            others = seen.setdefault(done, [])
-            if any(walk.covers(other, (cost, resident, stored)) for other in others):
+            if seen_better(walk, seen, cost, done, resident, stored):
                 continue
-            others.append((cost, resident, stored))
             for move in moves(walk, cost, done, resident, stored, ready, path) or ():
                 levels[-move[1]].append(move)
             kept += 1

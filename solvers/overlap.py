@@ -36,12 +36,13 @@ def least_time(
         store: of each buffer's way out.
     """
     live = live_bytes(problem, mapped)
-    links = loads_of(problem, mapped, live, load), stores_of(problem, mapped, live, store)
+    links = [(copies, {copy.before for copy in copies})
+             for copies in (loads_of(problem, mapped, live, load), stores_of(problem, mapped, live, store))]  # fmt: skip
     ends = [0.0]  # when each step ends, by its number and one
     for step in range(len(mapped.order) + 1):
         start = ends[-1]
-        for copies in links:
-            if any(copy.before == step for copy in copies):
+        for copies, due in links:
+            if step in due:
                 busy = 0.0
                 for copy in copies:  # those that may start last come first
                     if copy.before <= step:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from .residency import Residency
-from .waists import ancestors
+from .waists import ancestors, descendants
 
 SETS = 200_000  # visited at most
 BEAM = 64  # sets kept for each number of ops where that does not suffice
@@ -37,11 +37,7 @@ def search(problem: Residency, sets: int) -> tuple[list[int], int, bool]:
 
 def least_peak(problem: Residency) -> int:
     """The most that any op needs, with what has been made or loaded before it and is read behind it in every order."""
-    count, past = len(problem.reads), ancestors(problem.before)
-    future = [0] * count
-    for op in range(count - 1, -1, -1):
-        for other in problem.before[op]:
-            future[other] |= future[op] | 1 << op
+    past, future = ancestors(problem.before), descendants(problem.before)
     readers = [sum(1 << op for op in ops) for ops in problem.readers]
     there = [1 << op if op >= 0 else uses for op, uses in zip(problem.producer, readers, strict=True)]  # after any of these
     most = 0

@@ -65,7 +65,7 @@ def solve_part(problem: Residency, seconds: float, seed: int) -> Mapped:
     if not best.bytes or one_order(problem):
         return best
     if len(problem.reads) >= MANY:
-        best = best_of(problem, [list(best.order), beam(problem, WIDTH)], seconds, seed)
+        best = min(best, best_of(problem, [beam(problem, WIDTH)], seconds, seed), key=lambda answer: answer.bytes)
     if not best.bytes:
         return best
     search = Search(problem, best)

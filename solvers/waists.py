@@ -30,10 +30,7 @@ class Part:
 def find_waists(problem: Residency) -> list[int]:
     """The ops to cut behind, in base order."""
     count = len(problem.reads)
-    past, future = ancestors(problem.before), [0] * count
-    for op in range(count - 1, -1, -1):
-        for other in problem.before[op]:
-            future[other] |= future[op] | 1 << op
+    past, future = ancestors(problem.before), descendants(problem.before)
     open_until = [0] * (count + 1)  # how many buffers are in use from before each op to after it
     for buffer, uses in enumerate(problem.readers):
         first = problem.producer[buffer] + 1 if problem.producer[buffer] >= 0 else min(uses, default=0)
@@ -55,6 +52,15 @@ def ancestors(before: tuple[tuple[int, ...], ...]) -> list[int]:
         for other in others:
             past[op] |= past[other] | 1 << other
     return past
+
+
+def descendants(before: tuple[tuple[int, ...], ...]) -> list[int]:
+    """For each op the ops that come after it in any order, as bits."""
+    future = [0] * len(before)
+    for op in range(len(before) - 1, -1, -1):
+        for other in before[op]:
+            future[other] |= future[op] | 1 << op
+    return future
 
 
 def cut(problem: Residency) -> list[Part]:

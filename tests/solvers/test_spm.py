@@ -16,6 +16,7 @@ from memplan.solvers.spm import join, peaks, smallest_peak_order, solve, solve_p
 from memplan.solvers.storage import peak_of
 from memplan.solvers.waists import cut
 from memplan.solvers.walls import Model, arrange, solve_walls
+from ortools.sat.python import cp_model
 
 
 def make_problem(rng: random.Random, ops: int, sizes: int = 6) -> Residency:
@@ -159,8 +160,8 @@ def test_fewer_walls_bound_from_below(problem, data):
     costs = []
     for chosen in (walls[:-1], walls):
         if chosen:
-            model, solver = Model(problem, chosen, 0, wanted + 1), make_solver(20.0, 0)
-            solver.solve(model.model)
+            model, solver = Model(problem, chosen, 0, 10**6), make_solver(20.0, 0)  # no bound that would hide a worse one
+            assert solver.solve(model.model) == cp_model.OPTIMAL
             costs.append(solver.objective_value)
             order = arrange(problem, chosen, model.times(solver))
             step = {op: number for number, op in enumerate(order)}
