@@ -6,36 +6,41 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..planner.watch import Watch
 from .calls import Call, storages
-
-if TYPE_CHECKING:
-    pass
 
 KEY_BUDGET = 0.15  # seconds for the repetitions of one key
 MOST_REPEATS = 15
+PATIENCE = 4  # times as many seconds and repetitions, where other work gets in the way
 TRIALS = 3  # of the workspace, of which the least counts: the kernel's counters lag
 NOISE = 64 * 1024  # bytes below which a resident-set difference says nothing
 MMAP_THRESHOLD = 65536  # blocks from this size on are mapped and unmapped singly, so that the resident set follows them
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
-def seconds_of(call: Callable[[], Any], repeats: int, device: str) -> float:
-    """The time of one call, its outputs allocated and freed each time as in a step.
+def seconds_of(call: Callable[[], Any], repeats: int, device: str) -> tuple[float, bool]:
+    """The time of one call, its outputs allocated and freed each time as in a step; and whether all runs were disturbed.
 
-    Of several times the lower quartile: another process on the cores only ever lengthens a run, and where threads wait
-    for one another, tenfold.
+    Runs during which a thread had to wait for a core do not count, if there are others. Of those that count the lower
+    quartile: what else goes on only ever lengthens a run.
     """
     once = timed_on_cuda if device == "cuda" else timed_on_cpu
     once(call)
-    times = [once(call)]
-    least = repeats if times[0] * repeats <= KEY_BUDGET else min(repeats, 2)
-    spent = times[0]
-    while len(times) < least or (len(times) < MOST_REPEATS and spent < KEY_BUDGET / 2):
-        times.append(once(call))
-        spent += times[-1]
-    return sorted(times)[len(times) // 4]
+    good: list[float] = []
+    bad: list[float] = []
+    spent, least = 0.0, 1
+    while len(good) < least or (len(good) < MOST_REPEATS and spent < KEY_BUDGET / 2):
+        if bad and (len(bad) >= PATIENCE * MOST_REPEATS or spent > PATIENCE * KEY_BUDGET):
+            break
+        with Watch() as watch:
+            took = once(call)
+        (bad if watch.disturbed else good).append(took)
+        spent += took
+        least = repeats if took * repeats <= KEY_BUDGET else min(repeats, 2)
+    times = sorted(good or bad)
+    return times[len(times) // 4], not good
 
 
 def timed_on_cpu(call: Callable[[], Any]) -> float:

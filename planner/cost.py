@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -22,9 +22,22 @@ from .machine import Machine
 from .program import Op, Program
 from .units import show_seconds
 
-Figures = tuple[float, int]  # seconds, workspace bytes
 
-FORMAT = 1
+class Figures(NamedTuple):
+    """What was measured of a call.
+
+    Attributes:
+        seconds: it takes.
+        workspace: bytes beside its operands.
+        disturbed: whether other work got in the way of every run, so that the time is only an upper bound.
+    """
+
+    seconds: float
+    workspace: int
+    disturbed: bool = False
+
+
+FORMAT = 2
 MARGIN = 1.1  # modelled workspaces are multiplied by this: shapes round up to a kernel's blocks
 CUBLAS_WORKSPACE = 32 << 20  # torch's default on Hopper, at::cuda::getChosenWorkspaceSize; 8 MiB on older GPUs
 ITEMSIZE = {
@@ -286,12 +299,12 @@ class Table:
         return sum(figures is not None for figures in self.entries.values())
 
     def get(self, key: str) -> Figures | None:
-        """Seconds and workspace bytes; None where the key was not measured or cannot be."""
+        """What was measured; None where the key was not measured or cannot be."""
         return self.entries.get(digest(key))
 
     def update(self, found: Mapping[str, Figures | None]) -> None:
         """Add figures by key; None marks a key that cannot be measured."""
-        self.entries.update((digest(key), figures) for key, figures in found.items())
+        self.entries = merged(self.entries, {digest(key): figures for key, figures in found.items()})
 
     def read(self) -> dict[str, Figures | None]:
         """The entries on disk; a file that makes no sense is left aside with a warning."""
@@ -309,7 +322,7 @@ class Table:
             return {}
         if file.format != FORMAT or file.device != self.device:
             return {}
-        usable = {key: f for key, f in file.entries.items() if f is None or (0 < f[0] < float("inf") and f[1] >= 0)}
+        usable = {key: f for key, f in file.entries.items() if f is None or (0 < f.seconds < float("inf") and f.workspace >= 0)}
         if len(usable) < len(file.entries):
             warnings.warn(f"ignoring impossible figures in {self.path}", stacklevel=3)
         return usable
@@ -318,10 +331,21 @@ class Table:
         """Write the table, with what other processes have added to the file since; a failure is a warning."""
         try:
             with locked(self.path):
-                self.entries = {**self.read(), **self.entries}
+                self.entries = merged(self.read(), self.entries)
                 write_atomically(self.path, msgspec.json.encode(TableFile(self.device, self.entries)))
         except OSError as error:
             warnings.warn(f"cannot keep the measurements in {self.path}: {error.strerror}", stacklevel=2)
+
+
+def merged(old: Mapping[str, Figures | None], new: Mapping[str, Figures | None]) -> dict[str, Figures | None]:
+    """The newer figures, but for those that were disturbed and have better ones before them."""
+    made = dict(old)
+    for key, figures in new.items():
+        before = old.get(key)
+        if figures is not None and figures.disturbed and before is not None:
+            figures = min(before, figures, key=lambda each: (each.disturbed, each.seconds))
+        made[key] = figures
+    return made
 
 
 def digest(key: str) -> str:
@@ -363,8 +387,8 @@ def apply_costs(program: Program, machine: Machine, table: Table | None = None) 
         figures = table.get(op.key) if table is not None else None
         if figures is None:
             written = sum(program.buffers[buffer].bytes for buffer in op.writes)
-            figures = roofline(op, machine), modelled_workspace(op.key, written, program.device)
-        return msgspec.structs.replace(op, seconds=figures[0], workspace=figures[1])
+            figures = Figures(roofline(op, machine), modelled_workspace(op.key, written, program.device))
+        return msgspec.structs.replace(op, seconds=figures.seconds, workspace=figures.workspace)
 
     return msgspec.structs.replace(program, buffers=buffers, ops=tuple(cost(op) for op in program.ops))
 

@@ -15,7 +15,7 @@ NOUNS = {
 }
 CAPTURE = {
     f"planner.{name}"
-    for name in ("capture", "graph", "nodes", "in_place", "optimizers", "restore", "native", "cost", "disk", "local")
+    for name in ("capture", "graph", "nodes", "in_place", "optimizers", "restore", "native", "cost", "disk", "local", "watch")
 }
 # The storeys, lowest first: a module may import from its own and from those below, where ALLOWED does not say less.
 STOREYS = {

@@ -1,19 +1,23 @@
 """Keys rebuilt into calls, and the worker: its figures, and what it survives."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from memplan.backends import measure as measuring
+from memplan.backends import meters
 from memplan.backends.calls import Unmeasurable, build
 from memplan.backends.measure import calibrate, measure
-from memplan.backends.meters import allocator_extra
-from memplan.planner.cost import Table
+from memplan.backends.meters import allocator_extra, seconds_of
+from memplan.planner.cost import Figures, Table
 from memplan.planner.errors import MemplanError
 from memplan.planner.machine import Machine, Tier, Unit
 from memplan.planner.program import Buffer, Kind, Op, Phase, Program
+from memplan.planner.watch import Watch, is_quiet, waited
 
 MACHINE = Machine("toy", "cpu", (Tier("device", 1 << 30, 1e9),), (Unit("core", "device", {"default": 1e9}),))
 
@@ -154,18 +158,18 @@ for line in sys.stdin:
 def test_a_crash_loses_one_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "worker_command", lambda *_: [sys.executable, "-c", FAKE])
     found = measure([ADD, CRASH, SLOW], threads=1)
-    assert found == {ADD: (4096.0, 4096), CRASH: None, SLOW: (4096.0, 4096)}
+    assert found == {ADD: Figures(4096.0, 4096), CRASH: None, SLOW: Figures(4096.0, 4096)}
 
 
 def test_a_hanging_kernel_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "worker_command", lambda *_: [sys.executable, "-c", FAKE])
     monkeypatch.setattr(measuring, "KEY_LIMIT", 0.3)
-    assert measure(["hang", ADD], threads=1) == {"hang": None, ADD: (4096.0, 4096)}
+    assert measure(["hang", ADD], threads=1) == {"hang": None, ADD: Figures(4096.0, 4096)}
 
 
 def test_the_time_limit_leaves_keys_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "worker_command", lambda *_: [sys.executable, "-c", FAKE])
-    assert measure([ADD, "hang", SLOW], threads=1, time_limit=1.0) == {ADD: (4096.0, 4096)}
+    assert measure([ADD, "hang", SLOW], threads=1, time_limit=1.0) == {ADD: Figures(4096.0, 4096)}
 
 
 def test_a_worker_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,12 +179,78 @@ def test_a_worker_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
         measure([ADD], threads=1)
 
 
+def one_op_program() -> Program:
+    buffers = Buffer("in", 8, Kind.TEMPORARY), Buffer("out", 8, Kind.TEMPORARY)
+    return Program("toy", buffers, (Op("add", "t", ADD, Phase.FORWARD, (0,), (1,)),), ())
+
+
+def test_disturbed_figures_are_told_and_taken_again_in_quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    answers = [{ADD: Figures(2.0, 0, True)}, {ADD: Figures(1.0, 0)}]
+    monkeypatch.setattr(measuring, "measure", lambda *_, **__: answers.pop(0))
+    program = one_op_program()
+    with pytest.warns(UserWarning, match="1 of 1 ops of toy were timed while other work held the cores"):
+        assert calibrate(program, MACHINE, Table("a device", tmp_path)) == 1
+    monkeypatch.setattr(measuring, "is_quiet", lambda: False)
+    with pytest.warns(UserWarning, match="timed while other work"):
+        assert calibrate(program, MACHINE, Table("a device", tmp_path)) == 0
+    monkeypatch.setattr(measuring, "is_quiet", lambda: True)
+    assert calibrate(program, MACHINE, Table("a device", tmp_path)) == 1
+    assert Table("a device", tmp_path).get(ADD) == Figures(1.0, 0)
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, runs: list[tuple[float, bool]]) -> list[float]:
+    """Let runs of a call take these seconds, disturbed or not, the last for ever; returns those taken."""
+    taken: list[float] = []
+
+    def run(_: object) -> float:
+        taken.append(runs[min(len(taken), len(runs) - 1)][0])
+        return taken[-1]
+
+    class Scripted(Watch):
+        @property
+        def disturbed(self) -> bool:
+            return runs[min(len(taken), len(runs)) - 1][1]
+
+    monkeypatch.setattr(meters, "timed_on_cpu", run)
+    monkeypatch.setattr(meters, "Watch", Scripted)
+    return taken
+
+
+def test_disturbed_runs_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = scripted(monkeypatch, [(9.0, True), (0.05, True), (0.01, False), (0.04, True), (0.02, False), (0.02, False)])
+    assert seconds_of(lambda: None, 3, "cpu") == (0.01, False)
+    assert len(taken) > 5
+
+
+def test_a_call_without_a_quiet_run_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = scripted(monkeypatch, [(0.1, True)])
+    assert seconds_of(lambda: None, 3, "cpu") == (0.1, True)
+    assert 4 < len(taken) < 20  # it waits for the other work to end, and not for ever
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="threads' waits are not counted here")
+def test_waits_for_a_core_are_seen() -> None:
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * (os.cpu_count() or 1))]
+    try:
+        before = waited()
+        for _ in range(40):  # the other processes take a moment to start
+            if not is_quiet():
+                break
+        else:
+            pytest.fail("two busy processes on each core go unnoticed")
+        assert waited() > before
+    finally:
+        for each in busy:
+            each.kill()
+            each.wait()
+
+
 def test_calibrate_measures_what_the_table_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked = []
 
     def fake(keys: list[str], device: str, **_: object) -> dict:
         asked.append((keys, device))
-        return {key: None if "crash" in key else (1.0, 0) for key in keys}
+        return {key: None if "crash" in key else Figures(1.0, 0) for key in keys}
 
     monkeypatch.setattr(measuring, "measure", fake)
     buffers = tuple(Buffer(f"b{index}", 8, Kind.TEMPORARY) for index in range(6))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from memplan.planner.cost import (
+    Figures,
     Table,
     apply_costs,
     coverage,
@@ -97,10 +98,10 @@ def test_workspaces_are_modelled_for_the_device() -> None:
 
 def test_a_table_survives_the_disk(tmp_path: Path) -> None:
     table = Table("a device", tmp_path)
-    table.update({"one": (0.5, 64), "bad": None})
+    table.update({"one": Figures(0.5, 64), "bad": None})
     table.save()
     again = Table("a device", tmp_path)
-    assert again.get("one") == (0.5, 64)
+    assert again.get("one") == Figures(0.5, 64)
     assert again.get("bad") is None
     assert "bad" in again
     assert "two" not in again
@@ -110,11 +111,25 @@ def test_a_table_survives_the_disk(tmp_path: Path) -> None:
 
 def test_writers_merge(tmp_path: Path) -> None:
     first, second = Table("a device", tmp_path), Table("a device", tmp_path)
-    first.update({"one": (0.5, 64)})
-    second.update({"two": (0.25, 0)})
+    first.update({"one": Figures(0.5, 64)})
+    second.update({"two": Figures(0.25, 0)})
     first.save()
     second.save()
     assert len(second) == len(Table("a device", tmp_path)) == 2
+
+
+def test_disturbed_figures_give_way(tmp_path: Path) -> None:
+    """To those taken in quiet, whichever came first, and to lower ones."""
+    good, bad, worse = Figures(1.0, 0), Figures(2.0, 0, True), Figures(3.0, 0, True)
+    for first, second in [(good, bad), (bad, good), (bad, worse), (worse, bad)]:
+        table, other = Table("a device", tmp_path / str((first, second))), Table("a device", tmp_path / str((first, second)))
+        table.update({"one": first})
+        table.save()
+        other.update({"one": second})
+        other.save()
+        assert Table("a device", tmp_path / str((first, second))).get("one") == min(first, second)
+        table.update({"one": second})
+        assert table.get("one") == min(first, second)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +143,7 @@ def test_a_broken_file_is_a_warning(tmp_path: Path, content: bytes) -> None:
     with pytest.warns(UserWarning, match="ignoring"):
         table = Table("a device", tmp_path)
     assert len(table) == 0
-    table.update({"one": (0.5, 64)})
+    table.update({"one": Figures(0.5, 64)})
     with pytest.warns(UserWarning, match="ignoring"):
         table.save()
     assert len(Table("a device", tmp_path)) == 1
@@ -136,7 +151,7 @@ def test_a_broken_file_is_a_warning(tmp_path: Path, content: bytes) -> None:
 
 def test_impossible_figures_are_left_out(tmp_path: Path) -> None:
     path = Table("a device", tmp_path).path
-    path.write_text(json.dumps({"device": "a device", "entries": {"a": [-1.0, 0], "b": [1.0, 8]}, "format": 1}))
+    path.write_text(json.dumps({"device": "a device", "entries": {"a": [-1.0, 0], "b": [1.0, 8, False]}, "format": 2}))
     with pytest.warns(UserWarning, match="impossible"):
         table = Table("a device", tmp_path)
     assert len(table) == 1
@@ -159,7 +174,7 @@ def test_costs_come_from_the_table_first(tmp_path: Path) -> None:
         (2,),
     )
     table = Table("a device", tmp_path)
-    table.update({MM: (1.5, 77)})
+    table.update({MM: Figures(1.5, 77)})
     costed = apply_costs(program, MACHINE, table)
     assert [(op.seconds, op.workspace) for op in costed.ops] == [(1.5, 77), (0.5, 0)]
     assert [buffer.bytes for buffer in costed.buffers] == [512, 1024, 0]

@@ -1,0 +1,61 @@
+"""Whether other work on the machine got in the way of what was timed.
+
+Linux counts for every thread how long it was ready to run while no core was free for it (proc(5), schedstat). While matrices
+are multiplied on two cores of an AMD EPYC those waits are under 2 % of the time when nothing else runs; one busy process
+makes products take 2 to 3 times as long and the waits as long as the time itself. What other work takes of caches and of
+memory bandwidth does not show.
+"""
+
+import time
+from contextlib import suppress
+from pathlib import Path
+
+GRACE = 3e-4  # seconds: threads that wake up wait up to half as long on a quiet machine
+SHARE = 0.05  # of the time; less is lost in what repeats differ by
+GLANCE = 0.05  # seconds of arithmetic that show whether the machine is quiet now
+ROWS = 512  # and columns of the matrices multiplied meanwhile
+
+
+class Watch:
+    """A stretch of time of this process. Use as a context manager.
+
+    Attributes:
+        seconds: how long it was.
+        waits: seconds for which threads had no core, all threads together; 0 where the system does not count them.
+    """
+
+    def __enter__(self) -> "Watch":
+        self.waits = -waited()
+        self.seconds = -time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter()
+        self.waits = max(0.0, self.waits + waited())  # a thread that has ended takes its count along
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether a time taken meanwhile says more about the other work than about this process."""
+        return self.waits > max(GRACE, SHARE * self.seconds)
+
+
+def waited() -> float:
+    """Seconds for which the threads of this process have been ready to run and were not run, so far."""
+    total = 0
+    with suppress(OSError):
+        for thread in Path("/proc/self/task").iterdir():
+            with suppress(OSError, ValueError, IndexError):  # it has ended meanwhile, or the kernel does not count
+                total += int((thread / "schedstat").read_text().split()[1])
+    return total / 1e9
+
+
+def is_quiet() -> bool:
+    """Whether torch's threads get their cores at once just now; takes about 50 ms."""
+    import torch
+
+    matrix = torch.ones(ROWS, ROWS)
+    with Watch() as watch:
+        end = time.perf_counter() + GLANCE
+        while time.perf_counter() < end:
+            torch.mm(matrix, matrix)
+    return not watch.disturbed
