@@ -9,6 +9,7 @@ import json
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -539,7 +540,11 @@ def main(arguments: list[str] | None = None) -> None:
     """The console entry point."""
     words = sys.argv[1:] if arguments is None else arguments
     try:
-        app(words, prog_name="memplan")
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: console.print(
+                f"memplan: warning: {message}", markup=False, soft_wrap=True
+            )
+            app(words, prog_name="memplan")
     except (MemplanError, OSError, MemoryError) as error:
         fail(error, "--json" in words)
 

@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import msgspec
@@ -93,6 +94,19 @@ def test_plan_prints_one_object_and_writes_the_file(capsys, monkeypatch, tmp_pat
     assert asked["kwargs"] == {"input_ids", "labels"}
     assert asked["allow"] == {"recompute", "reorder"}
     assert (asked["budget"], asked["optimizer"], asked["machine"], asked["train"]) == ("60%", "adamw", "h200", False)
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_warning_is_one_line_beside_the_answer(capsys, monkeypatch):
+    def made(*_, **__):
+        warnings.warn("3 of 9 ops were timed [badly]", stacklevel=2)
+        return small_plan()
+
+    monkeypatch.setattr(api, "plan", made, raising=False)
+    status, out, err = call(capsys, "plan", MODEL, "--json")
+    assert status == 0
+    assert json.loads(out)["status"] == "feasible"
+    assert err == "memplan: warning: 3 of 9 ops were timed [badly]\n"
 
 
 def test_people_get_tables_on_standard_error(capsys, saved):
