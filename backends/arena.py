@@ -6,6 +6,8 @@ its own writes there; where torch only has a generated form (which allocates and
 copied into its place and its own memory is a *transient*, counted and reported.
 """
 
+import gc
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
@@ -14,14 +16,17 @@ from typing import Any
 import msgspec
 import torch
 from torch import fx
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from ..planner.errors import MemplanError
 from ..planner.graph import Traced
 from ..planner.machine import Machine
 from ..planner.nodes import is_call, is_pick
-from ..planner.program import Op, Program
+from ..planner.program import Kind, Op, Program
 from ..planner.schedule import Run, Schedule
 from .codegen import Generated, Writer
-from .turn import Turn
+from .homes import bytes_needed
+from .turn import Token, Turn
 from .updates import Updates
 
 OCCUPIED = "this planned step's arena holds the tensors of a forward pass whose backward pass has not run: "\
@@ -36,11 +41,40 @@ class Arena:
         tensor: its bytes.
         transients: op -> bytes of results that were allocated and then copied into the arena.
         turn: it holds the tensors of one step at a time.
+        lent: the names of parameters, and the storages of their last gradients, which lie here.
     """
 
     tensor: torch.Tensor
     transients: dict[str, int] = field(default_factory=dict)
     turn: Turn = field(default_factory=lambda: Turn(OCCUPIED))
+    lent: list[tuple[str, StorageWeakRef]] = field(default_factory=list)
+
+    def claim(self) -> Token:
+        """Take it for one step.
+
+        Raises:
+            MemplanError: the tensors of another step are in it, or gradients that somebody still holds.
+        """
+        token = self.turn.claim()
+        if not all(storage.expired() for _, storage in self.lent):
+            gc.collect()
+            held = [name for name, storage in self.lent if not storage.expired()]
+            if held:
+                raise MemplanError(
+                    f"the gradient of {held[0]} ({len(held)} in all) lies in the arena and is still held: call "
+                    "optimizer.zero_grad() before the next forward pass, or copy what is to be kept, or plan without "
+                    "lend_gradients, to accumulate gradients for instance"
+                )
+        self.lent.clear()
+        return token
+
+    def lend(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """A gradient in the arena as a tensor with a storage of its own, so that one can tell when nobody holds it."""
+        begin = value.storage_offset() * value.element_size()
+        storage = torch.from_dlpack(self.tensor[begin : bytes_needed(value)]).untyped_storage()
+        self.lent.append((name, StorageWeakRef(storage)))
+        made = torch.empty(0, dtype=value.dtype, device=value.device)
+        return made.set_(storage, 0, value.shape, value.stride())
 
     @property
     def bytes(self) -> int:
@@ -48,15 +82,30 @@ class Arena:
         return self.tensor.numel()
 
 
-def with_transients(program: Program, outside: Iterable[int] = ()) -> Program:
+def lendable(traced: Traced) -> tuple[int, ...]:
+    """Gradients that may lie in an arena: each of one parameter alone, and made by a kernel that can write it there."""
+    program = traced.program
+    count = Counter(traced.owner[node] for _, node in traced.gradients)
+    shown = {traced.owner.get(node) for node in traced.outputs}
+    own = {
+        buffer
+        for buffer in program.outputs
+        if program.buffers[buffer].kind is Kind.GRADIENT and program.producer[buffer] >= 0 and count[buffer] == 1
+    } - shown
+    passing = {buffer for buffers in find_passing(program, own) for buffer in buffers}
+    return tuple(sorted(own - passing))
+
+
+def with_transients(program: Program, outside: Iterable[int] = (), lent: Iterable[int] = ()) -> Program:
     """The program with the memory that results pass through on their way into an arena counted as workspace.
 
     Args:
         program: as it runs without addresses.
         outside: buffers that are not copied, but stay where they are made.
+        lent: outputs that lie in the arena.
     """
-    stays, given, ops = set(outside), set(program.outputs), []
-    for op, passing in zip(program.ops, find_passing(program), strict=True):
+    stays, given, ops = set(outside), set(program.outputs) - set(lent), []
+    for op, passing in zip(program.ops, find_passing(program, lent), strict=True):
         written_out = find_operator(op.target) in SPECIAL and not passing and not given & set(op.writes)
         own = 0 if written_out else op.workspace
         passed = sum(program.buffers[buffer].bytes for buffer in passing if buffer not in stays)
@@ -64,9 +113,9 @@ def with_transients(program: Program, outside: Iterable[int] = ()) -> Program:
     return msgspec.structs.replace(program, ops=tuple(ops))
 
 
-def find_passing(program: Program) -> list[tuple[int, ...]]:
+def find_passing(program: Program, lent: Iterable[int] = ()) -> list[tuple[int, ...]]:
     """For each op the buffers that it can only make in memory of its own, from where they are copied into an arena."""
-    given, found = set(program.outputs), []
+    given, found = set(program.outputs) - set(lent), []
     for op in program.ops:
         inside = tuple(buffer for buffer in op.writes if buffer not in given)
         target = find_operator(op.target)
@@ -99,7 +148,7 @@ class ArenaWriter(Writer):
         self.places = {(place.buffer, place.lower): place.offset for place in here}
         end = max((place.offset + self.program.buffers[place.buffer].bytes for place in here), default=0)
         self.arena = Arena(torch.empty(end, dtype=torch.uint8, device=self.program.device))
-        self.given = set(self.program.outputs)
+        self.given = set(self.program.outputs) - set(schedule.lent)
         self.static: dict[fx.Node, Any] = {}  # nodes whose tensors lie in the arena now; tuples of views among them
         self.tensor_names: dict[tuple[Any, ...], str] = {}
         self.at = -1
@@ -108,6 +157,15 @@ class ArenaWriter(Writer):
         """The two functions, compiled, with their arena."""
         made = super().write()
         return Generated(**{**made.__dict__, "arena": self.arena})
+
+    def extras(self) -> dict[str, Any]:
+        """Further names that the functions use."""
+        return {"lend": self.arena.lend}
+
+    def returned(self, place: fx.Node, node: fx.Node) -> str:
+        """What the backward function returns as the gradient of a placeholder: a loan, where it lies in the arena."""
+        value = self.read(node)
+        return f"lend({self.traced.sources[place].name!r}, {value})" if node in self.static else value
 
     def instruction(self, step: Any) -> None:
         """The lines of one instruction."""

@@ -126,7 +126,7 @@ class Writer:
             tail += ["    saved.clear()", *self.unpack([node for node, _ in tangents], "tangents")]
             for step in steps[cut:]:
                 self.instruction(step)
-            returned = [self.read(node) for _, node in self.traced.gradients]
+            returned = [self.returned(place, node) for place, node in self.traced.gradients]
             closed = [f"    {visit}.close()" for visit in visits]
             backward = [*tail, *self.scope.lines, *closed, f"    return [{', '.join(returned)}]"]
         source = "\n".join([*forward, "", *backward]) + "\n"
@@ -138,7 +138,7 @@ class Writer:
             "updates": self.updates,
             "homes": self.homes,
         }
-        space |= {f"open_{tier}": memory.open for tier, memory in self.tiers.items()}
+        space |= {f"open_{tier}": memory.open for tier, memory in self.tiers.items()} | self.extras()
         exec(compile(source, "<memplan schedule>", "exec"), space)
         return Generated(
             source=source,
@@ -153,6 +153,14 @@ class Writer:
             updates=self.updates,
             homes=self.homes,
         )
+
+    def extras(self) -> dict[str, Any]:
+        """Further names that the functions use."""
+        return {}
+
+    def returned(self, place: fx.Node, node: fx.Node) -> str:
+        """What the backward function returns as the gradient of a placeholder."""
+        return self.read(node)
 
     def phase(self, step: Run) -> Phase:
         """The phase of the op that an instruction runs."""

@@ -214,7 +214,7 @@ class _Planned(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if runner.code.updates is not None:
             runner.code.updates.begin()
-        ctx.tokens = [shared.turn.claim() for shared in (runner.code.arena, runner.code.homes) if shared is not None]
+        ctx.tokens = [shared.claim() for shared in (runner.code.arena, runner.code.homes) if shared is not None]
         if runner.code.homes is not None:
             runner.code.homes.begin()
         # nothing is recorded below autograd, but some kernels (LSTM's on CPU) save what backward needs only if this is on

@@ -18,7 +18,7 @@ from ..planner.graph import Traced
 from ..planner.machine import Machine
 from ..planner.schedule import Schedule
 from .moving import make_tier
-from .turn import Turn
+from .turn import Token, Turn
 
 AWAY = "a forward pass of this planned step waits for its backward pass, for which its parameters are fetched and sent away: "\
        "run that first, or drop its outputs"  # fmt: skip
@@ -55,6 +55,10 @@ class Homes:
         self.visits = {tier: memory.open() for tier, memory in self.tiers.items()}
         self.turn = Turn(AWAY)
         self.hook(model, optimizer)
+
+    def claim(self) -> Token:
+        """Take them for one step."""
+        return self.turn.claim()
 
     def hook(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
         """Whoever saves or loads finds everything in its place."""

@@ -1,11 +1,11 @@
 """Training steps in one arena: the plan with addresses against the same plan without, and against eager.
 
     python -m memplan.benchmarks.arena
-    python -m memplan.benchmarks.arena --models gpt2 vit --budgets 50%
+    python -m memplan.benchmarks.arena --models gpt2 vit --budgets 50% 50%+lent
 
 Peaks and numbers are of fresh processes, times of rounds within one, as in cpu.py. *Stated* is what the referee says the
 step takes: parameters, inputs, the arena, and the most that lies outside it at once (gradients, outputs, workspaces and
-the transients of operators that cannot write where they are told).
+the transients of operators that cannot write where they are told). With `+lent` behind a budget, gradients lie in the arena.
 """
 
 import argparse
@@ -30,7 +30,8 @@ from .models import FIVE, MODELS, build
 from .record import Results, Row, answer, ask, header, markdown, mib, note_machine, options_of, ratio, say, verdict
 from .step import Arms, paired_ratio
 
-BUDGETS = ("none", "50%")
+BUDGETS = ("70%", "50%", "50%+lent")
+LENT = "+lent"
 
 
 def serve(request: Row) -> Iterator[Row]:
@@ -41,7 +42,7 @@ def serve(request: Row) -> Iterator[Row]:
 def describe(request: Row) -> Iterator[Row]:
     """What there is to say of a plan with addresses; and the same schedule without them, saved beside it."""
     plan = load(request["file"])
-    bare = msgspec.structs.replace(plan.schedule, placements=(), outside=())
+    bare = msgspec.structs.replace(plan.schedule, placements=(), outside=(), lent=())
     path = Path(request["file"]).with_suffix(".bare.json")
     report = referee(plan.program, unlimited(plan.machine), bare)
     dataclasses.replace(plan, budget=None, planned=Side(plan.program, bare, report)).save(path)
@@ -79,7 +80,8 @@ def count(request: Row) -> Iterator[Row]:
     plan, code = load(request["file"]), request["transients"]
     outside = set(plan.schedule.outside)
     copied = {base_name(op) for op in plan.program.ops if op.name in code or outside & set(op.writes)}
-    given = {base_name(op) for op in plan.program.ops if set(op.writes) & set(plan.program.outputs)}
+    outputs = set(plan.program.outputs) - set(plan.schedule.lent)
+    given = {base_name(op) for op in plan.program.ops if set(op.writes) & outputs}
     kinds, other = dict.fromkeys(("copied", "given", "number", "between", "other"), 0), {}
     for name, size in calls["arena"]:
         if size <= 64:
@@ -129,7 +131,7 @@ def measure(results: Results, name: str, budget: str, options: argparse.Namespac
         return None if found is None or "failed" in found else found
 
     request: Row = {"model": name, "folder": str(options.out / "plans" / "arena"), "time_limit": options.time_limit,
-                    "budgets": {budget: budget}, "arena": True}  # fmt: skip
+                    "budgets": {budget: budget.removesuffix(LENT)}, "arena": True, "lend": budget.endswith(LENT)}  # fmt: skip
     plan = once("planning", request, task="plan")
     if plan is None or "file" not in plan:
         return

@@ -62,14 +62,14 @@ def serve(request: Row) -> Iterator[Row]:
     """Plan a model for every budget asked for.
 
     The request has `model`, `folder`, `time_limit` (seconds for each plan), and any of `budgets` (by label; "none" for
-    no budget; with `arena`, for steps in one), `points` (how many, from the unplanned peak to the floor), and
-    `overhead` (a share: the plan of about that predicted overhead, found by bisection).
+    no budget; with `arena`, for steps in one, and with `lend` for gradients in it too), `points` (how many, from the
+    unplanned peak to the floor), and `overhead` (a share: the plan of about that predicted overhead, found by bisection).
     """
     torch.manual_seed(0)
     model, args = build(request["model"])
     folder = Path(request["folder"])
     folder.mkdir(parents=True, exist_ok=True)
-    session = Session(model, args, time_limit=request["time_limit"])
+    session = Session(model, args, time_limit=request["time_limit"], lend_gradients=request.get("lend", False))
     for label, budget in request.get("budgets", {}).items():
         yield attempt(session, label, None if budget == "none" else budget, folder, request.get("arena", False))
     if "points" in request:

@@ -2,7 +2,7 @@
 
 A buffer lives from the run that makes it to the free that ends it. Where a run writes in place, the new buffer has the
 old one's bytes, so both are one request. What the caller owns or is given (parameters, inputs, outputs) lies elsewhere,
-and so does what the schedule says lies outside (see `outside.py`).
+but for outputs that the schedule lends; and so does what it says lies outside (see `outside.py`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -107,7 +107,7 @@ def requests_of(lives: list[Life], size: np.ndarray, alignment: int) -> tuple[St
 def find_lives(program: Program, machine: Machine, schedule: Schedule) -> list[Life]:
     """Every stay of a buffer that the step makes or fetches and does not give away, but for those that lie outside."""
     home = dict(schedule.homes)
-    given = set(program.outputs) - home.keys()
+    given = set(program.outputs) - home.keys() - set(schedule.lent)
     loose = set(schedule.outside)
     lives: list[Life] = []
     open_at: dict[tuple[int, int], tuple[int, int]] = {}  # (buffer, tier) -> (since, request)

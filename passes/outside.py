@@ -76,7 +76,7 @@ class LeaveOutside:
 
 def bytes_beside(program: Program, schedule: Schedule) -> np.ndarray:
     """Bytes that lie beside the arena while each instruction runs: outputs from when they are made, and workspaces."""
-    given, held = set(program.outputs), 0
+    given, held = set(program.outputs) - set(schedule.lent), 0
     beside = np.zeros(len(schedule.instructions), np.int64)
     for at, step in enumerate(schedule.instructions):
         beside[at] = held

@@ -43,6 +43,7 @@ def plan(
     time_limit: float = 60.0,
     seed: int = 0,
     arena: bool = False,
+    lend_gradients: bool = False,
     strategy: str | None = None,
     host_budget: int | str | None = None,
     optimizer_in_backward: bool = False,
@@ -67,6 +68,9 @@ def plan(
         seed: of the search.
         arena: plan an address for every tensor that the step makes and keeps to itself: applied, the plan runs in one
             arena, made once, and fits the budget with it. Gradients and outputs are the caller's and lie beside it.
+        lend_gradients: gradients lie in the arena too, as far as kernels can write them there, where the next forward pass
+            has other things. They must be gone by then, as they are after `optimizer.zero_grad()`; a step that finds one
+            still held refuses to run. So they cannot be accumulated.
         strategy: "memo" for MEMO's own rule of offload and recomputation (see `solvers/memo.py`), to compare with; default:
             the fastest that is found.
         host_budget: bytes that may be used in each tier behind the device, in the same forms as `budget` ("50%" of the
@@ -94,8 +98,8 @@ def plan(
         allow = ("reorder", "recompute", "offload")
     return Session(
         model, args, kwargs, train=train, loss=loss, optimizer=optimizer, machine=machine, allow=allow,
-        time_limit=time_limit, seed=seed, host_budget=host_budget, optimizer_in_backward=optimizer_in_backward,
-        progress=progress,
+        time_limit=time_limit, seed=seed, lend_gradients=lend_gradients, host_budget=host_budget,
+        optimizer_in_backward=optimizer_in_backward, progress=progress,
     ).plan(budget, arena, strategy)  # fmt: skip
 
 
@@ -143,6 +147,7 @@ class Session:
         allow: Iterable[str] | None = None,
         time_limit: float = 60.0,
         seed: int = 0,
+        lend_gradients: bool = False,
         host_budget: int | str | None = None,
         optimizer_in_backward: bool = False,
         progress: Progress | None = None,
@@ -155,6 +160,7 @@ class Session:
             progress("tracing the model", 0.0)
         began = time.monotonic()
         self.time_limit = time_limit
+        self.lend_gradients = lend_gradients
         self.captured: Captured = capture(
             model, args, dict(kwargs or {}), train=train, loss=loss, optimizer=optimizer, in_backward=optimizer_in_backward,
             device=traced_device(known), runs_on=None if known is None else known.device,
@@ -207,7 +213,14 @@ class Session:
         """Plans steps that run in an arena."""
         from ..backends.arena import with_transients
 
-        return dataclasses.replace(self.planner, program=with_transients(self.planner.program))
+        return dataclasses.replace(self.planner, program=with_transients(self.planner.program, lent=self.lent))
+
+    @cached_property
+    def lent(self) -> tuple[int, ...]:
+        """The gradients that lie in an arena."""
+        from ..backends.arena import lendable
+
+        return lendable(self.captured.traced) if self.lend_gradients else ()
 
     @cached_property
     def static_floor(self) -> Side:
@@ -218,9 +231,10 @@ class Session:
         """A schedule with addresses, and what the referee says of it."""
         from ..backends.arena import find_passing, with_transients
 
-        passing = frozenset(buffer for buffers in find_passing(self.planner.program) for buffer in buffers)
-        left = LeaveOutside(passing)(side.program, self.machine, side.schedule)
-        program = with_transients(self.planner.program, left.outside)
+        passing = frozenset(buffer for buffers in find_passing(self.planner.program, self.lent) for buffer in buffers)
+        schedule = msgspec.structs.replace(side.schedule, lent=self.lent)
+        left = LeaveOutside(passing)(side.program, self.machine, schedule)
+        program = with_transients(self.planner.program, left.outside, self.lent)
         schedule, _ = Place()(program, self.machine, left)
         return Side(program, schedule, referee(program, unlimited(self.machine), schedule))
 
@@ -252,6 +266,8 @@ class Session:
             raise MemplanError(f"strategy={strategy!r}: it is 'memo' or None")
         if strategy and arena:
             raise MemplanError("strategy='memo' has no addresses: plan without arena")
+        if self.lend_gradients and not arena:
+            raise MemplanError("lend_gradients=True lends gradients that lie in an arena: plan with arena=True")
         began = time.monotonic()
         planner = self.static_planner if arena else self.planner
         planner.deadline = began + self.time_limit

@@ -124,6 +124,7 @@ HostBudget = Annotated[
     typer.Option(help="Bytes that may be used in each tier behind the device: 64GiB, or 50% of it.", callback=readable),
 ]
 Placed = Annotated[bool, typer.Option("--arena", help="Plan addresses too: the step runs in one arena, made once.")]
+Lent = Annotated[bool, typer.Option("--lend-gradients", help="With --arena: gradients lie in it until the next forward pass.")]
 
 
 @app.command()
@@ -137,6 +138,7 @@ def plan(
     time_limit: TimeLimit = 60.0,
     seed: Seed = 0,
     arena: Placed = False,
+    lend_gradients: Lent = False,
     strategy: Strategy = None,
     host_budget: HostBudget = None,
     in_backward: InBackward = False,
@@ -148,7 +150,8 @@ def plan(
     from .models import load_model
 
     options = planning(allow, optimizer, time_limit, seed, train=not infer, machine=machine)
-    options |= {"arena": arena, "strategy": strategy, "host_budget": host_budget, "optimizer_in_backward": in_backward}
+    options |= {"arena": arena, "lend_gradients": lend_gradients, "strategy": strategy, "host_budget": host_budget}
+    options["optimizer_in_backward"] = in_backward
     with progress("building the model") as report:
         module, args, kwargs = load_model(model, meta=True)
         made = api.plan(module, budget, args, kwargs, **options, progress=report)
@@ -224,6 +227,7 @@ def run(
     time_limit: TimeLimit = 60.0,
     seed: Seed = 0,
     arena: Placed = False,
+    lend_gradients: Lent = False,
     strategy: Strategy = None,
     host_budget: HostBudget = None,
     in_backward: InBackward = False,
@@ -235,7 +239,7 @@ def run(
     from .models import load_model
 
     options = planning(allow, optimizer, time_limit, seed, arena=arena, strategy=strategy, host_budget=host_budget)
-    options["optimizer_in_backward"] = in_backward
+    options |= {"lend_gradients": lend_gradients, "optimizer_in_backward": in_backward}
     stepped = options["optimizer"]
     with progress("building the model") as report, tempfile.TemporaryDirectory() as folder:
         module, args, kwargs = to_device(device, *load_model(model, meta=False))

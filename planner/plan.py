@@ -171,8 +171,11 @@ class Plan:
             lines.append(f"between their uses {show_bytes(away)} of {what} are on {where}")
         if self.arena:
             beside = f" and {len(self.schedule.outside)} short-lived results" if self.schedule.outside else ""
-            rest = "" if mapped else f"; gradients, outputs{beside} lie outside it"
+            most = "other gradients, outputs" if self.schedule.lent else "gradients, outputs"
+            rest = "" if mapped else f"; {most}{beside} lie outside it"
             lines.append(f"addresses planned: one arena of {show_bytes(self.arena)}{rest}")
+        if self.schedule.lent:
+            lines.append(f"{len(self.schedule.lent)} gradients lie in the arena: drop them before the next forward pass")
         return "\n".join(lines)
 
     def save(self, path: str | Path) -> None:

@@ -32,6 +32,7 @@ RULES = {
     "and is changed only on the device; an output with such a home lies there, and there alone, after the step",
     "complete": "every op runs",
     "outputs": "every output is live at the end",
+    "lent": "only an output with an address is lent",
     "leak": "nothing else is live at the end",
     "capacity": "the bytes live in a tier never exceed its capacity",
     "place": "addresses are aligned and inside the tier, and no two buffers share any while both live",
@@ -66,8 +67,8 @@ def referee(program: Program, machine: Machine, schedule: Schedule, budget: int 
     """Replay `schedule`.
 
     Where addresses are planned, a tier's bytes are those up to the highest address, the whole step long, and beside them
-    what lies elsewhere: resident buffers, outputs from when they are made, workspaces, and what the schedule says lies
-    outside.
+    what lies elsewhere: resident buffers, outputs from when they are made, if they are not lent, workspaces, and what the
+    schedule says lies outside.
 
     Args:
         program: what is computed.
@@ -108,11 +109,14 @@ def referee(program: Program, machine: Machine, schedule: Schedule, budget: int 
     moved = [0] * len(machine.links)
     runs = [0] * len(program.ops)
     changed: set[int] = set()
-    given = set(program.outputs) - home.keys()
+    given = set(program.outputs) - home.keys() - set(schedule.lent)
     loose = set(schedule.outside)
     for buffer in loose:
         if not 0 <= buffer < len(size):
             refuse("range", f"buffer {buffer}, said to lie outside, does not exist")
+    for buffer in schedule.lent:
+        if buffer not in program.outputs or buffer in home or buffer in loose or not schedule.placements:
+            refuse("lent", f"buffer {buffer} is no output with an address")
     elsewhere = given | loose
     last_draw = -1
     flying: dict[tuple[int, int], float] = {}  # (buffer, link) -> when the copy arrives
@@ -284,7 +288,7 @@ def check_lives(program: Program, machine: Machine, schedule: Schedule) -> None:
     where the old one ends, at the same address; what a run drops at once lives for that run.
     """
     home = dict(schedule.homes)
-    given = set(program.outputs) - home.keys()
+    given = set(program.outputs) - home.keys() - set(schedule.lent)
     loose = set(schedule.outside)
     name = [buffer.name for buffer in program.buffers]
     waiting: dict[tuple[int, int, int], Placement] = {}

@@ -91,6 +91,7 @@ class Schedule(msgspec.Struct, frozen=True):
         instructions: what happens.
         placements: addresses, where they have been planned; empty means that the backend's allocator chooses.
         outside: buffers that have none though others do: they lie where the kernels put them that make them.
+        lent: outputs that have one, which others have not: they are the caller's until the next step begins.
         homes: resident buffers that lie in another tier before the step and after it, and outputs that lie there after it:
             pairs (buffer, tier).
     """
@@ -99,5 +100,6 @@ class Schedule(msgspec.Struct, frozen=True):
     instructions: tuple[Instruction, ...]
     placements: tuple[Placement, ...] = ()
     outside: tuple[int, ...] = ()
+    lent: tuple[int, ...] = ()
     homes: tuple[tuple[int, int], ...] = ()
     version: Literal[1] = 1

@@ -67,8 +67,9 @@ def show_schedule(program: Program, schedule: Schedule) -> str:
             (f"%{place.buffer}", f"tier {place.tier}", f"at {place.offset}", f"during [{place.lower}, {place.upper})")
             for place in schedule.placements
         )
-    if schedule.outside:
-        lines += ["outside", f"  {buffers(schedule.outside)}"]
+    for title, some in (("outside", schedule.outside), ("lent", schedule.lent)):
+        if some:
+            lines += [title, f"  {buffers(some)}"]
     for tier in sorted({tier for _, tier in schedule.homes}):
         lines += [f"at home in tier {tier}", f"  {buffers(buffer for buffer, other in schedule.homes if other == tier)}"]
     return "\n".join([*lines, ""])

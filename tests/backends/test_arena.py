@@ -13,12 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 WIDTH, ROWS = 64, 128
 
 
-def made(*parts: nn.Module, budget: str | None = None) -> tuple[memplan.Plan, nn.Module, nn.Module, torch.Tensor]:
+def made(
+    *parts: nn.Module, budget: str | None = None, lend: bool = False
+) -> tuple[memplan.Plan, nn.Module, nn.Module, torch.Tensor]:
     """A placed plan of a few layers, the planned model, a copy of the model, and a batch."""
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), *copy.deepcopy(parts)) for _ in range(4)))
     x = torch.randn(ROWS, WIDTH)
-    plan = memplan.plan(model, budget, (x,), loss=lambda out: out.sum(), machine="h100-80gb", time_limit=5, arena=True)
+    plan = memplan.plan(model, budget, (x,), loss=lambda out: out.sum(), machine="h100-80gb", time_limit=5, arena=True,
+                        lend_gradients=lend)  # fmt: skip
     return plan, plan.apply(model), copy.deepcopy(model), x
 
 
@@ -57,6 +60,75 @@ def test_only_what_the_caller_gets_lies_outside_the_arena():
         loss = planned(x).sum()
         loss.backward()
     assert sum(outside.found.values()) <= gradients + 4 * ROWS * WIDTH * 4, outside.found  # output, its gradient, the loss
+
+
+def test_lent_gradients_lie_in_the_arena():
+    """Then a step allocates its output alone, nothing need lie beside the arena but that, and bits are the same."""
+    plan, planned, other, x = made(nn.Tanh(), lend=True)
+    arena = arena_of(planned)
+    resident, whole = plan.program.resident_bytes, made(nn.Tanh())[0]
+    gradients = sum(parameter.numel() * 4 for parameter in planned.parameters())
+    assert len(plan.schedule.lent) == len(list(planned.parameters()))
+    assert plan.peak <= whole.peak - gradients // 2
+    assert plan.peak <= resident + plan.arena + 2 * 4 * ROWS * WIDTH  # the output lies outside
+    for _ in range(3):
+        with Outside(arena.tensor) as outside:
+            planned(x).sum().backward()
+        other(x).sum().backward()
+        for found, wanted in zip(planned.parameters(), other.parameters(), strict=True):
+            assert torch.equal(found.grad, wanted.grad)
+            start = arena.tensor.data_ptr()
+            assert start <= found.grad.data_ptr() < start + arena.bytes
+        planned.zero_grad()
+        other.zero_grad()
+        assert sum(outside.found.values()) <= 4 * ROWS * WIDTH * 4, outside.found
+
+
+def test_a_gradient_that_is_still_held_is_never_written_over():
+    _, planned, other, x = made(nn.Tanh(), lend=True)
+    planned(x).sum().backward()
+    other(x).sum().backward()
+    for _ in range(2):
+        with pytest.raises(MemplanError, match=r"the gradient of 0\.0\.weight \(8 in all\).*zero_grad"):
+            planned(x)
+        planned.zero_grad(set_to_none=False)
+    kept = planned[0][0].weight.grad.T  # a view holds it as well
+    planned.zero_grad()
+    with pytest.raises(MemplanError, match=r"\(1 in all\)"):
+        planned(x)
+    kept = kept.clone()
+    planned(x).sum().backward()
+    gradient = planned[0][0].weight.grad
+    assert torch.equal(gradient, kept.T.zero_() + other[0][0].weight.grad)
+    del planned  # the gradient keeps its bytes
+    assert torch.equal(gradient, other[0][0].weight.grad)
+
+
+def test_gradients_are_lent_only_where_they_can_be():
+    """Not those whose kernel returns memory of its own, nor one that two parameters share; and only from an arena."""
+    torch.manual_seed(0)
+
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.one, self.two = nn.LayerNorm(WIDTH), *(nn.Parameter(torch.randn(WIDTH)) for _ in range(2))
+
+        def forward(self, x):
+            return (self.norm(x) + (self.one + self.two)).square().sum()
+
+    model, x = Shared(), torch.randn(ROWS, WIDTH)
+    other = copy.deepcopy(model)
+    options = {"machine": "h100-80gb", "time_limit": 5, "lend_gradients": True}
+    with pytest.raises(MemplanError, match="arena=True"):
+        memplan.plan(model, None, (x,), **options)
+    plan = memplan.plan(model, None, (x,), arena=True, **options)
+    assert plan.schedule.lent == ()
+    planned = plan.apply(model)
+    for net in (planned, other):
+        for _ in range(2):  # what is not lent may be accumulated
+            net(x).backward()
+    for found, wanted in zip(planned.parameters(), other.parameters(), strict=True):
+        assert torch.equal(found.grad, wanted.grad)
 
 
 def test_what_passes_through_memory_of_its_own_is_reported():

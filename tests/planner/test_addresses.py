@@ -26,17 +26,19 @@ class WrongBytesError(Exception):
 
 
 def made(seed: int) -> tuple[Program, Schedule]:
-    """A random step with recomputation and writing in place."""
+    """A random step with recomputation and writing in place, which lends some of its outputs."""
     rng = random.Random(seed)
     program = make_program(rng, rng.randint(2, 9))
-    return program, Liveness()(program, make_order(rng, program, True, rng.randint(0, 6)))
+    schedule = Liveness()(program, make_order(rng, program, True, rng.randint(0, 6)))
+    lent = tuple(buffer for buffer in program.outputs if rng.random() < 0.5)
+    return program, msgspec.structs.replace(schedule, lent=lent)
 
 
 def replay(program: Program, schedule: Schedule) -> None:
     """Run the step in one array of bytes; each life writes its own number and has to find it when it is read."""
     at = {(place.buffer, place.lower): place.offset for place in schedule.placements}
     arena = np.full(max((place.offset + program.buffers[place.buffer].bytes for place in schedule.placements), default=0), -1)
-    given_away, live = {*program.outputs, *schedule.outside}, {}
+    given_away, live = {*program.outputs, *schedule.outside} - set(schedule.lent), {}
 
     def bytes_of(buffer: int, offset: int) -> np.ndarray:
         return arena[offset : offset + program.buffers[buffer].bytes]
@@ -63,6 +65,9 @@ def replay(program: Program, schedule: Schedule) -> None:
                     live[buffer] = at[buffer, now], now * 1000 + buffer
         elif isinstance(step, Free):
             live.pop(step.buffer, None)
+    for buffer in schedule.lent:
+        if (bytes_of(buffer, live[buffer][0]) != live[buffer][1]).any():
+            raise WrongBytesError(f"output {buffer} has been written over")
 
 
 @QUICK
@@ -72,7 +77,7 @@ def test_placed_schedules_are_accepted_and_work(seed):
     program, schedule = made(seed)
     placed, arenas = Place(seconds=0.5)(program, ALIGNED, schedule)
     report = referee(program, ALIGNED, placed)
-    bare = referee(program, ALIGNED, schedule)
+    bare = referee(program, ALIGNED, msgspec.structs.replace(schedule, lent=()))
     assert report.time == bare.time
     assert report.peak[0] >= bare.peak[0]  # the arena is there the whole step long
     assert report.peak[0] >= program.resident_bytes + sum(arena.bytes for arena in arenas)
@@ -152,6 +157,18 @@ def test_what_is_left_outside_takes_no_more_than_passed_there(seed):
     if placed.placements and copied.placements:
         assert peak_beside(lighter, placed) <= peak_beside(program, copied)
         replay(lighter, placed)
+
+
+@QUICK
+@given(st.integers(0, 10**9), st.integers(0, 10**9))
+def test_what_is_lent_must_have_an_address(seed, change):
+    """A buffer named as lent though it has no address, or not named though it has one, is refused."""
+    program, schedule = made(seed)
+    placed, _ = Place(seconds=0.5)(program, ALIGNED, schedule)
+    lent = set(placed.lent) ^ {random.Random(change).randrange(len(program.buffers) + 1)}
+    with pytest.raises(InvalidSchedule) as refusal:
+        referee(program, ALIGNED, msgspec.structs.replace(placed, lent=tuple(lent)))
+    assert refusal.value.rule in ("lent", "placed", "place", "capacity")
 
 
 @QUICK
