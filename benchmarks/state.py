@@ -39,7 +39,7 @@ from .record import (
     say,
     verdict,
 )
-from .step import paired_ratio
+from .step import in_turn, paired_ratio
 
 STEPS = 20
 WARM = 2  # rounds before those that count
@@ -88,19 +88,22 @@ def time_all(request: Row) -> Iterator[Row]:
         optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
         called = model if file is None else load(file).apply(model, optimizer=optimizer)
         arms[name] = called, args, optimizer
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for number in range(request["rounds"] + WARM):
-        for name, (called, args, optimizer) in arms.items():
-            torch.manual_seed(number)
-            began = time.perf_counter()
-            loss = called(*args)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            loss.item()
-            if number >= WARM:
-                seconds[name].append(time.perf_counter() - began)
-    yield {"seconds": seconds}
+
+    def once(name: str, number: int) -> float:
+        called, args, optimizer = arms[name]
+        torch.manual_seed(number)
+        began = time.perf_counter()
+        loss = called(*args)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+        return time.perf_counter() - began
+
+    for number in range(WARM):
+        for name in arms:
+            once(name, number)
+    yield {"seconds": in_turn(list(arms), once, request["rounds"])}
 
 
 def measure(results: Results, name: str, options: argparse.Namespace) -> None:
