@@ -10,28 +10,44 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console, Group, RenderableType
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.console import Group
 from rich.text import Text
 
-from .errors import BudgetError, InvalidSchedule, MachineError, MemplanError
-from .schedule import LEVERS
+from .errors import MachineError, MemplanError
+from .options import (
+    Allow,
+    Budget,
+    Counted,
+    HostBudget,
+    InBackward,
+    Infer,
+    Json,
+    Lent,
+    MachineName,
+    Method,
+    Model,
+    Optimizer,
+    Placed,
+    PlanFile,
+    Seed,
+    Strategy,
+    TimeLimit,
+    output,
+    planning,
+    readable_capacity,
+)
 from .tables import overhead, plan_facts, plan_table, run_facts, run_table, table
-from .units import parse_bytes, show_bytes, show_seconds
+from .terminal import answer, console, fail, progress
+from .units import show_bytes, show_seconds
 
 # torch and matplotlib take seconds to import: the commands that need them import them inside.
 if TYPE_CHECKING:
     from .machine import Machine
     from .plan import Plan
-
-Report = Callable[[str, float], None]
 
 app = typer.Typer(
     help="Say how many bytes you have; get the fastest training step that provably fits.",
@@ -40,91 +56,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-console = Console(stderr=True, highlight=False)
-
-
-class Method(StrEnum):
-    """Solvers of storage allocation."""
-
-    AUTO = "auto"
-    CP_SAT = "cp-sat"
-    MIP = "mip"
-
-
-class Optimizer(StrEnum):
-    """Optimizers whose state can be counted."""
-
-    SGD = "sgd"
-    ADAM = "adam"
-    ADAMW = "adamw"
-
-
-def planning(allow: str | None, optimizer: Optimizer | None, time_limit: float, seed: int, **others: Any) -> dict[str, Any]:
-    """The options that planning commands share, as the API takes them."""
-    chosen = {word.strip() for word in allow.split(",")} if allow is not None else None
-    if chosen is not None and not chosen <= set(LEVERS):
-        raise typer.BadParameter(f"--allow {allow}: choose from {', '.join(LEVERS)}, separated by commas")
-    name = optimizer.value if optimizer is not None else None
-    return {"allow": chosen, "optimizer": name, "time_limit": time_limit, "seed": seed, **others}
-
-
-def readable(budget: str | None) -> str | None:
-    """A budget that can be read, known before the model is loaded. A percentage is of a peak that is not known yet."""
-    if budget is not None:
-        parse_bytes(budget, of=2**62)
-    return budget
-
-
-def readable_capacity(text: str | None) -> str | None:
-    """A capacity that can be read, known before the file is."""
-    for word in [] if text is None else text.split(","):
-        name, equals, size = word.rpartition("=")
-        if (equals and not name.strip()) or (not equals and "," in (text or "")):
-            raise BudgetError(
-                f"cannot read the capacity {text!r}: write bytes, as in '16MiB', or by pool, 'fast=1MiB,slow=4GiB'"
-            )
-        parse_bytes(size.strip())
-    return text
-
-
-def writable(path: Path | None) -> Path | None:
-    """A file that can be made, known before minutes are spent on what is to be in it."""
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        why = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
-        raise typer.BadParameter(f"cannot write {path}: {why}")
-    return path
-
-
-def output(help: str, *flags: str) -> Any:
-    """An option that names a file to write."""
-    return typer.Option(*flags, help=help, metavar="FILE", callback=writable)
-
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="file.py:factory, package.module:factory or hf:gpt2?n_layer=2&batch=4")
-]
-PlanFile = Annotated[Path, typer.Argument(metavar="PLAN.JSON", help="A file that `memplan plan -o` wrote.")]
-Budget = Annotated[
-    str | None,
-    typer.Option(help="Bytes, 4GiB, or 60% of the unplanned peak; left out: the fastest.", callback=readable),
-]
-MachineName = Annotated[str | None, typer.Option("--machine", help="A preset, a TOML file, or local; see `memplan machines`.")]
-Allow = Annotated[str | None, typer.Option(help=f"What the plan may do: a list of {', '.join(LEVERS)}.")]
-Infer = Annotated[bool, typer.Option("--infer", help="Plan the forward pass alone.")]
-Counted = Annotated[Optimizer | None, typer.Option("--optimizer", help="Count this optimizer's state.")]
-InBackward = Annotated[
-    bool, typer.Option("--optimizer-in-backward", help="Update each parameter as soon as its gradient is complete.")
-]
-TimeLimit = Annotated[float, typer.Option(help="Seconds that planning may take.", min=0.0)]
-Seed = Annotated[int, typer.Option(help="Of the search.")]
-Strategy = Annotated[str | None, typer.Option(help="memo: MEMO's own rule of offload, to compare with; left out: the fastest.")]
-HostBudget = Annotated[
-    str | None,
-    typer.Option(help="Bytes that may be used in each tier behind the device: 64GiB, or 50% of it.", callback=readable),
-]
-Placed = Annotated[bool, typer.Option("--arena", help="Plan addresses too: the step runs in one arena, made once.")]
-Lent = Annotated[bool, typer.Option("--lend-gradients", help="With --arena: gradients lie in it until the next forward pass.")]
 
 
 @app.command()
@@ -492,52 +423,6 @@ def local_gpu() -> "list[Machine]":
         return [local_machine("cuda")]
     except MachineError:
         return []
-
-
-def answer(as_json: bool, facts: dict[str, Any], shown: RenderableType) -> None:
-    """The command's result: `facts` on standard output for programs, or `shown` on standard error for people."""
-    if as_json:
-        print(json.dumps(facts))
-    else:
-        console.print(shown)
-
-
-@contextmanager
-def progress(stage: str) -> Iterator[Report]:
-    """A spinner with elapsed time while standard error is a terminal. Yields what to call with (stage, share done)."""
-    if not console.is_terminal:
-        yield lambda stage, done: None
-        return
-    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True) as bars:
-        task = bars.add_task(stage, total=None)
-        yield lambda stage, done: bars.update(task, description=stage, completed=done, total=1.0 if done > 0 else None)
-
-
-def fail(error: Exception, as_json: bool) -> NoReturn:
-    """End the process with the error in one line."""
-    if isinstance(error, MemoryError):
-        message = "not enough memory in this process: use a smaller model or batch"
-    elif isinstance(error, OSError) and error.strerror:
-        message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    else:
-        message = " ".join(str(error).split())
-    if as_json:
-        facts: dict[str, Any] = {"error": message, "kind": type(error).__name__}
-        if isinstance(error, BudgetError):
-            facts["minimum_budget"] = error.minimum
-        if isinstance(error, InvalidSchedule):
-            facts |= {"rule": error.rule, "instruction": error.instruction}
-        print(json.dumps(facts))
-    print(f"memplan: {message}", file=sys.stderr)
-    raise SystemExit(status_of(error))
-
-
-def status_of(error: Exception) -> int:
-    """The exit status: 2 for a budget that cannot be read, 3 for one that cannot be met, 1 for any other error."""
-    if isinstance(error, BudgetError):
-        return 2 if error.minimum is None else 3
-    return 1
 
 
 def main(arguments: list[str] | None = None) -> None:

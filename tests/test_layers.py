@@ -34,6 +34,8 @@ STOREYS = {
     "planner.placing": 5,
     "planner.maps": 5,
     "planner.tables": 6,
+    "planner.options": 6,
+    "planner.terminal": 6,
     "planner.cli": 6,
 }
 # Imports that go up, each deliberate and made inside a function.
