@@ -49,7 +49,7 @@ class LeaveOutside:
     def candidates(self, program: Program, machine: Machine, schedule: Schedule) -> list[list[Life]]:
         """Lives that can only lie outside together: of one buffer, or written in place of one another.
 
-        All of them begin with a run that makes a result in memory of its own.
+        All of them begin with a run that makes a result in memory of its own, and none is lent.
         """
         requests: dict[int, list[Life]] = defaultdict(list)
         for life in find_lives(program, machine, schedule):
@@ -67,9 +67,10 @@ class LeaveOutside:
                 group_of[root(life.buffer)] = root(lives[0].buffer)
         groups: dict[int, list[Life]] = defaultdict(list)
         barred: set[int] = set()
+        lent = set(schedule.lent)
         for lives in requests.values():
             groups[root(lives[0].buffer)] += lives
-            if min(lives, key=lambda life: life.lower).buffer not in self.passing:
+            if min(lives, key=lambda life: life.lower).buffer not in self.passing or lent & {life.buffer for life in lives}:
                 barred.add(root(lives[0].buffer))
         return [lives for group, lives in groups.items() if group not in barred]
 

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .errors import CaptureError, PlanMismatch
 from .graph import Source, Traced, lower
 from .native import native_kernels
+from .nodes import is_view
 from .program import Program
 
 CONSTANT_ELEMENTS = 1 << 20  # constants larger than this are not evaluated while tracing
@@ -134,12 +135,6 @@ class _Constants(FakeTensorMode):
 
         with self:
             return make(one, two, offsets, out_dtype)
-
-
-def is_view(func: Any) -> bool:
-    """Whether an operator's results share the storage of an operand, which it does not write."""
-    found = [result.alias_info for result in func._schema.returns]
-    return any(alias is not None and not alias.is_write for alias in found)
 
 
 class _Step(nn.Module):

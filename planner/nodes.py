@@ -31,6 +31,12 @@ def is_pick(node: fx.Node) -> bool:
     return node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem"
 
 
+def is_view(func: Any) -> bool:
+    """Whether an operator's results share the storage of an operand, which it does not write."""
+    found = [result.alias_info for result in func._schema.returns]
+    return any(alias is not None and not alias.is_write for alias in found)
+
+
 def is_random(node: fx.Node) -> bool:
     """Whether the node draws random numbers."""
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())

@@ -13,7 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import fx
+
+from .nodes import is_pick, is_view
 
 aten = torch.ops.aten
 
@@ -47,17 +50,40 @@ def sum_tied(graph: fx.GraphModule, parameter_name: Callable[[str], str]) -> Non
 
 def restore_dropout(graph: fx.GraphModule) -> None:
     """Write eager's operators over the dropouts of a joint graph traced for the CPU, where their bits differ."""
+    changed: set[fx.Node] = set()
     for node in graph.graph.find_nodes(op="call_function", target=aten.native_dropout.default):
         value, p, train = node.args
         half = value.meta["val"].dtype in (torch.float16, torch.bfloat16)
         if train is not False and p > 0.0 and (half or p == 1.0):
-            spell_out(node)
+            changed |= spell_out(node)
+    if changed:
+        pass_on(graph, changed)
     graph.graph.lint()
     graph.recompile()
 
 
-def spell_out(node: fx.Node) -> None:
-    """Replace one dropout, and its backward operators, by a product with noise."""
+def pass_on(graph: fx.GraphModule, changed: set[fx.Node]) -> None:
+    """Bring fake results up to date with those that have changed: views share their storage, other ops follow their layout."""
+    for node in graph.graph.nodes:
+        if node.op != "call_function" or node in changed or changed.isdisjoint(node.all_input_nodes):
+            continue
+        if is_pick(node):
+            node.meta["val"] = node.args[0].meta["val"][node.args[1]]
+            changed.add(node)
+        elif isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.is_mutable:
+            known, found = node.meta["val"], fake_result(node)
+            if is_view(node.target) or layouts(known) != layouts(found):
+                node.meta["val"] = found
+                changed.add(node)
+
+
+def layouts(value: Any) -> list[Any]:
+    """Shape and strides of each tensor."""
+    return [(leaf.shape, leaf.stride()) for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def spell_out(node: fx.Node) -> set[fx.Node]:
+    """Replace one dropout, and its backward operators, by a product with noise. Returns the products."""
     value, p, _ = node.args
     results = {user.args[1]: user for user in node.users}
     calls = [user for user in results[1].users if user.target == aten.native_dropout_backward.default] if 1 in results else []
@@ -68,10 +94,14 @@ def spell_out(node: fx.Node) -> None:
             return call(place, aten.mul.Scalar, factor, 0.0)
         return call(place, aten.mul.Tensor, factor, noise)
 
+    products = set()
     for old, factor in [(results[0], value), *((user, user.args[0]) for user in calls)]:
-        old.replace_all_uses_with(times_noise(old, factor))
+        product = times_noise(old, factor)
+        old.replace_all_uses_with(product)
+        products.add(product)
     for old in (*calls, *results.values(), node):
         node.graph.erase_node(old)
+    return products
 
 
 def add_noise(node: fx.Node, value: fx.Node, p: float) -> fx.Node:
@@ -94,9 +124,13 @@ def call(place: fx.Node, target: Any, value: fx.Node, *rest: Any) -> fx.Node:
 
 def filled_in(made: fx.Node, like: fx.Node) -> fx.Node:
     """A new call with its fake result, and what else is noted of a node like it."""
-    values: Any = fx.map_arg(made.args, lambda needed: needed.meta["val"])
-    target: Any = made.target
-    with values[0].fake_mode:
-        result = target(*values)
-    made.meta = {key: kept for key, kept in like.meta.items() if key != "tensor_meta"} | {"val": result}
+    made.meta = {key: kept for key, kept in like.meta.items() if key != "tensor_meta"} | {"val": fake_result(made)}
     return made
+
+
+def fake_result(node: fx.Node) -> Any:
+    """What a call gives for the fake values of its operands."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda needed: needed.meta["val"])
+    target: Any = node.target
+    with node.all_input_nodes[0].meta["val"].fake_mode:
+        return target(*args, **kwargs)

@@ -11,6 +11,7 @@ import torch
 from memplan.planner.api import Session
 from memplan.planner.errors import BudgetError, MemplanError, PlanMismatch
 from memplan.planner.machine import load_machine
+from memplan.planner.nodes import is_view
 from torch import nn
 from torch.nn import functional as F
 
@@ -347,16 +348,18 @@ def scalar(output, loss):
     return output["loss"] if isinstance(output, dict) else output
 
 
-def session_of(model: nn.Module, args: tuple, loss, kwargs: dict | None = None) -> Session:
+def session_of(model: nn.Module, args: tuple, loss, kwargs: dict | None = None, lend: bool = False) -> Session:
     """What `memplan.plan` does before it looks at the budget, with a short search."""
-    session = Session(model, args, kwargs, loss=loss, machine=QUICK, time_limit=2.0)
+    session = Session(model, args, kwargs, loss=loss, machine=QUICK, time_limit=2.0, lend_gradients=lend)
     session.planner.effort = 1500
     return session
 
 
-def tight(model: nn.Module, args: tuple, loss, kwargs: dict | None = None, arena: bool = False) -> memplan.Plan:
+def tight(
+    model: nn.Module, args: tuple, loss, kwargs: dict | None = None, arena: bool = False, lend: bool = False
+) -> memplan.Plan:
     """The plan for the smallest budget known to work, asked for as a user would find it."""
-    session = session_of(model, args, loss, kwargs)
+    session = session_of(model, args, loss, kwargs, lend)
     with pytest.raises(BudgetError) as caught:
         session.plan(1, arena)
     assert caught.value.minimum is not None
@@ -364,9 +367,9 @@ def tight(model: nn.Module, args: tuple, loss, kwargs: dict | None = None, arena
 
 
 def planned(model: nn.Module, args: tuple, loss, budget: str, kwargs: dict | None = None) -> memplan.Plan:
-    """A plan without a budget, the tightest, or the tightest with addresses."""
-    if budget == "placed":
-        return tight(model, args, loss, kwargs, arena=True)
+    """A plan without a budget, the tightest, the tightest with addresses, or with gradients in the arena as well."""
+    if budget in ("placed", "lent"):
+        return tight(model, args, loss, kwargs, arena=True, lend=budget == "lent")
     if budget == "tight":
         return tight(model, args, loss, kwargs)
     return session_of(model, args, loss, kwargs).plan(None)
@@ -411,7 +414,15 @@ def same(found, wanted, path: str = "") -> None:
         assert found == wanted, path
 
 
-@pytest.mark.parametrize("budget", ["free", "tight", "placed"])
+@pytest.mark.parametrize("name", MODELS)
+def test_no_op_of_a_program_is_a_view(name):
+    """A view has its operand's buffer, also where tracing's dropout was written back; else it outlives what it views."""
+    model, _, args, loss = build(name)
+    traced = session_of(model, args, loss).captured.traced
+    assert not [node for node in traced.nodes if node is not None and is_view(node.target)]
+
+
+@pytest.mark.parametrize("budget", ["free", "tight", "placed", "lent"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_planned_step_is_the_eager_step(name, budget):
     """Loss, outputs, gradients, buffers and random numbers are eager's bit for bit, with and without recomputation."""
@@ -421,6 +432,9 @@ def test_a_planned_step_is_the_eager_step(name, budget):
 
     for seed in (7, 8):  # twice: gradients accumulate, buffers move on
         same(step(fast, args, loss, seed), step(other, args, loss, seed))
+        if budget == "lent":  # they are to be gone before the next step
+            fast.zero_grad()
+            other.zero_grad()
 
 
 def test_most_tight_plans_do_recompute():
