@@ -158,14 +158,9 @@ class ArenaWriter(Writer):
         made = super().write()
         return Generated(**{**made.__dict__, "arena": self.arena})
 
-    def extras(self) -> dict[str, Any]:
-        """Further names that the functions use."""
-        return {"lend": self.arena.lend}
-
-    def returned(self, place: fx.Node, node: fx.Node) -> str:
-        """What the backward function returns as the gradient of a placeholder: a loan, where it lies in the arena."""
-        value = self.read(node)
-        return f"lend({self.traced.sources[place].name!r}, {value})" if node in self.static else value
+    def is_lent(self, node: fx.Node) -> bool:
+        """Whether a gradient lies in the arena."""
+        return node in self.static
 
     def instruction(self, step: Any) -> None:
         """The lines of one instruction."""

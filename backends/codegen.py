@@ -36,6 +36,7 @@ class Generated:
         tangents: which outputs the tangents belong to, and how each is laid out.
         saved: the nodes whose tensors head the list for `backward`; saved generator states follow them.
         states: how many generator states follow.
+        lent: which of the gradients lie in the arena.
         arena: where the step's own tensors lie, if their addresses are planned.
         tiers: the memories that values are moved to, by the machine's number.
         updates: the updates that the step runs in backward.
@@ -50,6 +51,7 @@ class Generated:
     tangents: dict[int, torch.Tensor]
     saved: tuple[fx.Node, ...] = ()
     states: int = 0
+    lent: tuple[int, ...] = ()
     arena: Any = None
     tiers: dict[int, Any] = field(default_factory=dict)
     updates: Updates | None = None
@@ -116,6 +118,7 @@ class Writer:
         kept = ", ".join([*(self.name(node) for node in saved), *states, *visits])
         forward = [*head, *self.scope.lines, f"    return [{', '.join(outputs)}], [{kept}]"]
         backward: list[str] = []
+        lent: list[int] = []
         if cut < len(steps):
             self.scope = Scope()
             self.cross(saved)
@@ -126,7 +129,8 @@ class Writer:
             tail += ["    saved.clear()", *self.unpack([node for node, _ in tangents], "tangents")]
             for step in steps[cut:]:
                 self.instruction(step)
-            returned = [self.returned(place, node) for place, node in self.traced.gradients]
+            returned = [self.read(node) for _, node in self.traced.gradients]
+            lent = [index for index, (_, node) in enumerate(self.traced.gradients) if self.is_lent(node)]
             closed = [f"    {visit}.close()" for visit in visits]
             backward = [*tail, *self.scope.lines, *closed, f"    return [{', '.join(returned)}]"]
         source = "\n".join([*forward, "", *backward]) + "\n"
@@ -138,7 +142,7 @@ class Writer:
             "updates": self.updates,
             "homes": self.homes,
         }
-        space |= {f"open_{tier}": memory.open for tier, memory in self.tiers.items()} | self.extras()
+        space |= {f"open_{tier}": memory.open for tier, memory in self.tiers.items()}
         exec(compile(source, "<memplan schedule>", "exec"), space)
         return Generated(
             source=source,
@@ -149,18 +153,15 @@ class Writer:
             tangents={source.index: node.meta["val"] for node, source in tangents},
             saved=tuple(saved),
             states=len(states),
+            lent=tuple(lent),
             tiers=self.tiers,
             updates=self.updates,
             homes=self.homes,
         )
 
-    def extras(self) -> dict[str, Any]:
-        """Further names that the functions use."""
-        return {}
-
-    def returned(self, place: fx.Node, node: fx.Node) -> str:
-        """What the backward function returns as the gradient of a placeholder."""
-        return self.read(node)
+    def is_lent(self, node: fx.Node) -> bool:
+        """Whether a gradient lies in memory that the next step writes over."""
+        return False
 
     def phase(self, step: Run) -> Phase:
         """The phase of the op that an instruction runs."""

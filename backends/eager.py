@@ -27,6 +27,7 @@ from ..planner.errors import MemplanError, PlanMismatch
 from ..planner.graph import Source
 from .arena import generate_static
 from .codegen import Generated, generate
+from .graphs import recorded
 from .homes import Homes
 from .updates import Updates
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from ..planner.plan import Plan
 
 
-def apply(plan: "Plan", model: nn.Module, loss: Any = None, optimizer: Any = None) -> nn.Module:
+def apply(plan: "Plan", model: nn.Module, loss: Any = None, optimizer: Any = None, cuda_graphs: bool = False) -> nn.Module:
     """The planned module: see `Plan.apply`."""
     if plan.recipe.mapped:
         raise MemplanError("this plan is a mapping onto a scratchpad, which map_model(model, ...).run(*args) carries out")
@@ -50,9 +51,24 @@ def apply(plan: "Plan", model: nn.Module, loss: Any = None, optimizer: Any = Non
     updates = None if optimizer is None else Updates(model, optimizer, captured.traced)
     traced, schedule, machine = captured.traced, plan.schedule, plan.machine
     if schedule.placements:
-        return planned_module(model, captured, generate_static(traced, schedule, machine, updates))
-    homes = Homes(model, optimizer, traced, schedule, machine) if schedule.homes else None
-    return planned_module(model, captured, generate(traced, schedule, machine, updates, homes))
+        code = generate_static(traced, schedule, machine, updates)
+    else:
+        homes = Homes(model, optimizer, traced, schedule, machine) if schedule.homes else None
+        code = generate(traced, schedule, machine, updates, homes)
+    if cuda_graphs:
+        check_graphs(plan)
+        code = recorded(code)
+    return planned_module(model, captured, code)
+
+
+def check_graphs(plan: "Plan") -> None:
+    """Refuse to record a step that does not run on a GPU.
+
+    Raises:
+        MemplanError: it runs elsewhere.
+    """
+    if plan.program.device != "cuda":
+        raise MemplanError(f"cuda_graphs=True records a step on a GPU, and this plan is for {plan.machine.name}: leave it out")
 
 
 def recapture(plan: "Plan", model: nn.Module, loss: Any, optimizer: Any = None) -> Captured:
@@ -251,6 +267,9 @@ class _Planned(torch.autograd.Function):
         try:
             with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
                 found = runner.code.backward(saved, given)
+                for index in runner.code.lent:
+                    name = runner.code.arguments[runner.code.gradients[index]].name
+                    found[index] = runner.code.arena.lend(name, found[index])
         except Exception as error:
             if updates is None or not updates.done:
                 raise

@@ -6,11 +6,12 @@ Each method runs in a fresh process: forward, backward and an AdamW step, warmed
 runs out of memory, or fails otherwise, is a row. Rows are kept as they come, in results/cuda.jsonl; a run that its time
 limit cut short goes on where it stopped when it is started again. The methods that matter most come first.
 
-Methods: `eager`; `checkpoint` (block by block); `save-on-cpu` (activations in pinned host memory); `checkpoint-on-cpu` (what
-checkpointing saves, there); `compile` (inductor); `compile-budget:R` (inductor with PyTorch's activation_memory_budget);
-`memplan:BUDGET` (planned, eager's kernels), `memplan-offload:BUDGET` (to pinned host memory as well), `memplan-arena:BUDGET`
-(in one arena, gradients too) and `memplan-compile:BUDGET` (`torch.compile(backend="memplan")`), with a budget as in
-`memplan.plan`, or `@checkpoint`: what checkpointing was measured to take.
+Methods: `eager`; `checkpoint` (block by block); `save-on-cpu` (activations in pinned host memory); `checkpoint-on-cpu`
+(what checkpointing saves, there); `compile` (inductor); `compile-budget:R` (inductor with PyTorch's
+activation_memory_budget); `memplan:BUDGET` (planned, eager's kernels), `memplan-offload:BUDGET` (to pinned host memory
+as well), `memplan-arena:BUDGET` (in one arena, gradients too), `memplan-graphs:BUDGET` (that, recorded as CUDA graphs)
+and `memplan-compile:BUDGET` (`torch.compile(backend="memplan")`), with a budget as in `memplan.plan`, or `@checkpoint`:
+what checkpointing was measured to take.
 """
 
 import argparse
@@ -28,16 +29,17 @@ from .record import RESULTS, Results, Row, answer, ask, header, markdown, mib, n
 
 METHODS = (
     "eager", "checkpoint", "memplan:@checkpoint", "memplan:none", "memplan:60%", "memplan-offload:@checkpoint",
-    "memplan-arena:60%", "memplan:40%", "memplan-offload:40%", "memplan:80%", "memplan:25%", "memplan-offload:25%", "compile",
-    "save-on-cpu", "checkpoint-on-cpu", "memplan-compile:60%", "compile-budget:0.5", "compile-budget:0", "compile-budget:1",
-    "compile-budget:0.25", "compile-budget:0.75",
+    "memplan-arena:60%", "memplan-graphs:60%", "memplan:40%", "memplan-offload:40%", "memplan:80%", "memplan:25%",
+    "memplan-offload:25%", "compile", "save-on-cpu", "checkpoint-on-cpu", "memplan-compile:60%", "compile-budget:0.5",
+    "compile-budget:0", "compile-budget:1", "compile-budget:0.25", "compile-budget:0.75",
 )  # fmt: skip
-WARM_UP = 3
+WARM_UP = 5
 ON_CPU = ("save-on-cpu", "checkpoint-on-cpu")
 OPTIONS = {
     "memplan": {},
     "memplan-offload": {"allow": ("reorder", "recompute", "offload")},
     "memplan-arena": {"arena": True, "lend_gradients": True},
+    "memplan-graphs": {"arena": True, "lend_gradients": True},
 }  # of memplan.plan
 
 
@@ -64,7 +66,7 @@ def prepare(method: str, model: torch.nn.Module, args: tuple[Any, ...], request:
         from .planning import facts_of
 
         made = plan(model, budget, args, optimizer=request["optimizer"], time_limit=request["time_limit"], **OPTIONS[kind])
-        return made.apply(model), {"plan": facts_of(made)}
+        return made.apply(model, cuda_graphs=kind == "memplan-graphs"), {"plan": facts_of(made)}
     if kind == "memplan-compile":
         return torch.compile(model, backend="memplan", options={"budget": budget}), {}
     raise ValueError(f"unknown method {method}")

@@ -204,20 +204,22 @@ class Plan:
             (place.offset + sizes[place.buffer].bytes for place in self.schedule.placements if not place.tier), default=0
         )
 
-    def apply(self, model: "nn.Module", loss: Any = None, optimizer: Any = None) -> "nn.Module":
+    def apply(self, model: "nn.Module", loss: Any = None, optimizer: Any = None, cuda_graphs: bool = False) -> "nn.Module":
         """The planned model: same call, same numbers, same parameters.
 
         Args:
             model: the model the plan was made for, or one of the same structure.
             loss: the loss function, for a plan that was made with one and then loaded from a file.
             optimizer: the torch optimizer whose updates the planned step runs, for a plan with `optimizer_in_backward`.
+            cuda_graphs: record the step's kernels once and replay them, for a plan with `arena` on a GPU. Inputs and outputs,
+                and gradients that are not lent, are then there twice.
 
         Raises:
             PlanMismatch: the model does not trace to the plan's program.
         """
         from ..backends.eager import apply
 
-        return apply(self, model, loss, optimizer)
+        return apply(self, model, loss, optimizer, cuda_graphs)
 
 
 class PlanBody(msgspec.Struct, frozen=True):
