@@ -30,6 +30,12 @@ class Call:
         return self.op(*self.args, **self.kwargs)
 
     @property
+    def bytes(self) -> int:
+        """Of the storages that it is given, each once."""
+        found = {storage.data_ptr(): storage.nbytes() for storage in storages([self.args, list(self.kwargs.values())])}
+        return sum(found.values())
+
+    @property
     def inputs(self) -> set[int]:
         """The addresses of the storages that it is given."""
         return {storage.data_ptr() for storage in storages([self.args, list(self.kwargs.values())])}

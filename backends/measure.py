@@ -9,13 +9,11 @@ A time during which a thread had to wait for a core says little of the op: such 
 other runs are timed once more in the end; what is still disturbed then is used, said, and taken again by the next plan that
 finds the machine quiet.
 
-What accuracy to expect, seen on two cores of an AMD EPYC 7003 with torch 2.13 over one training step of five models
-(GPT-2, Llama, BERT, ViT, ResNet-50; 34 to 118 distinct keys each, 4 to 12 s to measure): the medians of the repeated
-times add up to 0.97 to 1.06 of what the same ops take inside a step. What is kept is the lower quartile: with other
-work on the cores it was within 17 % of the least of 21 runs in one process for 11 of 12 typical ops, where medians
-were up to 60 % above. Large ops are mostly within 10 % one by one, some convolutions and random draws within 30 %;
-elementwise ops come out at half of their time in a step, for here their inputs are still in the cache; single tensors
-above 32 MiB, mapped anew on each call, at up to three times. With `MALLOC_MMAP_THRESHOLD_` set low, page faults
+What accuracy to expect, seen on two cores of an Intel Xeon with torch 2.13 and an allocator that keeps what is freed:
+the ops of one planned training step add up to 0.96 (GPT-2), 0.96 (BERT), 0.93 (ResNet-50), 0.89 (Llama) and 0.87 (ViT)
+of its time; Python and autograd are the rest. Between two runs of an op as many other bytes pass through the caches as
+in a step: without, the sums were 0.73 to 0.79, elementwise ops half of what they take in a step. Single tensors above
+32 MiB, mapped anew on each call, come out at up to three times. With `MALLOC_MMAP_THRESHOLD_` set low, page faults
 outweigh the arithmetic of all but matrix products, and times vary by a factor of two between runs. Workspaces repeat
 within 100 KiB, and are within 5 % of what torch's allocator reports where it sees all of them.
 """
@@ -312,7 +310,7 @@ def serve(mode: str, device: str, threads: int, repeats: int) -> None:
     torch.empty(GROWN_THRESHOLD, dtype=torch.uint8)
 
     def figure(call: Call) -> tuple[float, bool]:
-        return seconds_of(call, repeats, device) if mode == "time" else (workspace_of(call, device), False)
+        return seconds_of(call, repeats, device, call.bytes) if mode == "time" else (workspace_of(call, device), False)
 
     with torch.no_grad():
         for line in sys.stdin:

@@ -5,7 +5,9 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache, partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from ..planner.watch import Watch
@@ -14,19 +16,21 @@ from .calls import Call, storages
 KEY_BUDGET = 0.15  # seconds for the repetitions of one key
 MOST_REPEATS = 15
 PATIENCE = 4  # times as many seconds and repetitions, where other work gets in the way
+PASSING = 64  # times the operands' bytes that pass through the caches between two runs: in a step, that of the ops between
+MOST_PASSING = 128 << 20
 TRIALS = 3  # of the workspace, of which the least counts: the kernel's counters lag
 NOISE = 64 * 1024  # bytes below which a resident-set difference says nothing
 MMAP_THRESHOLD = 65536  # blocks from this size on are mapped and unmapped singly, so that the resident set follows them
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
-def seconds_of(call: Callable[[], Any], repeats: int, device: str) -> tuple[float, bool]:
+def seconds_of(call: Callable[[], Any], repeats: int, device: str, operands: int = 0) -> tuple[float, bool]:
     """The time of one call, its outputs allocated and freed each time as in a step; and whether all runs were disturbed.
 
-    Runs during which a thread had to wait for a core do not count, if there are others. Of those that count the lower
-    quartile: what else goes on only ever lengthens a run.
+    In between, other bytes pass through the caches: `operands` says how many the call's own have. Runs during which a
+    thread had to wait for a core do not count, if there are others; their median does.
     """
-    once = timed_on_cuda if device == "cuda" else timed_on_cpu
+    once = timed_on_cuda if device == "cuda" else partial(timed_on_cpu, passing=min(PASSING * operands, MOST_PASSING))
     once(call)
     good: list[float] = []
     bad: list[float] = []
@@ -37,17 +41,26 @@ def seconds_of(call: Callable[[], Any], repeats: int, device: str) -> tuple[floa
         with Watch() as watch:
             took = once(call)
         (bad if watch.disturbed else good).append(took)
-        spent += took
+        spent += max(took, watch.seconds)
         least = repeats if took * repeats <= KEY_BUDGET else min(repeats, 2)
-    times = sorted(good or bad)
-    return times[len(times) // 4], not good
+    return (median(good), False) if good else (min(bad), True)
 
 
-def timed_on_cpu(call: Callable[[], Any]) -> float:
+def timed_on_cpu(call: Callable[[], Any], passing: int = 0) -> float:
+    if passing:
+        other_bytes()[:passing].add_(1)
     begin = time.perf_counter()
     result = call()
     del result  # giving the pages back is part of what an output costs
     return time.perf_counter() - begin
+
+
+@cache
+def other_bytes() -> Any:
+    """What passes through the caches between two runs."""
+    import torch
+
+    return torch.zeros(MOST_PASSING, dtype=torch.uint8)
 
 
 def timed_on_cuda(call: Callable[[], Any]) -> float:

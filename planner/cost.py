@@ -37,7 +37,7 @@ class Figures(NamedTuple):
     disturbed: bool = False
 
 
-FORMAT = 2
+FORMAT = 3
 MARGIN = 1.1  # modelled workspaces are multiplied by this: shapes round up to a kernel's blocks
 CUBLAS_WORKSPACE = 32 << 20  # torch's default on Hopper, at::cuda::getChosenWorkspaceSize; 8 MiB on older GPUs
 ITEMSIZE = {

@@ -151,7 +151,7 @@ def test_a_broken_file_is_a_warning(tmp_path: Path, content: bytes) -> None:
 
 def test_impossible_figures_are_left_out(tmp_path: Path) -> None:
     path = Table("a device", tmp_path).path
-    path.write_text(json.dumps({"device": "a device", "entries": {"a": [-1.0, 0], "b": [1.0, 8, False]}, "format": 2}))
+    path.write_text(json.dumps({"device": "a device", "entries": {"a": [-1.0, 0], "b": [1.0, 8, False]}, "format": 3}))
     with pytest.warns(UserWarning, match="impossible"):
         table = Table("a device", tmp_path)
     assert len(table) == 1
