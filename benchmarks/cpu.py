@@ -41,8 +41,12 @@ def measure_model(results: Results, name: str, options: argparse.Namespace) -> N
 
 
 def peak(results: Results, name: str, key: str, method: str, options: argparse.Namespace) -> None:
-    """The peak and the numbers of a method in a fresh process. The key of a plan is its schedule's hash."""
-    if results.last(task="peak", model=name, method=key):
+    """The peak and the numbers of a method in a fresh process. The key of a plan is its schedule's hash.
+
+    Eager's are taken on each processor, for the bits of others' numbers are compared with them.
+    """
+    where = {"on": results.on} if key == "eager" else {}
+    if results.last(task="peak", model=name, method=key, **where):
         return
     say(f"{name}: peak of {key}")
     request = {"task": "peak", "model": name, "method": method, "steps": options.steps}

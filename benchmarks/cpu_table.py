@@ -74,15 +74,16 @@ class Measured:
         return None
 
     def equal(self, row: Row) -> str:
-        """Whether a method's numbers are eager's, bit for bit."""
-        if self.eager is None:
+        """Whether a method's numbers are eager's on the same processor, bit for bit."""
+        eager = self.results.last(task="peak", model=self.name, method="eager", on=row["on"])
+        if eager is None:
             return "-"
-        same = {key: row[key] == self.eager[key] for key in ("numbers", "trained", "state")}
+        same = {key: row[key] == eager[key] for key in ("numbers", "trained", "state")}
         if all(same.values()):
             return "yes"
         if same["numbers"]:
             return "first steps only"
-        return "loss only" if row["numbers"]["losses"] == self.eager["numbers"]["losses"] else "no"
+        return "loss only" if row["numbers"]["losses"] == eager["numbers"]["losses"] else "no"
 
     @property
     def baselines(self) -> list[str]:

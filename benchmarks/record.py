@@ -36,18 +36,30 @@ FILES = ("file", "bare")  # of a row: kept relative to the folder of the results
 
 
 class Results:
-    """Rows of a file, to which each measurement is added as it is made, so that a run that was cut short can go on."""
+    """Rows of a file, to which each measurement is added as it is made, so that a run that was cut short can go on.
+
+    Each row has the processor (`on`) of the last machine noted before it, which its line leaves out.
+    """
 
     def __init__(self, path: Path):
         self.path = path
         self.rows: list[Row] = []
-        if path.is_file():
-            lines = path.read_text().splitlines()
-            self.rows = [self.located(json.loads(line)) for line in lines if line.strip()]
+        self.on: str | None = None
+        for line in path.read_text().splitlines() if path.is_file() else ():
+            if line.strip():
+                self.rows.append(self.placed(self.located(json.loads(line))))
+
+    def placed(self, row: Row) -> Row:
+        """A row with its processor."""
+        if row.get("task") == "machine":
+            self.on = row["cpu"]
+            return row
+        return row | {"on": self.on}
 
     def add(self, row: Row) -> Row:
         """Append a row, to the file as well."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        row = self.placed(row)
         self.rows.append(row)
         with self.path.open("a") as stream:
             stream.write(self.text(row))
@@ -60,7 +72,8 @@ class Results:
     def text(self, row: Row) -> str:
         """A row's line, which names no folder of this machine."""
         here = f"{self.path.parent}/"
-        return json.dumps(row | {key: str(row[key]).removeprefix(here) for key in FILES if key in row}) + "\n"
+        known = {key: value for key, value in row.items() if key != "on"}
+        return json.dumps(known | {key: str(row[key]).removeprefix(here) for key in FILES if key in row}) + "\n"
 
     def drop(self, **keys: Any) -> None:
         """Remove the rows with these values."""
