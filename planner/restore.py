@@ -65,7 +65,7 @@ def restore_dropout(graph: fx.GraphModule) -> None:
 def pass_on(graph: fx.GraphModule, changed: set[fx.Node]) -> None:
     """Bring fake results up to date with those that have changed: views share their storage, other ops follow their layout."""
     for node in graph.graph.nodes:
-        if node.op != "call_function" or node in changed or changed.isdisjoint(node.all_input_nodes):
+        if node.op != "call_function" or changed.isdisjoint(node.all_input_nodes):
             continue
         if is_pick(node):
             node.meta["val"] = node.args[0].meta["val"][node.args[1]]
