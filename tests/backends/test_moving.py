@@ -120,6 +120,25 @@ def test_moved_steps_have_eagers_bits(arena):
     assert traffic["in"].bytes == 3 * moved["disk to device"]
 
 
+@pytest.mark.parametrize("bandwidth", [3e6, 3e7, 1e9])
+def test_offload_is_never_slower_than_doing_without(bandwidth):
+    """However short the search is."""
+    torch.manual_seed(0)
+    links = Link("device", "disk", bandwidth), Link("disk", "device", bandwidth)
+    session = Session(
+        blocks(), (torch.randn(ROWS, WIDTH),), allow=("offload", "recompute", "reorder"), loss=total, time_limit=60.0,
+        machine=msgspec.structs.replace(MACHINE, links=links),
+    )  # fmt: skip
+    planner = session.planner
+    planner.effort = 1
+    still = planner.still
+    assert still is not None
+    assert still.still is None
+    for share in (0.1, 0.4, 0.7):
+        budget = still.floor.peak + int(share * (planner.kept.peak - still.floor.peak))
+        assert planner.solve(budget).side.time <= still.solve(budget).side.time
+
+
 def test_both_levers_together():
     """Recomputation of what is made from what was moved."""
     plan, planned, other, x = made(share=0.2, allow=("offload", "recompute", "reorder"), bandwidth=3e7)
