@@ -15,6 +15,7 @@ import dataclasses
 import resource
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -135,7 +136,7 @@ def render(results: Results, path: Path) -> None:
     lines += paragraph(
         "Written by `python -m memplan.benchmarks.offload`. Sizes are MiB, physical, everything counted. Times are over "
         "eager's: as predicted, and as measured within one process (median over rounds). *Off by*: the measured ratio "
-        f"over the predicted one, of the joint plan. {ALLOCATORS}"
+        f"over the predicted one, of the joint plan; *in seconds*: the same of the step's time itself. {ALLOCATORS}"
     )
     gains: list[float] = []
     for name in dict.fromkeys(row["model"] for row in results.all(task="plan")):
@@ -147,7 +148,8 @@ def render(results: Results, path: Path) -> None:
                           for source, target, rate, load in found["links"])  # fmt: skip
         lines += [f"## {name}", "", f"Unplanned {mib(found['unplanned'])}. Smallest: {floors}. Links: {rates}.", ""]
         heads = ("budget", *(f"{kind}, predicted" for kind in KINDS), *(f"{kind}, measured" for kind in KINDS),
-                 "off by", "moved out", "measured total", "fits", "equal to eager", "no worse, predicted")  # fmt: skip
+                 "off by", "in seconds", "moved out", "measured total", "fits", "equal to eager",
+                 "no worse, predicted")  # fmt: skip
         rows = []
         for point in sorted({row["point"] for row in results.all(task="plan", model=name) if "point" in row}):
             rows.append(table_row(results, name, point, gains))
@@ -182,9 +184,11 @@ def table_row(results: Results, name: str, point: int, gains: list[float]) -> tu
     if both and others:
         gains.append(1 - predicted["both"] / min(others))
     off = measured["both"] / predicted["both"] - 1 if both and measured["both"] else None
+    late = median(seconds["both"]) / both["time"] - 1 if both and "both" in seconds else None
     return (
         mib(budget), *(ratio(predicted.get(kind)) for kind in KINDS), *(ratio(measured[kind]) for kind in KINDS),
-        "-" if off is None else f"{off:+.1%}", mib(max(both["moved"].values(), default=0)) if both else "-",
+        *("-" if each is None else f"{each:+.1%}" for each in (off, late)),
+        mib(max(both["moved"].values(), default=0)) if both else "-",
         mib(peak["total"]) if peak else "-", verdict(fits), verdict(equal),
         verdict(predicted["both"] <= min(others) * 1.001 if both and others else None),
     )  # fmt: skip
