@@ -30,15 +30,19 @@ class Call:
         return self.op(*self.args, **self.kwargs)
 
     @property
+    def given(self) -> dict[int, int]:
+        """Address and bytes of each storage that it is given."""
+        return {storage.data_ptr(): storage.nbytes() for storage in storages([self.args, list(self.kwargs.values())])}
+
+    @property
     def bytes(self) -> int:
         """Of the storages that it is given, each once."""
-        found = {storage.data_ptr(): storage.nbytes() for storage in storages([self.args, list(self.kwargs.values())])}
-        return sum(found.values())
+        return sum(self.given.values())
 
     @property
     def inputs(self) -> set[int]:
         """The addresses of the storages that it is given."""
-        return {storage.data_ptr() for storage in storages([self.args, list(self.kwargs.values())])}
+        return set(self.given)
 
 
 def build(key: str, device: str) -> Call:

@@ -44,6 +44,8 @@ def apply(plan: "Plan", model: nn.Module, loss: Any = None, optimizer: Any = Non
         raise MemplanError(f"this plan {asked} an optimizer: plan.apply(model{', optimizer=...' * plan.recipe.in_backward})")
     if optimizer is not None and type(optimizer).__name__.lower() != str(plan.recipe.optimizer).lower():
         raise PlanMismatch(f"the plan was made for {plan.recipe.optimizer}, not for {type(optimizer).__name__}: plan again")
+    if cuda_graphs:
+        check_graphs(plan)
     captured = plan.captured
     if captured is None:
         captured = recapture(plan, model, loss, optimizer)
@@ -55,10 +57,7 @@ def apply(plan: "Plan", model: nn.Module, loss: Any = None, optimizer: Any = Non
     else:
         homes = Homes(model, optimizer, traced, schedule, machine) if schedule.homes else None
         code = generate(traced, schedule, machine, updates, homes)
-    if cuda_graphs:
-        check_graphs(plan)
-        code = recorded(code)
-    return planned_module(model, captured, code)
+    return planned_module(model, captured, recorded(code) if cuda_graphs else code)
 
 
 def check_graphs(plan: "Plan") -> None:

@@ -65,6 +65,7 @@ class Recorder:
     def __init__(self, code: Generated):
         self.code = code
         self.own = [index for index, source in enumerate(code.arguments) if source.kind == "input"]
+        self.standing = [index for index, source in enumerate(code.arguments) if source.kind != "input"]
         self.calls = 0
         self.fixed: tuple[int, ...] = ()  # addresses of what is not a call's own
         self.pool: Any = None
@@ -73,8 +74,7 @@ class Recorder:
 
     def forward(self, inputs: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[Any]]:
         """Outputs, and what `backward` wants to be handed."""
-        own = set(self.own)
-        fixed = tuple(value.data_ptr() for index, value in enumerate(inputs) if index not in own)
+        fixed = tuple(inputs[index].data_ptr() for index in self.standing)
         if fixed != self.fixed:
             self.fixed, self.calls, self.saved = fixed, 0, []
             self.steps.clear()
@@ -84,10 +84,10 @@ class Recorder:
         given = [inputs[index] for index in self.own]
         if "forward" not in self.steps:
             places = tuple(value.clone() for value in given)
-            standing = list(inputs)
+            lasting = list(inputs)
             for index, place in zip(self.own, places, strict=True):
-                standing[index] = place
-            graph, (outputs, self.saved) = self.record(lambda: self.code.forward(standing))
+                lasting[index] = place
+            graph, (outputs, self.saved) = self.record(lambda: self.code.forward(lasting))
             self.steps["forward"] = Recording(graph, places, outputs)
         outputs = self.steps["forward"].replay(given)
         return [value.clone() for value in outputs], [self]

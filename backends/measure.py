@@ -10,12 +10,13 @@ other runs are timed once more in the end; what is still disturbed then is used,
 finds the machine quiet.
 
 What accuracy to expect, seen on two cores of an Intel Xeon with torch 2.13 and an allocator that keeps what is freed:
-the ops of one planned training step add up to 0.96 (GPT-2), 0.96 (BERT), 0.93 (ResNet-50), 0.89 (Llama) and 0.87 (ViT)
-of its time; Python and autograd are the rest. Between two runs of an op as many other bytes pass through the caches as
-in a step: without, the sums were 0.73 to 0.79, elementwise ops half of what they take in a step. Single tensors above
-32 MiB, mapped anew on each call, come out at up to three times. With `MALLOC_MMAP_THRESHOLD_` set low, page faults
-outweigh the arithmetic of all but matrix products, and times vary by a factor of two between runs. Workspaces repeat
-within 100 KiB, and are within 5 % of what torch's allocator reports where it sees all of them.
+the ops of one planned training step add up to 1.10 (GPT-2), 1.06 (Llama), 1.03 (BERT), 0.97 (ViT) and 1.04 (ResNet-50)
+of its time, taken right after; the machine itself is 10 to 20 % slower at some times than at others. Between two runs
+of an op as many other bytes pass through the caches as in a step: without, the sums were 0.77 of eager's step on GPT-2,
+ViT and ResNet-50, elementwise ops half of what they take in it. Single tensors above 32 MiB, mapped anew on each call,
+come out at up to three times. With `MALLOC_MMAP_THRESHOLD_` set low, page faults outweigh the arithmetic of all but
+matrix products, and times vary by a factor of two between runs. Workspaces repeat within 100 KiB, and are within 5 % of
+what torch's allocator reports where it sees all of them.
 """
 
 import gc
@@ -77,24 +78,25 @@ def calibrate(
     Returns:
         How many keys were measured. Keys that cannot be run are remembered as such and not counted.
     """
-    worth: dict[str, float] = {}
-    for op in program.ops:
-        if measurable(op.key):
-            worth[op.key] = worth.get(op.key, 0.0) + roofline(op, machine)
-    missing = [key for key in worth if key not in table]
-    doubtful = [key for key in worth if is_disturbed(table.get(key))]
+    known = [key for key in dict.fromkeys(op.key for op in program.ops) if measurable(key)]
+    wanted = {key for key in known if key not in table}
+    doubtful = {key for key in known if is_disturbed(table.get(key))}
     if doubtful and is_quiet():
-        missing += doubtful
-    keys = sorted(missing, key=lambda key: -worth[key])
+        wanted |= doubtful
     found = {}
-    if keys:
+    if wanted:
+        worth = dict.fromkeys((key for key in known if key in wanted), 0.0)
+        for op in program.ops:
+            if op.key in worth:
+                worth[op.key] += roofline(op, machine)
+        keys = sorted(worth, key=lambda key: -worth[key])
         found = measure(keys, device or machine.device, threads=threads, time_limit=time_limit, progress=progress)
         table.update(found)
         table.save()
-    doubtful = [key for key in worth if is_disturbed(table.get(key))]
+        doubtful = {key for key in known if is_disturbed(table.get(key))}
     if doubtful:
         warnings.warn(
-            f"{len(doubtful)} of {len(worth)} ops of {program.name} were timed while other work held the cores: predicted "
+            f"{len(doubtful)} of {len(known)} ops of {program.name} were timed while other work held the cores: predicted "
             "times are too long, and choices that rest on them may be worse; plan again when the machine is quiet",
             stacklevel=2,
         )

@@ -1,9 +1,9 @@
 """Whether other work on the machine got in the way of what was timed.
 
-Linux counts for every thread how long it was ready to run while no core was free for it (proc(5), schedstat). While matrices
-are multiplied on two cores of an AMD EPYC those waits are under 2 % of the time when nothing else runs; one busy process
-makes products take 2 to 3 times as long and the waits as long as the time itself. What other work takes of caches and of
-memory bandwidth does not show.
+Linux counts for every thread how long it was ready to run while no core was free for it (proc(5), schedstat). While
+matrices are multiplied on two cores of an Intel Xeon most runs have waits under 1 % of the time when nothing else goes
+on; one busy process makes products take 2 to 3 times as long and the waits half as long as the time itself or longer.
+What other work takes of caches and of memory bandwidth does not show.
 """
 
 import time
