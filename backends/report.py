@@ -138,9 +138,8 @@ def copies(program: Program, machine: Machine, side: "Side") -> list[Copy]:
     found = []
     for step, start in zip(side.schedule.instructions, side.report.starts, strict=True):
         if isinstance(step, Start):
-            link = machine.links[step.link]
             begin = max(start, free[step.link])
-            free[step.link] = begin + link.latency + program.buffers[step.buffer].bytes / link.bandwidth
+            free[step.link] = machine.arrival(step.link, program.buffers[step.buffer].bytes, start, free)
             found.append(Copy(step.link, step.buffer, begin, free[step.link]))
     return found
 

@@ -204,14 +204,15 @@ class _Machine:
         self.results: dict[int, torch.Tensor] = {}  # outputs, at home in the memory behind
         self.address: dict[int, int] = {}
         self.flying: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor, float]] = {}
-        self.free = {"LOAD": 0.0, "STORE": 0.0}
+        self.free = [0.0] * len(self.links)
         self.counted = Counted()
         first, second = (tier.name for tier in owner.mapping.machine.tiers[:2])
         ways = {"LOAD": (second, first), "STORE": (first, second)}
         self.link = {
-            what: max((link for link in self.links if (link.source, link.target) == ends), key=lambda link: link.bandwidth)
+            what: max((at for at, link in enumerate(self.links) if (link.source, link.target) == ends),
+                      key=lambda at: self.links[at].bandwidth)
             for what, ends in ways.items()
-        }
+        }  # fmt: skip
 
     def execute(self) -> list[Any]:
         """Run the program. Returns the traced outputs."""
@@ -237,9 +238,9 @@ class _Machine:
         target.fill_(POISON)
         self.address[operand.buffer] = operand.address
         link = self.link[step.what]
-        self.free[step.what] = max(self.counted.time, self.free[step.what]) + link.latency + operand.bytes / link.bandwidth
-        self.counted.time += link.load * operand.bytes / link.bandwidth
-        self.flying[step.what, operand.buffer] = source, target, self.free[step.what]
+        self.free[link] = self.owner.mapping.machine.arrival(link, operand.bytes, self.counted.time, self.free)
+        self.counted.time += self.links[link].load * operand.bytes / self.links[link].bandwidth
+        self.flying[step.what, operand.buffer] = source, target, self.free[link]
 
     def outside(self, step: Copy) -> torch.Tensor:
         """Where a copy begins or ends in the memory behind, as bytes."""

@@ -102,8 +102,8 @@ def tiers_of(machine: Machine) -> np.ndarray:
     for route in routes_of(machine):
         out, back = machine.links[route.out], machine.links[route.back]
         ways = out.bandwidth, out.latency, out.load, back.bandwidth, back.latency, back.load
-        rows.append((*ways, float(machine.tiers[route.tier].capacity)))
-    return np.array(rows, float).reshape(-1, 7)
+        rows.append((*ways, float(machine.tiers[route.tier].capacity), max(0.0, out.duplex + back.duplex - 1)))
+    return np.array(rows, float).reshape(-1, 8)
 
 
 def ragged(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:

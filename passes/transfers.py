@@ -157,10 +157,9 @@ class _Walk:
 
     def carry(self, link: int, buffer: int) -> float:
         """Put a copy into a link's queue. Returns when it ends."""
-        known = self.machine.links[link]
-        seconds = self.size[buffer] / known.bandwidth
-        self.free[link] = max(self.clock, self.free[link]) + known.latency + seconds
-        self.clock += known.load * seconds
+        known, size = self.machine.links[link], self.size[buffer]
+        self.free[link] = self.machine.arrival(link, size, self.clock, self.free)
+        self.clock += known.load * (size / known.bandwidth)
         return self.free[link]
 
     def leave(self, buffer: int) -> None:

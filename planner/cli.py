@@ -317,8 +317,8 @@ def calibrate(
     facts = {"machine": machine.name, "measured": count, "ops": len(program.ops), "file": str(costs.path),
              "links": msgspec.to_builtins(machine.links)}  # fmt: skip
     lines = [f"{count} operators measured on {machine.name}; the table is {costs.path}"]
-    lines += [f"{link.source} to {link.target}: {link.bandwidth / 1e9:.2f} GB/s, computing loses {link.load:.0%} of the time"
-              for link in machine.links]  # fmt: skip
+    lines += [f"{link.source} to {link.target}: {link.bandwidth / 1e9:.2f} GB/s, {link.duplex:.0%} of it while copies go both "
+              f"ways; computing loses {link.load:.0%} of the time" for link in machine.links]  # fmt: skip
     answer(as_json, facts, Text("\n".join(lines)))
 
 

@@ -1,8 +1,8 @@
 """The disk behind this host's memory: which directory, how many bytes are free, how fast a step's copies are.
 
 Copies are reads and writes of ordinary files, by way of the kernel's cache. They cost processor time and memory bandwidth, so
-they are timed while torch's threads are busy, and what they take from those is measured with them. What the cache cannot
-hold waits for the disk itself; the figures leave that out.
+they are timed while torch's threads are busy, and what they take from those is measured with them; so is what writing and
+reading take from one another. What the cache cannot hold waits for the disk itself; the figures leave that out.
 """
 
 import os
@@ -23,7 +23,7 @@ from .units import show_bytes
 RESERVE = 0.05  # the share of the free bytes that is left free
 LENGTH = 256 << 20  # bytes of the file that the probe writes and reads
 CHUNK = 4 << 20  # bytes of one call
-PROBE_TIME = 1.0  # seconds for each direction
+PROBE_TIME = 1.0  # seconds for computing alone, for each direction, and for both
 ROUNDS = 3  # of the whole probe; what else runs on the machine only ever makes one worse
 PASSES = 4  # over the file at least: the first also finds memory for the kernel's cache, which later steps reuse
 ROWS = 1024  # and columns of the matrices multiplied meanwhile
@@ -39,17 +39,21 @@ class DiskRates(msgspec.Struct, frozen=True):
         read: bytes per second read.
         write_load: seconds of computing lost for each second of writing.
         read_load: the same for reading.
+        write_duplex: the share of its rate that writing has left while something is read.
+        read_duplex: the same for reading while something is written.
     """
 
     write: float
     read: float
     write_load: float
     read_load: float
+    write_duplex: float
+    read_duplex: float
 
     @property
     def sound(self) -> bool:
         """Whether a plan can rest on the figures."""
-        return min(self.write, self.read) > 0
+        return min(self.write, self.read, self.write_duplex, self.read_duplex) > 0
 
 
 def offload_directory() -> Path:
@@ -127,11 +131,13 @@ def probe_disk(directory: Path) -> DiskRates:
                 target = torch.empty(LENGTH, dtype=torch.uint8).numpy().data
                 each_chunk(lambda low, high: os.preadv(handle, [target[low:high]], low))
 
-            found = [(beside_computing(write), beside_computing(read)) for _ in range(ROUNDS)]
+            compute = computing()
+            found = [beside(compute, write, read) for _ in range(ROUNDS)]
     except OSError as error:
         raise MachineError(f"cannot offload to {directory}: {error.strerror}; set MEMPLAN_OFFLOAD") from None
-    (writing, write_load), (reading, read_load) = (min(each) for each in zip(*found, strict=True))
-    return DiskRates(LENGTH / writing, LENGTH / reading, write_load, read_load)
+    (writing, write_load), (reading, read_load), *both = (min(each) for each in zip(*found, strict=True))
+    shares = [min(1.0, alone / together) for alone, together in zip((writing, reading), both, strict=True)]
+    return DiskRates(LENGTH / writing, LENGTH / reading, write_load, read_load, *shares)
 
 
 def each_chunk(move: Callable[[int, int], int]) -> None:
@@ -149,11 +155,9 @@ def write_out(handle: int, source: memoryview, offset: int) -> int:
     return count
 
 
-def beside_computing(action: Callable[[], object]) -> tuple[float, float]:
-    """The action's usual time, in a thread of its own, while torch's threads compute; and computing lost for each second.
-
-    The computing is a product of matrices, which keeps the cores busy, and a sum, which keeps the memory busy.
-    """
+def computing() -> Callable[[], None]:
+    """What torch's threads do meanwhile: a product of matrices, which keeps the cores busy, and a sum, which keeps the memory
+    busy."""
     import torch
 
     matrix, long = torch.ones(ROWS, ROWS), torch.ones(LENGTH_ADDED)
@@ -163,15 +167,28 @@ def beside_computing(action: Callable[[], object]) -> tuple[float, float]:
         torch.mm(matrix, matrix)
         torch.add(long, long, out=place)
 
+    return compute
+
+
+def beside(
+    compute: Callable[[], None], write: Callable[[], None], read: Callable[[], None]
+) -> tuple[tuple[float, float], tuple[float, float], float, float]:
+    """(time, computing lost for each second) of writing and of reading, beside computing; then the times of both at once."""
     alone = usual_time(compute)
-    with ThreadPoolExecutor(1) as worker:
-        answer = worker.submit(usual_time, action)
-        turns, begin = 0, time.perf_counter()
-        while not answer.done():
-            compute()
-            turns += 1
-        took = time.perf_counter() - begin
-    return answer.result(), max(0.0, 1 - alone * turns / took)
+
+    def meanwhile(*actions: Callable[[], None]) -> tuple[list[float], float]:
+        with ThreadPoolExecutor(len(actions)) as workers:
+            answers = [workers.submit(usual_time, action) for action in actions]
+            turns, begin = 0, time.perf_counter()
+            while not all(answer.done() for answer in answers):
+                compute()
+                turns += 1
+            took = time.perf_counter() - begin
+        return [answer.result() for answer in answers], max(0.0, 1 - alone * turns / took)
+
+    ([writing], write_load), ([reading], read_load) = meanwhile(write), meanwhile(read)
+    (writing_too, reading_too), _ = meanwhile(write, read)
+    return (writing, write_load), (reading, read_load), writing_too, reading_too
 
 
 def usual_time(action: Callable[[], object]) -> float:

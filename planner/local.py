@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
@@ -21,8 +21,12 @@ from .disk import DiskRates, free_bytes, offload_directory, probe_disk
 from .errors import MachineError
 from .machine import PRESETS, Link, Machine, Tier, Unit, load_machine
 
+if TYPE_CHECKING:
+    import torch
+
 PAGE = 4096  # bytes
 DISK_LATENCY = 1e-4  # seconds: estimate of handing a copy to the thread that does it, while torch's threads are busy
+CUDA_LATENCY = 1e-5  # seconds: estimate of submitting an asynchronous copy and its event
 CPU_ALIGNMENT = 64  # bytes: c10::gAlignment
 CUDA_ROUNDING = 512  # bytes: kMinBlockSize of the caching allocator
 TYPES = ("float32", "float64", "bfloat16", "float16")
@@ -42,12 +46,20 @@ ALLOCATOR_SETTINGS = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "PYTORCH_CUDA_A
 
 
 class Rates(msgspec.Struct, frozen=True):
-    """What a probe measured: operations per second by element type, bytes per second, seconds."""
+    """What a probe measured: operations per second by element type, bytes per second, seconds.
+
+    Attributes:
+        link: bytes per second to the host.
+        back: bytes per second from there.
+        duplex: the share of either that is left while copies go both ways.
+    """
 
     flops: dict[str, float]
     bandwidth: float
     launch: float
     link: float = 0.0
+    back: float = 0.0
+    duplex: float = 1.0
 
     @property
     def sound(self) -> bool:
@@ -63,7 +75,7 @@ def local_machine(device: str = "cpu", offload: bool = False) -> Machine:
 
     Args:
         device: `cpu`, or `cuda` for the current GPU with this host behind it.
-        offload: put the disk behind the CPU's memory; the first time for a directory, that takes a probe of about two
+        offload: put the disk behind the CPU's memory; the first time for a directory, that takes a probe of some twelve
             seconds. A GPU has this host behind it anyway.
 
     Raises:
@@ -91,8 +103,8 @@ def local_cpu(offload: bool = False) -> Machine:
         disk = kept("disk", f"{device_key()}, {directory}", DiskRates, lambda: probe_disk(directory))
         tiers.append(Tier("disk", capacity, min(disk.write, disk.read), rounding=PAGE, alignment=PAGE))
         links = [
-            Link("device", "disk", disk.write, DISK_LATENCY, disk.write_load),
-            Link("disk", "device", disk.read, DISK_LATENCY, disk.read_load),
+            Link("device", "disk", disk.write, DISK_LATENCY, disk.write_load, disk.write_duplex),
+            Link("disk", "device", disk.read, DISK_LATENCY, disk.read_load, disk.read_duplex),
         ]
     unit = Unit("cores", "device", rates.flops, launch=rates.launch)
     machine = Machine("local-cpu", "cpu", tuple(tiers), (unit,), tuple(links))
@@ -120,7 +132,8 @@ def local_cuda() -> Machine:
         Tier("device", capacity, bandwidth, rounding=CUDA_ROUNDING, alignment=CUDA_ROUNDING),
         Tier("host", memory_limit(), known_rates("cpu").bandwidth, rounding=PAGE, alignment=PAGE),
     )
-    links = (Link("device", "host", rates.link, 1e-5), Link("host", "device", rates.link, 1e-5))
+    ways = ("device", "host", rates.link), ("host", "device", rates.back)
+    links = tuple(Link(*way, latency=CUDA_LATENCY, duplex=rates.duplex) for way in ways)
     machine = Machine("local-cuda", "cuda", tiers, (unit,), links)
     machine.verify()
     return machine
@@ -203,7 +216,7 @@ def kept(prefix: str, key: str, kind: type[Figures], measure: Callable[[], Figur
 
 
 def probe(device: str) -> Rates:
-    """Measure the device: a matrix product for each type, a copy, an op too small to count, a copy to the host."""
+    """Measure the device: a matrix product for each type, a copy, an op too small to count, copies to the host and back."""
     import torch
 
     small = torch.zeros(1, device=device)
@@ -216,11 +229,28 @@ def probe(device: str) -> Rates:
     target = torch.ones_like(source)
     copied = best_time(device, lambda: target.copy_(source))
     launch = best_time(device, lambda: [small.add(1.0) for _ in range(100)]) / 100
-    link = 0.0
-    if device == "cuda":
-        pinned = torch.empty(COPY[device], dtype=torch.uint8, pin_memory=True)
-        link = pinned.numel() / best_time(device, lambda: pinned.copy_(source, non_blocking=True))
-    return Rates(flops=flops, bandwidth=2 * source.numel() / copied, launch=launch, link=link)
+    host = link_rates(source, target) if device == "cuda" else ()
+    return Rates(flops, 2 * source.numel() / copied, launch, *host)
+
+
+def link_rates(source: "torch.Tensor", target: "torch.Tensor") -> tuple[float, float, float]:
+    """Bytes per second from the GPU to pinned memory and back, and the share of the slower that both at once leave."""
+    import torch
+
+    pinned = [torch.empty(source.numel(), dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+
+    def out() -> None:
+        with torch.cuda.stream(streams[0]):
+            pinned[0].copy_(source, non_blocking=True)
+
+    def back() -> None:
+        with torch.cuda.stream(streams[1]):
+            target.copy_(pinned[1], non_blocking=True)
+
+    leaving, coming = best_time("cuda", out), best_time("cuda", back)
+    both = best_time("cuda", lambda: (out(), back()))
+    return source.numel() / leaving, source.numel() / coming, min(1.0, max(leaving, coming) / both)
 
 
 def product_rate(device: str, dtype: str) -> float:

@@ -7,7 +7,8 @@ each figure with its source beside it.
 """
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import msgspec
@@ -62,6 +63,8 @@ class Link(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         latency: seconds per copy.
         load: seconds of the computing units' time that each second of copying costs: 0 for an engine of its own, more where
             the same cores copy.
+        duplex: the share of the bandwidth that is left while a copy goes the other way: 1 where the two directions do not
+            touch, 0.5 where they share one bus.
     """
 
     source: str
@@ -69,6 +72,7 @@ class Link(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bandwidth: float
     latency: float = 0.0
     load: float = 0.0
+    duplex: float = 1.0
 
 
 class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
@@ -86,6 +90,33 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True
             if tier.name == name:
                 return index
         raise MachineError(f"machine {self.name} has no tier {name!r}; it has {[tier.name for tier in self.tiers]}")
+
+    @cached_property
+    def opposite(self) -> tuple[int | None, ...]:
+        """For each link the fastest one between the same tiers the other way; None where there is none."""
+        by_rate = sorted(range(len(self.links)), key=lambda index: -self.links[index].bandwidth)
+        ends = [(link.source, link.target) for link in self.links]
+        return tuple(next((index for index in by_rate if ends[index] == (target, source)), None) for source, target in ends)
+
+    def arrival(self, link: int, size: int, clock: float, free: Sequence[float]) -> float:
+        """When a copy that is put into a link's queue now has ended.
+
+        A link carries one copy at a time, first come, first served. While the link the other way is busy both are slower, by
+        their `duplex`; the copy that was queued first keeps the time it was given, and the later one bears what both lose.
+
+        Args:
+            link: index of the link.
+            size: bytes.
+            clock: seconds, now.
+            free: for each link when what is in its queue has ended.
+        """
+        known, back = self.links[link], self.opposite[link]
+        begin, seconds = max(clock, free[link]) + known.latency, size / known.bandwidth
+        if back is None or free[back] <= begin:
+            return begin + seconds
+        busy = free[back] - begin
+        rate = max(0.0, known.duplex + self.links[back].duplex - 1)
+        return begin + seconds + (1 - rate) * (busy if seconds >= rate * busy else seconds / rate)
 
     def verify(self) -> None:
         """Check that capacities and rates are positive and that names refer to something.
@@ -105,9 +136,10 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True
         for link in self.links:
             self.tier_index(link.source)
             self.tier_index(link.target)
-            if link.bandwidth <= 0 or link.latency < 0 or link.load < 0:
+            if link.bandwidth <= 0 or link.latency < 0 or link.load < 0 or not 0 < link.duplex <= 1:
                 raise MachineError(
-                    f"link {link.source}->{link.target} of {self.name}: bandwidth must be positive, latency and load at least 0"
+                    f"link {link.source}->{link.target} of {self.name}: bandwidth must be positive, latency and load at least "
+                    "0, duplex above 0 and at most 1"
                 )
 
 

@@ -218,7 +218,17 @@ def referee(program: Program, machine: Machine, schedule: Schedule, budget: int 
             if step.buffer in outdated and not returns:
                 refuse("home", f"{name[step.buffer]} has been changed, and goes home next", at)
             seconds = size[step.buffer] / link.bandwidth
-            link_free[step.link] = max(clock, link_free[step.link]) + link.latency + seconds
+            begins = max(clock, link_free[step.link]) + link.latency
+            ways = [(machine.links[other].bandwidth, -other) for other in range(len(machine.links))
+                    if (machine.links[other].source, machine.links[other].target) == (link.target, link.source)]  # fmt: skip
+            contended = lost = 0.0
+            if ways:  # both directions lose by being busy at once; the copy that comes later bears it
+                other = -max(ways)[1]
+                lost = min(1.0, (1 - link.duplex) + (1 - machine.links[other].duplex))
+                contended = max(0.0, link_free[other] - begins)
+                if seconds < (1 - lost) * contended:
+                    contended = seconds / (1 - lost)
+            link_free[step.link] = begins + seconds + lost * contended
             clock += link.load * seconds
             flying[step.buffer, step.link] = link_free[step.link]
             fresh = {step.buffer} - live[target]

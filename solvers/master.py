@@ -111,7 +111,7 @@ class Master:
             [(problem.repeatable[:ops] > 0).astype(float), np.ones(count), *[movable] * tiers, np.full(2 * tiers, 1e9)]
         )
         size = problem.size[self.early].astype(float)
-        loads = [size * (out_load / out + back_load / back) for out, _, out_load, back, _, back_load, _ in problem.tiers]
+        loads = [size * (out_load / out + back_load / back) for out, _, out_load, back, _, back_load, *_ in problem.tiers]
         self.cost = np.concatenate([problem.seconds[:ops], np.zeros(count), *loads, np.ones(2 * tiers)])
         # a kept value is resident until its segment's backward pass opens; from then on it is there either way
         self.until = segments.opened[segments.of_buffer[self.early]]
@@ -128,7 +128,7 @@ class Master:
         size = problem.size[self.early].astype(float)
         forward, backward = problem.seconds[:ops].sum(), problem.seconds[ops:].sum()
         home = np.array([problem.size[problem.home == 1 + number].sum() for number in range(len(problem.tiers))])
-        for number, (out, out_delay, out_load, back, back_delay, back_load, room) in enumerate(problem.tiers):
+        for number, (out, out_delay, out_load, back, back_delay, back_load, room, _) in enumerate(problem.tiers):
             moved = (ops + (1 + number) * count + np.arange(count)).tolist()
             leaving, coming = -(size / out * (1 - out_load) + out_delay), -(size / back * (1 - back_load) + back_delay)
             self.rows.append(([*moved, self.stalls + 2 * number], [*leaving, 1.0], -forward))

@@ -74,7 +74,7 @@ def memo(problem: Problem, segments: Segments, slots: Slots, attention: np.ndarr
     late = (slots.before <= problem.boundary) & (slots.at > problem.boundary) & slots.travels
     crossing = late & (slots.last == 0)
     segment = segments.of_buffer[slots.buffer]
-    out, delay, _, _, _, _, host = problem.tiers[0]
+    out, delay, _, _, _, _, host, _ = problem.tiers[0]
     solution = problem.keep_all()
     for layer in range(layers.count - LAST):
         own = layers.segments(layer)

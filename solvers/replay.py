@@ -5,7 +5,7 @@ from numba import njit
 
 SINCE, BEGIN, HOLD, EAGER, MOVE = range(5)  # rows of a solution: see `timeline`
 NEVER = 2**30  # a time after any base time: the `since` of a buffer's last gap, which no use ends
-OUT, OUT_DELAY, OUT_LOAD, IN, IN_DELAY, IN_LOAD, ROOM = range(7)  # columns of `tiers`
+OUT, OUT_DELAY, OUT_LOAD, IN, IN_DELAY, IN_LOAD, ROOM, RATE = range(8)  # columns of `tiers`
 
 
 @njit(cache=True)
@@ -188,10 +188,20 @@ def find_last(order, when, count, read_start, read, write_start, write, output):
 
 
 @njit(cache=True)
-def copy_out(buffer, link, clock, size, tiers, free_out, there, queue, tail):  # pragma: no cover
+def arrival(begin, seconds, busy, rate):  # pragma: no cover
+    """When a copy ends, the link the other way being busy until a time and the rate a share until then: `Machine.arrival`."""
+    if busy <= begin:
+        return begin + seconds
+    shared = busy - begin
+    return begin + seconds + (1 - rate) * (shared if seconds >= rate * shared else seconds / rate)
+
+
+@njit(cache=True)
+def copy_out(buffer, link, clock, size, tiers, free_out, free_in, there, queue, tail):  # pragma: no cover
     """Put a buffer into a link's queue as its value is complete. Returns the clock, with what copying costs computing."""
     copying = size[buffer] / tiers[link, OUT]
-    free_out[link] = max(free_out[link], clock) + tiers[link, OUT_DELAY] + copying
+    begin = max(free_out[link], clock) + tiers[link, OUT_DELAY]
+    free_out[link] = arrival(begin, copying, free_in[link], tiers[link, RATE])
     there[buffer] = free_out[link]
     queue[link, tail[link]] = buffer
     tail[link] += 1
@@ -308,7 +318,7 @@ def replay(
             if moving:
                 for k in range(changed_start[op], changed_start[op + 1]):
                     buffer = changed[k]
-                    clock = copy_out(buffer, home[buffer] - 1, clock, size, tiers, free_out, there, queue, tail)
+                    clock = copy_out(buffer, home[buffer] - 1, clock, size, tiers, free_out, free_in, there, queue, tail)
                 for k in range(read_start[op], read_start[op + 1]):
                     buffer = read[k]
                     if ready[buffer] > 0.0:
@@ -325,7 +335,7 @@ def replay(
                         buffer = write[k]
                         if fetches[buffer] > 0:
                             link = tier[buffer] - 1
-                            clock = copy_out(buffer, link, clock, size, tiers, free_out, there, queue, tail)
+                            clock = copy_out(buffer, link, clock, size, tiers, free_out, free_in, there, queue, tail)
                             held[link] += size[buffer]
                             if held[link] > tiers[link, ROOM]:
                                 excess += held[link] - tiers[link, ROOM]
@@ -337,7 +347,8 @@ def replay(
             buffer = -1 - op
             link = tier[buffer] - 1
             copying = size[buffer] / tiers[link, IN]
-            free_in[link] = max(free_in[link], clock) + tiers[link, IN_DELAY] + copying
+            begin = max(free_in[link], clock) + tiers[link, IN_DELAY]
+            free_in[link] = arrival(begin, copying, free_out[link], tiers[link, RATE])
             clock += tiers[link, IN_LOAD] * copying
             ready[buffer] = free_in[link]
         if at < len(memory):

@@ -31,7 +31,7 @@ import numpy as np
 from .replay import BEGIN, EAGER, HOLD, MOVE, NEVER, SINCE, evaluate, expand, replay
 
 KEEP = -1  # a time before any base time: kept throughout, or not held
-NO_TIERS = np.zeros((0, 7))
+NO_TIERS = np.zeros((0, 8))
 AHEAD = 2.0  # copies in of what is at home elsewhere: started so many times what they take before they are needed
 
 
@@ -51,8 +51,9 @@ class Problem:
         repeatable: the last base time before which each op may run again, shape (ops,), int32; 0 for one that may not.
         resident: bytes live throughout.
         boundary: base time of the loss; ops after it are the backward pass.
-        tiers: the tiers behind the device, shape (tiers, 7): bytes per second out, seconds per copy out, seconds of computing
-            lost for a second of copying out; the same in; and capacity in bytes.
+        tiers: the tiers behind the device, shape (tiers, 8): bytes per second out, seconds per copy out, seconds of computing
+            lost for a second of copying out; the same in; capacity in bytes; and the rate, as a share, of a copy while
+            another goes the other way, which keeps its own.
         home: for each buffer 0, or the number of the tier where it lies before the step and after it: a parameter, say. Such
             buffers are the last ones; their producer is a time after the last op; they are fetched, never made.
         changed_start: op i changes `changed[changed_start[i]:changed_start[i + 1]]`, which are at home in a tier, is the last
@@ -111,7 +112,7 @@ class Problem:
         solution[EAGER] = solution[MOVE] = 0
         ends = np.concatenate([[0.0], np.cumsum(self.seconds)])
         for buffer in np.flatnonzero(self.home):
-            _, _, _, bandwidth, delay, _, _ = self.tiers[self.home[buffer] - 1]
+            _, _, _, bandwidth, delay, *_ = self.tiers[self.home[buffer] - 1]
             previous = -1
             for index in range(self.use_start[buffer], self.use_start[buffer + 1]):
                 at = int(self.use[index])

@@ -32,7 +32,7 @@ def probes(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
     def measure(directory: Path) -> DiskRates:
         seen.append(directory)
-        return DiskRates(write=2e9 / len(seen), read=1e9, write_load=0.25, read_load=0.5)
+        return DiskRates(2e9 / len(seen), 1e9, write_load=0.25, read_load=0.5, write_duplex=0.75, read_duplex=0.5)
 
     monkeypatch.setattr(local, "probe", lambda device: Rates({"default": 1e9}, bandwidth=1e9, launch=1e-6))
     monkeypatch.setattr(local, "probe_disk", measure)
@@ -57,9 +57,9 @@ def test_with_offload_the_disk_is_behind_the_memory(probes: list[Path]):
     assert machine.units == plain.units
     tier = machine.tiers[1]
     assert (tier.name, tier.bandwidth, tier.rounding, tier.alignment) == ("disk", 1e9, PAGE, PAGE)
-    assert [(link.source, link.target, link.bandwidth) for link in machine.links] == [
-        ("device", "disk", 2e9),
-        ("disk", "device", 1e9),
+    assert [(link.source, link.target, link.bandwidth, link.load, link.duplex) for link in machine.links] == [
+        ("device", "disk", 2e9, 0.25, 0.75),
+        ("disk", "device", 1e9, 0.5, 0.5),
     ]
 
 
@@ -135,7 +135,7 @@ def test_only_the_cpu_and_the_gpu_are_local():
 
 
 def test_the_probe_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Not even while it runs has the file a name, and nobody else may open it."""
+    """Not even while it runs has the file a name, and nobody else may open it. It is written alone, and while it is read."""
     monkeypatch.setattr(disk, "LENGTH", 3 * PAGE)
     monkeypatch.setattr(disk, "CHUNK", 2 * PAGE)
     monkeypatch.setattr(disk, "PROBE_TIME", 0.0)
@@ -150,7 +150,9 @@ def test_the_probe_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     rates = probe_disk(tmp_path)
 
     assert rates.sound
-    assert seen == [(0, 2 * PAGE, [], 0, 0o600), (2 * PAGE, PAGE, [], 0, 0o600)] * (disk.PASSES * disk.ROUNDS)
+    assert 0 < rates.write_duplex <= 1
+    assert 0 < rates.read_duplex <= 1
+    assert seen == [(0, 2 * PAGE, [], 0, 0o600), (2 * PAGE, PAGE, [], 0, 0o600)] * (disk.PASSES * disk.ROUNDS * 2)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -125,6 +125,24 @@ def test_copies_take_time_on_their_link_and_bytes_at_both_ends():
     assert report.moved == (100, 100)
 
 
+@pytest.mark.parametrize(("out", "back", "ends"), [(1.0, 1.0, 5.45), (0.8, 0.7, 5.95), (0.5, 0.5, 6.45), (0.1, 0.3, 6.45)])
+def test_copies_both_ways_at_once_are_slower(out: float, back: float, ends: float):
+    """One goes out until 5.25; one that alone takes 1.2 s comes back from 4.25 on, for a second beside it at a lower rate."""
+    links = tuple(msgspec.structs.replace(link, duplex=share) for link, share in zip(TWO.links, (out, back), strict=True))
+    machine = msgspec.structs.replace(TWO, links=links)
+
+    assert machine.opposite == (1, 0)
+    assert machine.arrival(1, 60, 4.25, [5.25, 0.0]) == pytest.approx(ends)
+    assert machine.arrival(1, 60, 6.0, [5.25, 0.0]) == pytest.approx(7.2)
+
+
+def test_a_short_copy_ends_beside_the_other():
+    """At half its rate: 0.2 s take 0.4."""
+    links = tuple(msgspec.structs.replace(link, duplex=0.75) for link in TWO.links)
+
+    assert msgspec.structs.replace(TWO, links=links).arrival(1, 10, 4.25, [5.25, 0.0]) == pytest.approx(4.65)
+
+
 def test_a_copy_runs_beside_the_compute_and_links_are_queues():
     """Two copies on one link follow each other; a wait after they have arrived costs nothing."""
     steps = (

@@ -19,12 +19,15 @@ from strategies import events_of_program, make_program, scramble, some_homes
 
 
 def machine_of(host: int = 1 << 40, rate: float = 1e4, disk: bool = True) -> Machine:
-    """A device with a host behind it, and a slower disk, whose copies have a latency and hold the computing up."""
+    """A device with a host behind it, and a slower disk, whose copies have a latency and hold the computing up.
+
+    Copies both ways at once slow one another down; at the disk they take turns.
+    """
     tiers = [Tier("device", 1 << 50, 1e9), Tier("host", host, 1e9)]
-    links = [Link("device", "host", rate), Link("host", "device", rate)]
+    links = [Link("device", "host", rate, duplex=0.8), Link("host", "device", rate, duplex=0.7)]
     if disk:
         tiers.append(Tier("disk", 1 << 50, 1e9))
-        links += [Link("device", "disk", rate / 4, 1e-4, 0.3), Link("disk", "device", rate / 2, 2e-4, 1.2)]
+        links += [Link("device", "disk", rate / 4, 1e-4, 0.3, 0.5), Link("disk", "device", rate / 2, 2e-4, 1.2, 0.4)]
     return Machine("tiered", "cpu", tuple(tiers), (Unit("core", "device", {"default": 1e9}),), tuple(links))
 
 
@@ -121,4 +124,4 @@ def test_routes_need_both_ways():
     assert [route.tier for route in routes_of(machine)] == [1, 2]
     one_way = Machine("one way", "cpu", machine.tiers, machine.units, machine.links[:3])
     assert [route.tier for route in routes_of(one_way)] == [1]
-    assert flatten(make_program(random.Random(1), 3), None, one_way).problem.tiers.shape == (1, 7)
+    assert flatten(make_program(random.Random(1), 3), None, one_way).problem.tiers.shape == (1, 8)
