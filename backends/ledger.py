@@ -32,7 +32,7 @@ from ..planner.schedule import Free, Run, Schedule, Start, check_levers
 from ..planner.units import parse_bytes
 
 if TYPE_CHECKING:
-    from .dynamo import Code
+    from .compilation import Code
 
 SHARES = (1.0, 0.75, 0.5, 0.3, 0.15, 0.05, 0.0)  # of the way from a piece's least to its most, tried in this order
 
