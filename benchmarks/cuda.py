@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from .models import GPU, MODELS, build_gpu, checkpointing, on_cpu
+from .models import GPU, MODELS, SHAPES, build_gpu, checkpointing, llama_shape, on_cpu
 from .record import RESULTS, Results, Row, answer, ask, header, markdown, mib, note_machine, options_of, percent, ratio, say
 
 METHODS = (
@@ -89,7 +89,10 @@ def measure(request: Row) -> Row:
     device, method = request["device"], request["method"]
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
-    model, args = build_gpu(request["model"], device, request["scale"])
+    if "seq" in request:
+        model, args = llama_shape(*SHAPES[request["model"]], seq=request["seq"], device=device)
+    else:
+        model, args = build_gpu(request["model"], device, request["scale"])
     optimizer = None
     if request["optimizer"] is not None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)

@@ -242,11 +242,18 @@ def build_gpu(name: str, device: str, scale: float = 1.0) -> Made:
     return model.to(device=device, dtype=dtype), args
 
 
-# Shapes without storage
+# Shapes of any length, and without storage
+
+# name -> layers, width, heads, key heads, inner width
+SHAPES = {
+    "llama-tiny": (2, 128, 4, 2, 512),
+    "llama-1b": (16, 2048, 32, 8, 8192),
+    "llama-7b": (32, 4096, 32, 32, 11008),
+}
 
 
-def llama_shape(layers: int, width: int, heads: int, key_heads: int, inner: int, seq: int = 8192) -> Made:
-    """A Llama in bfloat16 on meta, one sequence."""
+def llama_shape(layers: int, width: int, heads: int, key_heads: int, inner: int, seq: int = 8192, device: str = "meta") -> Made:
+    """A Llama in bfloat16, one sequence."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -254,9 +261,13 @@ def llama_shape(layers: int, width: int, heads: int, key_heads: int, inner: int,
         num_key_value_heads=key_heads, vocab_size=32000, max_position_embeddings=seq, use_cache=False,
         dtype=torch.bfloat16,
     )  # fmt: skip
-    with torch.device("meta"):
-        made = causal(LlamaForCausalLM(config).to(torch.bfloat16), 32000, 1, seq)
-    return made
+    known = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)  # made so, not converted: twice the bytes may not fit
+    try:
+        with torch.device(device):
+            return causal(LlamaForCausalLM(config), 32000, 1, seq)
+    finally:
+        torch.set_default_dtype(known)
 
 
 class GPTBlock(nn.Module):
