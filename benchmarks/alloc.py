@@ -9,7 +9,6 @@ time to load them is on a row of its own, and compiling them for the first time 
 
 import argparse
 import resource
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +23,8 @@ from ..solvers.allocate import pack, pack_level
 from ..solvers.instances import cut_rectangle, tower
 from ..solvers.levels import pack_levels
 from ..solvers.storage import Storage, peak_of
-from .record import HERE, Results, Row, answer, ask, header, markdown, note_machine, options_of, ratio, say
+from .command import Command
+from .record import HERE, Results, Row, ask, header, markdown, ratio, say
 
 INSTANCES = "ABCDEFGHIJK"
 DATA = HERE / "data" / "minimalloc"
@@ -189,30 +189,21 @@ def render(results: Results, path: Path) -> None:
     path.write_text("\n".join(lines).rstrip() + "\n")
 
 
+def quick(options: argparse.Namespace) -> None:
+    """What a smoke test takes."""
+    options.instances, options.sizes, options.blocks = ["B", "C"], [1000], 4
+
+
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA, help="folder of the instances")
-    parser.add_argument("--instances", nargs="*", default=list(INSTANCES))
-    parser.add_argument("--sizes", type=int, nargs="*", default=list(SIZES), help="of the cut rectangles")
-    parser.add_argument("--blocks", type=int, default=BLOCKS, help="of the repetition")
-    parser.add_argument("--peer", type=int, default=0, metavar="THREADS", help="also run omnimalloc's supermalloc")
-    options_of(parser, "alloc", "two instances")
-    options = parser.parse_args()
-    if options.quick:
-        options.instances, options.sizes, options.blocks, options.out = ["B", "C"], [1000], 4, options.out / "quick"
-    results = Results(options.out / "alloc.jsonl")
-    if not options.render:
-        if options.fresh:
-            results.drop()
-        note_machine(results)
-        run(results, options)
-    render(results, options.out / "alloc.md")
-    print(options.out / "alloc.md")
+    command = Command("alloc", __doc__, run, render, serve, quick=quick, small="two instances")
+    command.add("--data", type=Path, default=DATA, help="folder of the instances")
+    command.add("--instances", nargs="*", default=list(INSTANCES))
+    command.add("--sizes", type=int, nargs="*", default=list(SIZES), help="of the cut rectangles")
+    command.add("--blocks", type=int, default=BLOCKS, help="of the repetition")
+    command.add("--peer", type=int, default=0, metavar="THREADS", help="also run omnimalloc's supermalloc")
+    command()
 
 
 if __name__ == "__main__":
-    if "--serve" in sys.argv:
-        answer(serve)
-    else:
-        main()
+    main()

@@ -26,8 +26,9 @@ from ..planner.plan import Side, load, unlimited
 from ..planner.program import Op
 from ..planner.referee import referee
 from ..planner.schedule import Run
-from .models import FIVE, MODELS, build
-from .record import Results, Row, answer, ask, header, markdown, mib, note_machine, options_of, ratio, say, verdict
+from .command import Command
+from .models import FIVE, build
+from .record import Results, Row, ask, header, markdown, mib, ratio, say, verdict
 from .step import Arms, paired_ratio
 
 BUDGETS = ("70%", "50%", "50%+lent")
@@ -199,32 +200,27 @@ def render(results: Results, path: Path) -> None:
     path.write_text("\n".join(lines).rstrip() + "\n")
 
 
+def run(results: Results, options: argparse.Namespace) -> Iterator[None]:
+    """Every model within every budget."""
+    for name in options.models:
+        for budget in options.budgets:
+            measure(results, name, budget, options)
+            yield
+
+
+def quick(options: argparse.Namespace) -> None:
+    """What a smoke test takes."""
+    options.models, options.rounds = ["gpt2:tiny"], 2
+
+
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(FIVE), metavar="NAME", help=f"of {', '.join(MODELS)}")
-    parser.add_argument("--budgets", nargs="+", default=list(BUDGETS), help="as in memplan.plan; none for no budget")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--time-limit", type=float, default=60.0, help="seconds of planning for each, at most")
-    parser.add_argument("--timeout", type=float, default=900.0, help="seconds for each process")
-    options_of(parser, "arena")
-    options = parser.parse_args()
-    if options.serve:
-        return answer(serve)
-    if options.quick:
-        options.models, options.rounds, options.out = ["gpt2:tiny"], 2, options.out / "quick"
-    results = Results(options.out / "arena.jsonl")
-    if not options.render:
-        for name in options.models if options.fresh else ():
-            results.drop(model=name)
-        note_machine(results)
-        for name in options.models:
-            for budget in options.budgets:
-                measure(results, name, budget, options)
-                render(results, options.out / "arena.md")
-    render(results, options.out / "arena.md")
-    print(options.out / "arena.md")
-    return None
+    command = Command("arena", __doc__, run, render, serve, quick=quick)
+    command.add_models(FIVE)
+    command.add("--budgets", nargs="+", default=list(BUDGETS), help="as in memplan.plan; none for no budget")
+    command.add("--rounds", type=int, default=7)
+    command.add_limits()
+    command()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import argparse
 import copy
 import logging
 import signal
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +21,8 @@ from typing import Any
 import msgspec
 import torch
 
-from .record import Results, Row, answer, ask, header, markdown, note_machine, options_of, say
+from .command import Command
+from .record import Results, Row, ask, header, markdown, say
 
 SIZES = {
     "hidden_size": 32, "d_model": 32, "n_embd": 32, "dim": 32, "embed_dim": 32, "embedding_size": 16,
@@ -152,9 +152,9 @@ def architectures() -> list[str]:
     return list(dict.fromkeys(name for task in tasks for name in getattr(tables, f"MODEL_FOR_{task}_MAPPING_NAMES")))
 
 
-def run(results: Results, names: list[str]) -> None:
+def run(results: Results, options: argparse.Namespace) -> None:
     """What is missing, in batches; what ended its process is tried alone."""
-    left = [name for name in names if results.last(name=name) is None]
+    left = [name for name in options.names or architectures() if results.last(name=name) is None]
     size = BATCH
     while left:
         batch, left = left[:size], left[size:]
@@ -196,26 +196,17 @@ def render(results: Results, path: Path) -> None:
     path.write_text("\n".join(lines).rstrip() + "\n")
 
 
+def quick(options: argparse.Namespace) -> None:
+    """What a smoke test takes."""
+    options.names = ["gpt2", "bart"]
+
+
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--names", nargs="*", help="architectures; default: all")
-    options_of(parser, "coverage", "two architectures")
-    options = parser.parse_args()
-    if options.quick:
-        options.names, options.out = ["gpt2", "bart"], options.out / "quick"
-    results = Results(options.out / "coverage.jsonl")
-    if not options.render:
-        if options.fresh:
-            results.drop()
-        note_machine(results)
-        run(results, options.names or architectures())
-    render(results, options.out / "coverage.md")
-    print(options.out / "coverage.md")
+    command = Command("coverage", __doc__, run, render, serve, quick=quick, small="two architectures")
+    command.add("--names", nargs="*", help="architectures; default: all")
+    command()
 
 
 if __name__ == "__main__":
-    if "--serve" in sys.argv:
-        answer(serve)
-    else:
-        main()
+    main()

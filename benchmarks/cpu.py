@@ -12,10 +12,13 @@ step.py). Rows are kept as they come, in results/cpu.jsonl, and what is there is
 
 import argparse
 import shutil
+from collections.abc import Iterator
+from functools import partial
 
+from .command import Command
 from .cpu_table import render
 from .models import FIVE, MODELS
-from .record import RESULTS, Results, Row, ask, note_machine, options_of, say
+from .record import Results, Row, ask, say
 
 RATIOS = [index / 10 for index in range(11)]
 AIMED_OVERHEAD = 0.04  # predicted, to find the smallest budget at which 5 % are measured
@@ -99,51 +102,45 @@ def times(results: Results, name: str, methods: list[str], plans: list[Row], opt
         results.add({"task": "time", "model": name, "group": group, "allocator": options.allocator, "seconds": seconds})
 
 
-def parse() -> argparse.Namespace:
+def run(results: Results, options: argparse.Namespace) -> Iterator[None]:
+    """Every model."""
+    options.plans = options.out / "plans"
+    for name in options.models:
+        measure_model(results, name, options)
+        yield
+
+
+def forget(results: Results, options: argparse.Namespace) -> None:
+    """Drop the models' rows and plans."""
+    for name in options.models:
+        results.drop(model=name)
+        shutil.rmtree(options.out / "plans" / name.replace(":", "-"), ignore_errors=True)
+
+
+def quick(options: argparse.Namespace) -> None:
+    """What a smoke test takes."""
+    chosen = options.models if options.models != list(MODELS) else ["gpt2"]
+    options.models = [name.partition(":")[0] + ":tiny" for name in chosen]
+    options.points, options.rounds, options.steps = min(options.points, 3), min(options.rounds, 2), 1
+    options.ratios = options.ratios if options.ratios != RATIOS else [0.5]
+
+
+def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME", help=f"of {', '.join(MODELS)}")
-    parser.add_argument("--points", type=int, default=10, help="budgets of the sweep")
-    parser.add_argument("--ratios", type=float, nargs="*", default=RATIOS, help="of torch's activation_memory_budget")
-    parser.add_argument("--steps", type=int, default=2, help="measured for each peak")
-    parser.add_argument("--rounds", type=int, default=7, help="of each comparison of times; 0: no times")
-    parser.add_argument("--time-limit", type=float, default=60.0, help="seconds of planning for each budget, at most")
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one process that measures a peak")
-    parser.add_argument(
+    table = partial(render, five=list(FIVE))
+    command = Command("cpu", __doc__, run, table, quick=quick, small="tiny models, few points", forget=forget)
+    command.add_models(MODELS)
+    command.add("--points", type=int, default=10, help="budgets of the sweep")
+    command.add("--ratios", type=float, nargs="*", default=RATIOS, help="of torch's activation_memory_budget")
+    command.add("--steps", type=int, default=2, help="measured for each peak")
+    command.add("--rounds", type=int, default=7, help="of each comparison of times; 0: no times")
+    command.add_limits(process=600.0)
+    command.add(
         "--allocator", choices=("returning", "default"), default="returning",
         help="how times are taken, and what plans are made for: returning, as the peaks are (every freed block of 64 "
         "KiB goes back to the system); default, as processes run that set nothing",
     )  # fmt: skip
-    options_of(parser, "cpu", "tiny models, few points")
-    options = parser.parse_args()
-    unknown = [name for name in options.models if name.partition(":")[0] not in MODELS]
-    if unknown:
-        parser.error(f"unknown model {unknown[0]}: choose from {', '.join(MODELS)}")
-    if options.quick:
-        chosen = options.models if options.models != list(MODELS) else ["gpt2"]
-        options.models = [name.partition(":")[0] + ":tiny" for name in chosen]
-        options.points, options.rounds, options.steps = min(options.points, 3), min(options.rounds, 2), 1
-        options.ratios = options.ratios if options.ratios != RATIOS else [0.5]
-        options.out = options.out / "quick" if options.out == RESULTS else options.out
-    options.plans = options.out / "plans"
-    return options
-
-
-def main() -> None:
-    """Measure and render."""
-    options = parse()
-    results = Results(options.out / "cpu.jsonl")
-    if not options.render:
-        if options.fresh:
-            for name in options.models:
-                results.drop(model=name)
-                shutil.rmtree(options.plans / name.replace(":", "-"), ignore_errors=True)
-        note_machine(results)
-        for name in options.models:
-            measure_model(results, name, options)
-            render(results, options.out / "cpu.md", list(FIVE))
-    render(results, options.out / "cpu.md", list(FIVE))
-    print(options.out / "cpu.md")
+    command()
 
 
 if __name__ == "__main__":

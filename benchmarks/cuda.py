@@ -24,8 +24,9 @@ from typing import Any
 
 import torch
 
+from .command import Command, without_cuda
 from .models import GPU, MODELS, SHAPES, build_gpu, checkpointing, llama_shape, on_cpu
-from .record import RESULTS, Results, Row, answer, ask, header, markdown, mib, note_machine, options_of, percent, ratio, say
+from .record import Results, Row, ask, header, markdown, mib, percent, ratio, say
 
 METHODS = (
     "eager", "checkpoint", "memplan:@checkpoint", "memplan:none", "memplan:60%", "memplan-offload:@checkpoint",
@@ -282,42 +283,25 @@ def cells(row: Row, eager: Row) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+def quick(options: argparse.Namespace) -> None:
+    """What a smoke test takes."""
+    options.models, options.steps = ["gpt2:tiny"], 3
+
+
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(GPU), metavar="NAME", help=f"of {', '.join(GPU)}")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD")
-    parser.add_argument("--minutes", type=float, default=8.0, help="for all of it")
-    parser.add_argument("--steps", type=int, default=20, help="timed")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of timed steps of each method, at most")
-    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the batches: 0.25 for a small GPU")
-    parser.add_argument("--optimizer", choices=("adamw", "none"), default="adamw")
-    parser.add_argument("--time-limit", type=float, default=60.0, help="seconds of planning, as in memplan.plan")
-    parser.add_argument("--timeout", type=float, default=240.0, help="seconds for one process")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try the command itself")
-    options_of(parser, "cuda", "one tiny model, three steps")
-    options = parser.parse_args()
-    if options.serve:
-        return answer(serve)
-    unknown = [name for name in options.models if name not in GPU and name.partition(":")[0] not in MODELS]
-    if unknown:
-        parser.error(f"unknown model {unknown[0]}: choose from {', '.join(GPU)}")
-    if options.device == "cuda" and not options.render and not torch.cuda.is_available():
-        print("no CUDA device here: nothing measured")
-        return None
-    if options.quick:
-        options.models, options.steps = ["gpt2:tiny"], 3
-        options.out = options.out / "quick" if options.out == RESULTS else options.out
-    results = Results(options.out / "cuda.jsonl")
-    if not options.render:
-        if options.fresh:
-            for name in options.models:
-                results.drop(task="cuda", model=name)
-        note_machine(results)
-        run(results, options)
-    render(results, options.out / "cuda.md")
-    print(options.out / "cuda.md")
-    return None
+    small = "one tiny model, three steps"
+    command = Command("cuda", __doc__, run, render, serve, quick=quick, small=small, unable=without_cuda)
+    command.add_models(GPU, [*GPU, *MODELS])
+    command.add("--methods", nargs="+", default=list(METHODS), metavar="METHOD")
+    command.add("--minutes", type=float, default=8.0, help="for all of it")
+    command.add("--steps", type=int, default=20, help="timed")
+    command.add("--seconds", type=float, default=10.0, help="of timed steps of each method, at most")
+    command.add("--scale", type=float, default=1.0, help="multiplies the batches: 0.25 for a small GPU")
+    command.add("--optimizer", choices=("adamw", "none"), default="adamw")
+    command.add_limits(process=240.0)
+    command.add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try the command itself")
+    command()
 
 
 if __name__ == "__main__":

@@ -14,22 +14,17 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import torch
-
 from . import cuda
+from .command import Command, without_cuda
 from .models import SHAPES
 from .record import (
     MIB,
-    RESULTS,
     Results,
     Row,
-    answer,
     ask,
     header,
     markdown,
     mib,
-    note_machine,
-    options_of,
     paragraph,
     percent,
     say,
@@ -75,33 +70,26 @@ def next_length(tried: Mapping[int, bool], first: int, step: int) -> int | None:
     return max(step, (longest + shortest) // 2 // step * step)
 
 
-def run(results: Results, options: argparse.Namespace) -> None:
-    """Every trial that is missing, while there is time."""
-    end = time.monotonic() + 60 * options.minutes
-    for name in options.models:
-        for method in options.methods:
-            while True:
-                tried = {row["seq"]: row["outcome"] == "ok" for row in results.all(task="longest", model=name, method=method)}
-                length = next_length(tried, options.first, options.step)
-                if length is None:
-                    break
-                left = end - time.monotonic()
-                if left < 15:
-                    say("time is up; start again to go on")
-                    return
-                request: Row = {
-                    "model": name, "method": method, "seq": length, "budget": options.room, "room": options.room, "scale": 1.0,
-                    "device": options.device, "steps": options.steps, "seconds": 60.0, "time_limit": options.time_limit,
-                    "optimizer": "adamw",
-                }  # fmt: skip
-                for row in ask("longest", request, timeout=min(left, options.timeout)):
-                    why = row.get("failed")
-                    if why is not None and left < options.timeout and why.startswith("took more than"):
-                        say("time is up; start again to go on")
-                        return
-                    row = row if why is None else {"outcome": why}
-                    results.add({"task": "longest"} | request | row)
-                    say(f"{name}: {method}: {length} tokens: {row['outcome']}")
+def search(results: Results, name: str, method: str, end: float, options: argparse.Namespace) -> bool:
+    """Try lengths of one model with one method until the longest is found, and say whether there was time for that."""
+    while True:
+        tried = {row["seq"]: row["outcome"] == "ok" for row in results.all(task="longest", model=name, method=method)}
+        length = next_length(tried, options.first, options.step)
+        left = end - time.monotonic()
+        if length is None or left < 15:
+            return length is None
+        request: Row = {
+            "model": name, "method": method, "seq": length, "budget": options.room, "room": options.room, "scale": 1.0,
+            "device": options.device, "steps": options.steps, "seconds": 60.0, "time_limit": options.time_limit,
+            "optimizer": "adamw",
+        }  # fmt: skip
+        for row in ask("longest", request, timeout=min(left, options.timeout)):
+            why = row.get("failed")
+            if why is not None and left < options.timeout and why.startswith("took more than"):
+                return False
+            row = row if why is None else {"outcome": why}
+            results.add({"task": "longest"} | request | row)
+            say(f"{name}: {method}: {length} tokens: {row['outcome']}")
 
 
 def flops_of(name: str, length: int) -> float:
@@ -147,41 +135,38 @@ def note_rate(results: Results, device: str) -> None:
     results.add({"task": "rate", "rate": rates.get("bfloat16", rates["default"])})
 
 
+def run(results: Results, options: argparse.Namespace) -> Iterator[None]:
+    """Every trial that is missing, while there is time."""
+    note_rate(results, options.device)
+    end = time.monotonic() + 60 * options.minutes
+    for name in options.models:
+        for method in options.methods:
+            if not search(results, name, method, end, options):
+                say("time is up; start again to go on")
+                return
+            yield
+
+
+def quick(options: argparse.Namespace) -> None:
+    """What a smoke test takes."""
+    options.models, options.first, options.step, options.room = ["llama-tiny"], 2048, 2048, 2048 * MIB
+    options.methods, options.steps = ["memplan:none", "checkpoint"], 1
+
+
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["llama-1b", "llama-7b"], choices=list(SHAPES), metavar="NAME")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD")
-    parser.add_argument("--first", type=int, default=16384, help="tokens to begin with")
-    parser.add_argument("--step", type=int, default=1024, help="lengths are multiples of so many tokens")
-    parser.add_argument("--minutes", type=float, default=15.0, help="for all of it")
-    parser.add_argument("--steps", type=int, default=3, help="timed in each trial")
-    parser.add_argument("--time-limit", type=float, default=30.0, help="seconds of planning, as in memplan.plan")
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one process")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try the command itself")
-    options_of(parser, "longest", "a tiny model, in 2 GiB of address space")
-    options = parser.parse_args()
-    if options.serve:
-        return answer(serve)
-    options.room = None
-    if options.quick:
-        options.models, options.first, options.step, options.room = ["llama-tiny"], 2048, 2048, 2048 * MIB
-        options.methods, options.steps = ["memplan:none", "checkpoint"], 1
-        options.out = options.out / "quick" if options.out == RESULTS else options.out
-    if options.device == "cuda" and not options.render and not torch.cuda.is_available():
-        print("no CUDA device here: nothing measured")
-        return None
-    results = Results(options.out / "longest.jsonl")
-    if not options.render:
-        if options.fresh:
-            for name in options.models:
-                results.drop(task="longest", model=name)
-        note_machine(results)
-        note_rate(results, options.device)
-        run(results, options)
-    render(results, options.out / "longest.md")
-    print(options.out / "longest.md")
-    return None
+    small = "a tiny model, in 2 GiB of address space"
+    command = Command("longest", __doc__, run, render, serve, quick=quick, small=small, unable=without_cuda)
+    command.parser.set_defaults(room=None)
+    command.add("--models", nargs="+", default=["llama-1b", "llama-7b"], choices=list(SHAPES), metavar="NAME")
+    command.add("--methods", nargs="+", default=list(METHODS), metavar="METHOD")
+    command.add("--first", type=int, default=16384, help="tokens to begin with")
+    command.add("--step", type=int, default=1024, help="lengths are multiples of so many tokens")
+    command.add("--minutes", type=float, default=15.0, help="for all of it")
+    command.add("--steps", type=int, default=3, help="timed in each trial")
+    command.add_limits(planning=30.0, process=300.0)
+    command.add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try the command itself")
+    command()
 
 
 if __name__ == "__main__":

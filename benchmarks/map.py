@@ -23,18 +23,16 @@ import torch
 from ..planner.errors import BudgetError
 from ..planner.machine import load_machine
 from ..planner.maps import compared, map_model
+from .command import Command
 from .models import build
 from .record import (
     HERE,
     Results,
     Row,
-    answer,
     ask,
     header,
     markdown,
     mean,
-    note_machine,
-    options_of,
     paragraph,
     percent,
     ratio,
@@ -268,36 +266,36 @@ def curves(results: Results, group: str) -> list[str]:
     ]  # fmt: skip
 
 
+def run(results: Results, options: argparse.Namespace) -> Iterator[None]:
+    """Every group of every network."""
+    for group in options.groups:
+        for name in (name for name in options.networks if name in GROUPS[group].names):
+            measure(results, name, group, options)
+            yield
+
+
+def forget(results: Results, options: argparse.Namespace) -> None:
+    """Drop the networks' rows."""
+    for name in options.networks:
+        results.drop(name=name)
+
+
+def quick(options: argparse.Namespace) -> None:
+    """What a smoke test takes."""
+    options.networks, options.curve, options.time_limit = ["vit_b_16", "r2plus1d_18"], 2, 5.0
+    options.groups = ["8 bits"]
+
+
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command = Command("map", __doc__, run, render, serve, quick=quick, small="two networks", forget=forget)
     known = [*NAMES, *TRAINED]
-    parser.add_argument("--networks", nargs="+", default=known, choices=known, metavar="NAME", help=", ".join(known))
-    parser.add_argument("--groups", nargs="+", default=list(GROUPS), choices=list(GROUPS), metavar="GROUP",
-                        help=" | ".join(GROUPS))  # fmt: skip
-    parser.add_argument("--curve", type=int, default=10, help="sizes between M_R and M_P; 0: none")
-    parser.add_argument("--no-run", action="store_true", help="plan only")
-    parser.add_argument("--time-limit", type=float, default=50.0, help="seconds of search for each mapping, at most")
-    parser.add_argument("--timeout", type=float, default=1800.0, help="seconds for each network")
-    options_of(parser, "map", "two networks")
-    options = parser.parse_args()
-    if options.serve:
-        return answer(serve)
-    if options.quick:
-        options.networks, options.curve, options.time_limit = ["vit_b_16", "r2plus1d_18"], 2, 5.0
-        options.groups, options.out = ["8 bits"], options.out / "quick"
-    results = Results(options.out / "map.jsonl")
-    if not options.render:
-        for name in options.networks if options.fresh else ():
-            results.drop(name=name)
-        note_machine(results)
-        for group in options.groups:
-            for name in (name for name in options.networks if name in GROUPS[group].names):
-                measure(results, name, group, options)
-                render(results, options.out / "map.md")
-    render(results, options.out / "map.md")
-    print(options.out / "map.md")
-    return None
+    command.add("--networks", nargs="+", default=known, choices=known, metavar="NAME", help=", ".join(known))
+    command.add("--groups", nargs="+", default=list(GROUPS), choices=list(GROUPS), metavar="GROUP", help=" | ".join(GROUPS))
+    command.add("--curve", type=int, default=10, help="sizes between M_R and M_P; 0: none")
+    command.add("--no-run", action="store_true", help="plan only")
+    command.add_limits(planning=50.0, process=1800.0)
+    command()
 
 
 if __name__ == "__main__":

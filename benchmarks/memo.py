@@ -24,17 +24,15 @@ from ..planner.pipeline import Planner
 from ..planner.plan import Side
 from ..solvers.memo import find_layers
 from ..solvers.timeline import EAGER, HOLD, SINCE
+from .command import Command
 from .models import gpt_7b
 from .record import (
     GIB,
     Results,
     Row,
-    answer,
     ask,
     header,
     markdown,
-    note_machine,
-    options_of,
     percent,
     ratio,
     say,
@@ -158,29 +156,21 @@ def render(results: Results, path: Path) -> None:
     path.write_text("\n".join(lines).rstrip() + "\n")
 
 
+def run(results: Results, options: argparse.Namespace) -> None:
+    """Every length that is missing."""
+    for sequence in options.sequences:
+        if results.last(task="memo", sequence=sequence) is None:
+            say(f"{sequence}K tokens")
+            for row in ask("memo", {"sequence": sequence, "time_limit": options.time_limit}, timeout=options.timeout):
+                results.add({"task": "memo"} | row)
+
+
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sequences", type=int, nargs="+", default=list(SEQUENCES), help="thousands of tokens")
-    parser.add_argument("--time-limit", type=float, default=60.0, help="seconds of planning for each, at most")
-    parser.add_argument("--timeout", type=float, default=900.0, help="seconds for each process")
-    options_of(parser, "memo", quick=False)
-    options = parser.parse_args()
-    if options.serve:
-        return answer(serve)
-    results = Results(options.out / "memo.jsonl")
-    if not options.render:
-        if options.fresh:
-            results.drop(task="memo")
-        note_machine(results)
-        for sequence in options.sequences:
-            if results.last(task="memo", sequence=sequence) is None:
-                say(f"{sequence}K tokens")
-                for row in ask("memo", {"sequence": sequence, "time_limit": options.time_limit}, timeout=options.timeout):
-                    results.add({"task": "memo"} | row)
-    render(results, options.out / "memo.md")
-    print(options.out / "memo.md")
-    return None
+    command = Command("memo", __doc__, run, render, serve)
+    command.add("--sequences", type=int, nargs="+", default=list(SEQUENCES), help="thousands of tokens")
+    command.add_limits()
+    command()
 
 
 if __name__ == "__main__":

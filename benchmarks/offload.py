@@ -22,21 +22,19 @@ import torch
 
 from ..planner.api import Session
 from ..planner.plan import load
-from .models import FIVE, MODELS, build
+from .command import Command
+from .models import FIVE, build
 from .planning import attempt
 from .record import (
     ALLOCATORS,
     MIB,
     Results,
     Row,
-    answer,
     ask,
     header,
     markdown,
     mean,
     mib,
-    note_machine,
-    options_of,
     paragraph,
     percent,
     ratio,
@@ -194,33 +192,28 @@ def table_row(results: Results, name: str, point: int, gains: list[float]) -> tu
     )  # fmt: skip
 
 
+def run(results: Results, options: argparse.Namespace) -> Iterator[None]:
+    """Every model."""
+    for name in options.models:
+        measure(results, name, options)
+        yield
+
+
+def quick(options: argparse.Namespace) -> None:
+    """What a smoke test takes."""
+    options.models, options.rounds, options.points = ["gpt2:tiny"], 2, 3
+    options.time_limit = min(options.time_limit, 5.0)
+
+
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(FIVE), metavar="NAME", help=f"of {', '.join(MODELS)}")
-    parser.add_argument("--points", type=int, default=10, help="budgets of the sweep")
-    parser.add_argument("--rounds", type=int, default=5, help="of each comparison of times; 0: no times")
-    parser.add_argument("--every", type=int, default=1, help="take the times at each, each second, each third budget")
-    parser.add_argument("--time-limit", type=float, default=60.0, help="seconds of planning for each, at most")
-    parser.add_argument("--timeout", type=float, default=900.0, help="seconds for each process")
-    options_of(parser, "offload")
-    options = parser.parse_args()
-    if options.serve:
-        return answer(serve)
-    if options.quick:
-        options.models, options.rounds, options.points = ["gpt2:tiny"], 2, 3
-        options.time_limit, options.out = min(options.time_limit, 5.0), options.out / "quick"
-    results = Results(options.out / "offload.jsonl")
-    if not options.render:
-        for name in options.models if options.fresh else ():
-            results.drop(model=name)
-        note_machine(results)
-        for name in options.models:
-            measure(results, name, options)
-            render(results, options.out / "offload.md")
-    render(results, options.out / "offload.md")
-    print(options.out / "offload.md")
-    return None
+    command = Command("offload", __doc__, run, render, serve, quick=quick)
+    command.add_models(FIVE)
+    command.add("--points", type=int, default=10, help="budgets of the sweep")
+    command.add("--rounds", type=int, default=5, help="of each comparison of times; 0: no times")
+    command.add("--every", type=int, default=1, help="take the times at each, each second, each third budget")
+    command.add_limits()
+    command()
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ small graphs are the very best is tested against an exact solver in tests/.
 import argparse
 from pathlib import Path
 
-from .models import FIVE, MODELS
-from .record import RESULTS, Results, ask, header, markdown, mib, note_machine, options_of, percent, ratio, say, verdict
+from .command import Command
+from .models import FIVE
+from .record import Results, ask, header, markdown, mib, percent, ratio, say, verdict
 
 BUDGETS = ("50%", "30%")
 GOAL = 0.05
@@ -49,27 +50,24 @@ def render(results: Results, path: Path) -> None:
     path.write_text("\n".join(lines).rstrip() + "\n")
 
 
+def run(results: Results, options: argparse.Namespace) -> None:
+    """Every model."""
+    for name in options.models:
+        measure(results, name, options)
+
+
+def quick(options: argparse.Namespace) -> None:
+    """What a smoke test takes."""
+    options.models = ["gpt2:tiny"]
+
+
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(FIVE), metavar="NAME", help=f"of {', '.join(MODELS)}")
-    parser.add_argument("--budgets", nargs="+", default=list(BUDGETS), help="as in memplan.plan")
-    parser.add_argument("--time-limit", type=float, default=60.0, help="seconds of planning for each, at most")
-    parser.add_argument("--timeout", type=float, default=900.0, help="seconds for each model")
-    options_of(parser, "optimal")
-    options = parser.parse_args()
-    if options.quick:
-        options.models = ["gpt2:tiny"]
-        options.out = options.out / "quick" if options.out == RESULTS else options.out
-    results = Results(options.out / "optimal.jsonl")
-    if not options.render:
-        note_machine(results)
-        for name in options.models:
-            if options.fresh:
-                results.drop(task="gap", model=name)
-            measure(results, name, options)
-    render(results, options.out / "optimal.md")
-    print(options.out / "optimal.md")
+    command = Command("optimal", __doc__, run, render, quick=quick)
+    command.add_models(FIVE)
+    command.add("--budgets", nargs="+", default=list(BUDGETS), help="as in memplan.plan")
+    command.add_limits()
+    command()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """What the commands share: rows kept as JSON lines, questions to fresh processes, tables in markdown."""
 
-import argparse
 import datetime
 import json
 import os
@@ -130,23 +129,6 @@ def ask(module: str, request: Row, *, malloc: str = "default", timeout: float | 
         failed = f"killed by signal {-status}" if status < 0 else last[0][:300]
     if failed:
         yield {"failed": failed}
-
-
-def options_of(parser: argparse.ArgumentParser, table: str, small: str = "one tiny model", quick: bool = True) -> None:
-    """Add what the commands that write a table have in common.
-
-    Args:
-        parser: of the command.
-        table: name of its files.
-        small: what a smoke test takes.
-        quick: whether it has one.
-    """
-    parser.add_argument("--out", type=Path, default=RESULTS, help=f"folder of {table}.jsonl and {table}.md")
-    if quick:
-        parser.add_argument("--quick", action="store_true", help=f"a smoke test: {small}, results/quick")
-    parser.add_argument("--fresh", action="store_true", help="forget what was measured of the same")
-    parser.add_argument("--render", action="store_true", help="only write the table")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
 
 
 def answer(serve: Any) -> None:

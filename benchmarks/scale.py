@@ -12,11 +12,11 @@ import argparse
 import resource
 import time
 from collections.abc import Iterator
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
-from .record import GIB, RESULTS, Results, Row, answer, ask, header, markdown, note_machine, options_of, percent, say, verdict
+from .command import Command
+from .record import GIB, Results, Row, ask, header, markdown, percent, say, verdict
 
 # name -> (budget, machine, optimizer, seconds allowed for tracing and solving)
 SHAPES: dict[str, tuple[str, str, str, float]] = {
@@ -123,37 +123,32 @@ def figures(row: Row) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+def run(results: Results, options: argparse.Namespace) -> None:
+    """Both shapes, then the depths."""
+    for shape in options.shapes:
+        budget, machine, optimizer, _ = SHAPES[shape]
+        request: Row = {"shape": shape, "layers": None, "budget": budget, "machine": machine, "optimizer": optimizer,
+                        "time_limit": options.time_limit}  # fmt: skip
+        measure(results, request, options.timeout)
+    for layers in options.depths:
+        request = {"shape": "7b-depth", "layers": layers, "budget": options.depth_budget, "machine": DEPTH_MACHINE,
+                   "optimizer": None, "time_limit": options.time_limit}  # fmt: skip
+        measure(results, request, options.timeout)
+
+
+def quick(options: argparse.Namespace) -> None:
+    """What a smoke test takes."""
+    options.shapes, options.depths = [], [2, 4]
+
+
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--depths", nargs="*", type=int, default=list(DEPTHS), help="layers of 7B")
-    parser.add_argument("--depth-budget", default="50%", help="of the depth table")
-    parser.add_argument("--time-limit", type=float, default=60.0, help="seconds of planning, as in memplan.plan")
-    parser.add_argument("--timeout", type=float, default=900.0, help="seconds for each process")
-    options_of(parser, "scale", "two and four layers")
-    options = parser.parse_args()
-    if options.serve:
-        return answer(serve)
-    if options.quick:
-        options.shapes, options.depths = [], [2, 4]
-        options.out = options.out / "quick" if options.out == RESULTS else options.out
-    results = Results(options.out / "scale.jsonl")
-    if not options.render:
-        if options.fresh:
-            results.drop(task="scale")
-        note_machine(results)
-        ask_for = partial(measure, results, timeout=options.timeout)
-        for shape in options.shapes:
-            budget, machine, optimizer, _ = SHAPES[shape]
-            ask_for({"shape": shape, "layers": None, "budget": budget, "machine": machine, "optimizer": optimizer,
-                     "time_limit": options.time_limit})  # fmt: skip
-        for layers in options.depths:
-            ask_for({"shape": "7b-depth", "layers": layers, "budget": options.depth_budget, "machine": DEPTH_MACHINE,
-                     "optimizer": None, "time_limit": options.time_limit})  # fmt: skip
-    render(results, options.out / "scale.md")
-    print(options.out / "scale.md")
-    return None
+    command = Command("scale", __doc__, run, render, serve, quick=quick, small="two and four layers")
+    command.add("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
+    command.add("--depths", nargs="*", type=int, default=list(DEPTHS), help="layers of 7B")
+    command.add("--depth-budget", default="50%", help="of the depth table")
+    command.add_limits()
+    command()
 
 
 if __name__ == "__main__":

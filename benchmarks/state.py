@@ -20,20 +20,18 @@ import torch
 from ..backends.trial import LEARNING_RATE, Request, train
 from ..planner.api import Session
 from ..planner.plan import load
-from .models import FIVE, MODELS, build
+from .command import Command
+from .models import FIVE, build
 from .offload import SLACK
 from .planning import attempt
 from .record import (
     ALLOCATORS,
     Results,
     Row,
-    answer,
     ask,
     header,
     markdown,
     mib,
-    note_machine,
-    options_of,
     paragraph,
     ratio,
     say,
@@ -182,32 +180,27 @@ def render(results: Results, path: Path) -> None:
     path.write_text("\n".join(lines).rstrip() + "\n")
 
 
+def run(results: Results, options: argparse.Namespace) -> Iterator[None]:
+    """Every model."""
+    for name in options.models:
+        measure(results, name, options)
+        yield
+
+
+def quick(options: argparse.Namespace) -> None:
+    """What a smoke test takes."""
+    options.models, options.rounds, options.points = ["gpt2:tiny"], 2, 3
+    options.time_limit = min(options.time_limit, 10.0)
+
+
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(FIVE), metavar="NAME", help=f"of {', '.join(MODELS)}")
-    parser.add_argument("--points", type=int, default=5, help="budgets")
-    parser.add_argument("--rounds", type=int, default=5, help="of the comparison of times; 0: no times")
-    parser.add_argument("--time-limit", type=float, default=60.0, help="seconds of planning for each, at most")
-    parser.add_argument("--timeout", type=float, default=900.0, help="seconds for each process")
-    options_of(parser, "state")
-    options = parser.parse_args()
-    if options.serve:
-        return answer(serve)
-    if options.quick:
-        options.models, options.rounds, options.points = ["gpt2:tiny"], 2, 3
-        options.time_limit, options.out = min(options.time_limit, 10.0), options.out / "quick"
-    results = Results(options.out / "state.jsonl")
-    if not options.render:
-        for name in options.models if options.fresh else ():
-            results.drop(model=name)
-        note_machine(results)
-        for name in options.models:
-            measure(results, name, options)
-            render(results, options.out / "state.md")
-    render(results, options.out / "state.md")
-    print(options.out / "state.md")
-    return None
+    command = Command("state", __doc__, run, render, serve, quick=quick)
+    command.add_models(FIVE)
+    command.add("--points", type=int, default=5, help="budgets")
+    command.add("--rounds", type=int, default=5, help="of the comparison of times; 0: no times")
+    command.add_limits()
+    command()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ is replayed by the referee. *Two levels* packs each repeating block once (MEMO's
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,8 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .command import Command
 from .models import MODELS, build, gpt2
-from .record import Results, Row, answer, ask, header, markdown, note_machine, options_of, ratio, say
+from .record import Results, Row, ask, header, markdown, ratio, say
 
 MACHINE = "h100-80gb"
 STEPS = ("unplanned", "50%", "smallest")
@@ -140,30 +140,18 @@ def render(results: Results, path: Path) -> None:
     path.write_text("\n".join(lines).rstrip() + "\n")
 
 
+def quick(options: argparse.Namespace) -> None:
+    """What a smoke test takes."""
+    options.models, options.depths = ["gpt2:tiny"], [4]
+
+
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME", help=f"of {', '.join(MODELS)}")
-    parser.add_argument("--depths", type=int, nargs="*", default=list(DEPTHS), help="layers")
-    options_of(parser, "traces")
-    options = parser.parse_args()
-    unknown = [name for name in options.models if name.partition(":")[0] not in MODELS]
-    if unknown:
-        parser.error(f"unknown model {unknown[0]}: choose from {', '.join(MODELS)}")
-    if options.quick:
-        options.models, options.depths, options.out = ["gpt2:tiny"], [4], options.out / "quick"
-    results = Results(options.out / "traces.jsonl")
-    if not options.render:
-        if options.fresh:
-            results.drop()
-        note_machine(results)
-        run(results, options)
-    render(results, options.out / "traces.md")
-    print(options.out / "traces.md")
+    command = Command("traces", __doc__, run, render, serve, quick=quick)
+    command.add_models(MODELS)
+    command.add("--depths", type=int, nargs="*", default=list(DEPTHS), help="layers")
+    command()
 
 
 if __name__ == "__main__":
-    if "--serve" in sys.argv:
-        answer(serve)
-    else:
-        main()
+    main()
