@@ -235,16 +235,20 @@ class Mapper:
             for (buffer, _), offset in sorted(addresses.items(), key=lambda item: item[0]):
                 known.setdefault(buffer, []).append(offset)
             return self.place(late, capacity, 0, known)
-        best = self.early(late, mapped, capacity) if self.prefetch else None
-        if best is None or best[1].time > self.least_time(mapped, capacity) * (1 + 1e-9):  # early loads can hold up others
+        least = self.least_time(mapped, capacity)
+        best = self.early(late, capacity, least) if self.prefetch else None
+        if best is None or best[1].time > least * (1 + 1e-9):  # early loads can hold up others
             plain = self.place(late, capacity, capacity)
             best = min((made for made in (best, plain) if made is not None), key=lambda made: made[1].time, default=None)
         return best or self.place(late, capacity, 0)
 
-    def early(self, late: list[int], mapped: Mapped, capacity: int) -> tuple[Schedule, Report] | None:
-        """The fastest with loads started early that has addresses; a scratchpad filled to the brim with loads has none."""
+    def early(self, late: list[int], capacity: int, least: float) -> tuple[Schedule, Report] | None:
+        """The fastest with loads started early that has addresses; a scratchpad filled to the brim with loads has none.
+
+        It is fast enough close to `least` seconds.
+        """
         machine, program = self.sized(capacity), self.fused.program
-        least, best = self.least_time(mapped, capacity), None
+        best: tuple[Schedule, Report] | None = None
         for ahead, share in EARLY:
             fill = Prefetch(int(capacity * share), ahead)
             made = self.place(fill(program, machine, late, self.tiers(late), self.homes), capacity, capacity)
