@@ -36,8 +36,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from ..planner.cost import Figures, Table, measurable, roofline
+from ..planner.cost import Figures, Table, roofline
 from ..planner.errors import MemplanError
+from ..planner.keys import measurable
 from ..planner.machine import Machine
 from ..planner.program import Program
 from ..planner.watch import is_quiet

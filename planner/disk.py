@@ -16,7 +16,7 @@ from statistics import median
 
 import msgspec
 
-from .cost import cache_directory
+from .cache import cache_directory
 from .errors import MachineError
 from .units import show_bytes
 

@@ -1,6 +1,6 @@
 """The machine at hand, as a `Machine`: what the system says, and what a probe of a second or so finds out.
 
-The probe's figures are kept beside the measurements (`cost.cache_directory`) and not taken again; capacities are asked
+The probe's figures are kept beside the measurements (`cache.cache_directory`) and not taken again; capacities are asked
 for each time, for limits change. The disk is looked at (`disk`) only where offload is asked for.
 """
 
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
-from .cost import cache_directory, file_name, write_atomically
+from .cache import cache_directory, file_name, write_atomically
 from .disk import DiskRates, free_bytes, offload_directory, probe_disk
 from .errors import MachineError
 from .machine import PRESETS, Link, Machine, Tier, Unit, load_machine

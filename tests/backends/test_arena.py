@@ -5,7 +5,7 @@ import copy
 import memplan
 import pytest
 import torch
-from memplan.backends.arena import SPECIAL, dropout_is_a_product, find_operator, out_form, out_names, results_of
+from memplan.backends.into import SPECIAL, dropout_is_a_product, find_operator, out_form, out_names, results_of
 from memplan.planner.errors import MemplanError
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -4,18 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from memplan.planner.cost import (
-    Figures,
-    Table,
-    apply_costs,
-    coverage,
-    measurable,
-    modelled_workspace,
-    roofline,
-)
+from memplan.planner.cost import Figures, Table, apply_costs, coverage, roofline
+from memplan.planner.keys import measurable
 from memplan.planner.local import control_group_limits, device_key, local_machine, memory_limit
 from memplan.planner.machine import Machine, Tier, Unit, load_machine, preset_names
 from memplan.planner.program import Buffer, Kind, Op, Phase, Program
+from memplan.planner.workspaces import modelled_workspace
 
 MACHINE = Machine(
     "toy",
