@@ -270,7 +270,7 @@ class _Planned(torch.autograd.Function):
                     name = runner.code.arguments[runner.code.gradients[index]].name
                     found[index] = runner.code.arena.lend(name, found[index])
         except Exception as error:
-            if updates is None or not updates.done:
+            if updates is None or not (updates.done or updates.begun):
                 raise
             raise updates.explain(error) from error
         ctx.tokens = None

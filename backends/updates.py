@@ -1,6 +1,6 @@
 """A torch optimizer run piece by piece: each parameter's update when the schedule says, by the optimizer's own code.
 
-For one parameter the optimizer's `step` is called on a stand-in of it that holds that parameter alone and shares its state
+For the parameters of one op the optimizer's `step` is called on a stand-in of it that holds those alone and shares its state
 and settings. Kernels, order of operations and state are therefore the optimizer's, and so are the bits; what it does for
 several parameters at once must not depend on the others, as in all of torch's that memplan counts.
 """
@@ -19,7 +19,8 @@ class Updates:
     """The updates of one model's parameters by one optimizer.
 
     Attributes:
-        done: how many of this step's have run.
+        done: how many parameters of this step have been updated.
+        begun: how many more an update was begun of, if it has failed.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, traced: Traced):
@@ -32,7 +33,8 @@ class Updates:
         named = dict(model.named_parameters(remove_duplicate=False))
         self.optimizer = optimizer
         self.rows = {op: [named[name] for name, _ in pairs] for op, pairs in traced.updates.items()}
-        self.done = 0
+        self.total = sum(map(len, self.rows.values()))
+        self.done = self.begun = 0
         wanted = {name for pairs in traced.updates.values() for name, _ in pairs}
         held = trainable(model, optimizer)
         left = {traced.sources[place].name for place, _ in traced.gradients} & held
@@ -54,7 +56,7 @@ class Updates:
         Raises:
             MemplanError: gradients are left over from elsewhere.
         """
-        self.done = 0
+        self.done = self.begun = 0
         for row in self.rows.values():
             if any(value.grad is not None for value in row):
                 raise MemplanError("a parameter has a gradient already, to which a plan that updates in backward cannot add: "
@@ -62,19 +64,25 @@ class Updates:
 
     def update(self, op: int, gradients: list[torch.Tensor]) -> None:
         """Run one update op."""
-        kind = type(self.optimizer)
-        for value, gradient in zip(self.rows[op], gradients, strict=True):
-            alone = object.__new__(kind)
-            alone.__dict__.update(self.optimizer.__dict__)
+        kind, row = type(self.optimizer), self.rows[op]
+        alone = object.__new__(kind)
+        alone.__dict__.update(self.optimizer.__dict__)
+        groups: dict[int, dict[str, Any]] = {}
+        for value in row:
             group = self.group_of(value)
-            alone.param_groups = [{**group, "params": [value]}]
-            value.grad = gradient
-            try:
-                kind.step(alone)
-            finally:
+            groups.setdefault(id(group), {**group, "params": []})["params"].append(value)
+        alone.param_groups = list(groups.values())
+        self.begun = len(row)
+        try:
+            for value, gradient in zip(row, gradients, strict=True):
+                value.grad = gradient
+            kind.step(alone)
+        finally:
+            for value in row:
                 value.grad = None
+        for value in row:
             torch.autograd.graph.increment_version(value)  # it runs below autograd, which therefore sees nothing
-        self.done += 1
+        self.done, self.begun = self.done + len(row), 0
 
     def group_of(self, value: torch.Tensor) -> dict[str, Any]:
         """The settings for a parameter, as they are now: schedulers change them, and `load_state_dict` replaces them."""
@@ -86,5 +94,5 @@ class Updates:
 
     def explain(self, error: Exception) -> MemplanError:
         """The error of a step that has failed halfway."""
-        done = f"{self.done} of {len(self.rows)}"
-        return MemplanError(f"the step failed after it had updated {done} parameters: go back to a checkpoint ({error})")
+        done = f"{self.done} of {self.total} parameters" + (f", and begun with {self.begun} more" if self.begun else "")
+        return MemplanError(f"the step failed after it had updated {done}: go back to a checkpoint ({error})")

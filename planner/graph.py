@@ -16,7 +16,7 @@ from torch import fx
 from .errors import CaptureError
 from .in_place import InPlace, in_place_form
 from .nodes import call_key, closure, cost_of_graph, count_flops, encode, is_call, is_random, is_tensor, results, span
-from .optimizers import update_op, update_ops
+from .optimizers import rows_of, update_op, update_ops
 from .program import Buffer, Kind, Op, Phase, Program
 from .restore import restore_dropout, sum_tied
 
@@ -341,7 +341,7 @@ class _Lowering:
     def add_updates(
         self, optimizer: Any, trainable: set[str], runs_on: str, gradients: tuple[tuple[fx.Node, fx.Node], ...]
     ) -> tuple[tuple[fx.Node, fx.Node], ...]:
-        """The optimizer's state, and an op for each parameter that updates it. Returns the gradients that are left over."""
+        """The optimizer's state, and ops that update the parameters. Returns the gradients that are left over."""
         pairs: dict[int, list[tuple[str, fx.Node]]] = {}
         left = []
         for place, node in gradients:
@@ -353,13 +353,15 @@ class _Lowering:
         sizes = {buffer: self.buffers[buffer].bytes for buffer in pairs}
         read = {buffer: [self.owner[node] for _, node in rows] for buffer, rows in pairs.items()}
         names = {buffer: rows[0][0] for buffer, rows in pairs.items()}
-        states, ops = update_ops(optimizer, sizes, read, names, len(self.buffers), runs_on)
+        made = {buffer: at for at, op in enumerate(self.ops) for buffer in op.writes}
+        rows = rows_of(sizes, {buffer: max(made.get(gradient, -1) for gradient in row) for buffer, row in read.items()})
+        states, ops = update_ops(optimizer, sizes, read, names, rows, len(self.buffers), runs_on)
         for number in range(len(states)):
             buffer = list(pairs)[number % len(pairs)]
             self.states[len(self.buffers) + number] = names[buffer], number // len(pairs)
         self.buffers.extend(states)
-        for buffer, op in zip(pairs, ops, strict=True):
-            self.updates[len(self.ops)] = tuple(pairs[buffer])
+        for row, op in zip(rows, ops, strict=True):
+            self.updates[len(self.ops)] = tuple(pair for buffer in row for pair in pairs[buffer])
             self.ops.append(op)
             self.nodes.append(None)
         return tuple(left)

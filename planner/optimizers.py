@@ -2,11 +2,11 @@
 
 By default one op updates everything, after the backward pass; the caller runs it. *In backward* there is one op for each
 parameter, which the plan runs as soon as the gradient is complete and nobody reads the old value any more, so that gradients
-never pile up.
+never pile up. Small parameters share ops: what a call of an optimizer costs beside its arithmetic would be most of the time.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,9 @@ from .program import Buffer, Kind, Op, Phase
 # name -> (state tensors per parameter, temporaries per parameter of the for-loop step, of the multi-tensor step, times
 # that the for-loop step reads or writes a tensor of the parameter's size). Read in torch/optim: Adam's step makes
 # `exp_avg_sq.sqrt()` and the denominator derived from it.
+SMALL = 1 << 16  # bytes of a parameter that is updated together with others
+ROW = 32  # of them at a time, at most
+PART = 64  # and no more than this part of the bytes of all parameters: their gradients wait for one another
 KNOWN = {"sgd": (0, 0, 0, 3), "adam": (2, 2, 1, 18), "adamw": (2, 2, 1, 20)}
 
 
@@ -96,28 +99,50 @@ def update_op(
     return buffers, make_op(f"{known.name} step", known, Phase.UPDATE, gradients, mutates, total, workspace)
 
 
+def rows_of(sizes: Mapping[int, int], when: Mapping[int, int]) -> list[list[int]]:
+    """Which parameters are updated together: each by itself, but for small ones.
+
+    Args:
+        sizes: parameter's buffer -> bytes.
+        when: likewise, when its gradient is complete.
+    """
+    most = sum(sizes.values()) // PART
+    rows = [[buffer] for buffer, size in sizes.items() if size >= SMALL]
+    row: list[int] = []
+    for buffer in sorted((buffer for buffer, size in sizes.items() if size < SMALL), key=when.__getitem__):
+        if not row or len(row) == ROW or sum(map(sizes.__getitem__, row)) + sizes[buffer] > most:
+            row = []
+            rows.append(row)
+        row.append(buffer)
+    return rows
+
+
 def update_ops(
-    optimizer: Any, parameters: Mapping[int, int], gradients: Mapping[int, list[int]], names: Mapping[int, str], first: int,
-    device: str,
+    optimizer: Any, parameters: Mapping[int, int], gradients: Mapping[int, list[int]], names: Mapping[int, str],
+    rows: Sequence[Sequence[int]], first: int, device: str,
 ) -> tuple[list[Buffer], list[Op]]:  # fmt: skip
-    """State buffers, and for each parameter the op that updates it in backward.
+    """State buffers, and for each row of parameters the op that updates them in backward.
 
     Args:
         optimizer: as for `kept_by`.
         parameters: buffer -> bytes of each parameter that is updated.
         gradients: for each of them the buffers of its gradients.
         names: of the parameters.
+        rows: the parameters' buffers, as `rows_of` has them.
         first: index of the first new buffer.
         device: as for `kept_by`.
     """
     known = kept_by(optimizer, device)
     buffers = state_buffers(known.states, parameters)
+    place = {buffer: index for index, buffer in enumerate(parameters)}
     ops = []
-    for index, (buffer, size) in enumerate(parameters.items()):
-        own = [buffer, *(first + number * len(parameters) + index for number in range(known.states))]
-        reads, workspace = sorted({*own, *gradients[buffer]}), known.temporaries * size
-        op = make_op(f"{known.name} of {names[buffer]}", known, Phase.BACKWARD, reads, own, size, workspace)
-        ops.append(op)
+    for row in rows:
+        states = [first + number * len(parameters) + place[buffer] for number in range(known.states) for buffer in row]
+        own, sizes = [*row, *states], [parameters[buffer] for buffer in row]
+        reads = sorted({*own, *(gradient for buffer in row for gradient in gradients[buffer])})
+        workspace = known.temporaries * (sum(sizes) if known.together else max(sizes))
+        name = f"{known.name} of {names[row[0]]}" + (f" and {len(row) - 1} more" if len(row) > 1 else "")
+        ops.append(make_op(name, known, Phase.BACKWARD, reads, own, sum(sizes), workspace))
     return buffers, ops
 
 

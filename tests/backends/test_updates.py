@@ -6,7 +6,10 @@ import memplan
 import msgspec
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from memplan.planner.machine import load_machine
+from memplan.planner.optimizers import PART, ROW, SMALL, rows_of
 from memplan.planner.program import Kind, Phase
 from torch import nn
 
@@ -91,6 +94,45 @@ def test_twenty_steps_end_at_the_same_bits(name, floor, arena):
     assert train(one, plain, 20) == train(planned, apart, 20)
     assert same(one, two)
     assert same(plain, apart)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_small_parameters_are_updated_together(fused):
+    """Forty biases in two calls, though they have settings of two kinds; weights one by one; with eager's bits."""
+
+    def make(model):
+        weights, biases = ([value for value in model.parameters() if value.dim() == rank] for rank in (2, 1))
+        rows = [{"params": weights + biases[::2], "weight_decay": 0.1}, {"params": biases[1::2], "lr": 1e-2}]
+        return torch.optim.AdamW(rows, lr=1e-3, fused=fused)
+
+    one = nn.Sequential(*(nn.Linear(128, 128) for _ in range(40)))
+    two = copy.deepcopy(one)
+    plain, apart, x = make(one), make(two), torch.randn(2, 128)
+    plan = memplan.plan(two, None, (x,), loss=total, optimizer=apart, optimizer_in_backward=True, machine=QUICK, time_limit=2.0)
+    updates = [op for op in plan.program.ops if op.target == "optimizer.adamw"]
+    assert len(updates) == 42
+    assert sorted(op.name.endswith("more") for op in updates) == [False] * 40 + [True] * 2
+    planned = plan.apply(two, optimizer=apart)
+    for _ in range(3):
+        for model, optimizer in ((one, plain), (planned, apart)):
+            total(model(x)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert same(one, two)
+    assert same(plain, apart)
+
+
+@given(st.lists(st.integers(1, 3 * SMALL), min_size=1, max_size=90), st.randoms())
+def test_rows_of_updates_are_small_and_hold_every_parameter_once(sizes, rng):
+    """In the order in which gradients are complete, and within their part of all bytes."""
+    when = {buffer: rng.randrange(20) for buffer in range(len(sizes))}
+    rows = rows_of(dict(enumerate(sizes)), when)
+    assert sorted(buffer for row in rows for buffer in row) == list(range(len(sizes)))
+    for row in (row for row in rows if len(row) > 1):
+        assert len(row) <= ROW
+        assert sum(sizes[buffer] for buffer in row) <= sum(sizes) // PART
+        assert all(sizes[buffer] < SMALL for buffer in row)
+        assert [when[buffer] for buffer in row] == sorted(when[buffer] for buffer in row)
 
 
 def test_schedulers_and_loaded_states_count():
