@@ -161,7 +161,8 @@ def apply_costs(program: Program, machine: Machine, table: Table | None = None) 
         figures = table.get(op.key) if table is not None else None
         if figures is None:
             written = sum(program.buffers[buffer].bytes for buffer in op.writes)
-            figures = Figures(roofline(op, machine), modelled_workspace(op.key, written, program.device))
+            modelled = modelled_workspace(op.key, written, program.device)
+            figures = Figures(roofline(op, machine), max(modelled, op.workspace))  # an update's own is known from the start
         return msgspec.structs.replace(op, seconds=figures.seconds, workspace=figures.workspace)
 
     return msgspec.structs.replace(program, buffers=buffers, ops=tuple(cost(op) for op in program.ops))

@@ -47,7 +47,8 @@ def kept_by(optimizer: Any, device: str) -> Kept:
     """The figures of an optimizer.
 
     Args:
-        optimizer: `sgd`, `adam`, `adamw`, or a torch optimizer of one of these classes.
+        optimizer: `sgd`, `adam`, `adamw`, or a torch optimizer of one of these classes. A name alone stands, on cuda, for
+            one made with `fused=True`: the multi-tensor step, the default there, makes temporaries of all parameters' size.
         device: cuda takes the multi-tensor step by default, cpu the for-loop one.
 
     Raises:
@@ -61,7 +62,7 @@ def kept_by(optimizer: Any, device: str) -> Kept:
     if name == "sgd" and any(group.get("momentum", 0) for group in groups):
         states, passes = 1, 6
     states += any(group.get("amsgrad") for group in groups)
-    if any(group.get("fused") for group in groups):
+    if any(group.get("fused") for group in groups) or (isinstance(optimizer, str) and device == "cuda"):
         return Kept(name, states, 0, False, 3 + 2 * states)
     return Kept(name, states, multi if device == "cuda" else each, device == "cuda", passes)
 

@@ -149,6 +149,23 @@ def test_schedulers_and_loaded_states_count():
     assert same(one, two)
 
 
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_temporaries_of_the_step_count(in_backward):
+    """Adam's loop makes two of a parameter's size; they are there with the largest one, in the plan's peak too."""
+    model, x = nn.Linear(512, 2048, bias=False), torch.randn(2, 512)
+    optimizer = torch.optim.AdamW(model.parameters())
+    options = {"loss": total, "optimizer_in_backward": in_backward, "machine": QUICK, "time_limit": 2.0}
+    plan, fused = (
+        memplan.plan(model, None, (x,), optimizer=each, **options)
+        for each in (optimizer, torch.optim.AdamW(model.parameters(), fused=True))
+    )
+    size = 4 * 512 * 2048
+    (update,) = [op for op in plan.program.ops if op.target == "optimizer.adamw"]
+    assert update.workspace == 2 * size
+    assert plan.peak >= plan.program.resident_bytes + 3 * size
+    assert plan.peak >= fused.peak + size
+
+
 def test_gradients_do_not_pile_up():
     """Unplanned they are all there when the step ends; in backward none is, and the peak is lower for it."""
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(12)))
