@@ -33,7 +33,6 @@ class Updates:
         named = dict(model.named_parameters(remove_duplicate=False))
         self.optimizer = optimizer
         self.rows = {op: [named[name] for name, _ in pairs] for op, pairs in traced.updates.items()}
-        self.total = sum(map(len, self.rows.values()))
         self.done = self.begun = 0
         wanted = {name for pairs in traced.updates.values() for name, _ in pairs}
         held = trainable(model, optimizer)
@@ -94,5 +93,6 @@ class Updates:
 
     def explain(self, error: Exception) -> MemplanError:
         """The error of a step that has failed halfway."""
-        done = f"{self.done} of {self.total} parameters" + (f", and begun with {self.begun} more" if self.begun else "")
+        total = sum(map(len, self.rows.values()))
+        done = f"{self.done} of {total} parameters" + (f", and begun with {self.begun} more" if self.begun else "")
         return MemplanError(f"the step failed after it had updated {done}: go back to a checkpoint ({error})")

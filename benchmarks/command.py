@@ -90,6 +90,17 @@ class Command:
         return None
 
 
+def each_model(measure: Callable[[Results, str, Options], None]) -> Callable[[Results, Options], Iterable[None]]:
+    """What runs a function for one model after the other, with a table after each."""
+
+    def run(results: Results, options: Options) -> Iterable[None]:
+        for name in options.models:
+            measure(results, name, options)
+            yield
+
+    return run
+
+
 def forget_models(results: Results, options: Options) -> None:
     """Drop the rows of the models asked for; all rows where the command has no models."""
     for name in getattr(options, "models", ()):

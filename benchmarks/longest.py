@@ -17,28 +17,11 @@ from pathlib import Path
 from . import cuda
 from .command import Command, without_cuda
 from .models import SHAPES
-from .record import (
-    MIB,
-    Results,
-    Row,
-    ask,
-    header,
-    markdown,
-    mib,
-    paragraph,
-    percent,
-    say,
-)
+from .record import MIB, Results, Row, ask, header, markdown, mib, paragraph, percent, say
 
 METHODS = (
-    "memplan:none",
-    "checkpoint",
-    "memplan-offload:none",
-    "checkpoint-on-cpu",
-    "compile-budget:0",
-    "save-on-cpu",
-    "eager",
-)
+    "memplan:none", "checkpoint", "memplan-offload:none", "checkpoint-on-cpu", "compile-budget:0", "save-on-cpu", "eager"
+)  # fmt: skip
 CLOSE = 1 / 8  # a search is over when the shortest length that fails is this much longer than the longest that does not
 
 
@@ -137,7 +120,8 @@ def note_rate(results: Results, device: str) -> None:
 
 def run(results: Results, options: argparse.Namespace) -> Iterator[None]:
     """Every trial that is missing, while there is time."""
-    note_rate(results, options.device)
+    if results.last(task="rate") is None:
+        note_rate(results, options.device)
     end = time.monotonic() + 60 * options.minutes
     for name in options.models:
         for method in options.methods:

@@ -22,7 +22,7 @@ import torch
 
 from ..planner.api import Session
 from ..planner.plan import load
-from .command import Command
+from .command import Command, each_model
 from .models import FIVE, build
 from .planning import attempt
 from .record import (
@@ -192,13 +192,6 @@ def table_row(results: Results, name: str, point: int, gains: list[float]) -> tu
     )  # fmt: skip
 
 
-def run(results: Results, options: argparse.Namespace) -> Iterator[None]:
-    """Every model."""
-    for name in options.models:
-        measure(results, name, options)
-        yield
-
-
 def quick(options: argparse.Namespace) -> None:
     """What a smoke test takes."""
     options.models, options.rounds, options.points = ["gpt2:tiny"], 2, 3
@@ -207,7 +200,7 @@ def quick(options: argparse.Namespace) -> None:
 
 def main() -> None:
     """The command line."""
-    command = Command("offload", __doc__, run, render, serve, quick=quick)
+    command = Command("offload", __doc__, each_model(measure), render, serve, quick=quick)
     command.add_models(FIVE)
     command.add("--points", type=int, default=10, help="budgets of the sweep")
     command.add("--rounds", type=int, default=5, help="of each comparison of times; 0: no times")

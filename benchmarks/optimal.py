@@ -10,7 +10,7 @@ small graphs are the very best is tested against an exact solver in tests/.
 import argparse
 from pathlib import Path
 
-from .command import Command
+from .command import Command, each_model
 from .models import FIVE
 from .record import Results, ask, header, markdown, mib, percent, ratio, say, verdict
 
@@ -50,12 +50,6 @@ def render(results: Results, path: Path) -> None:
     path.write_text("\n".join(lines).rstrip() + "\n")
 
 
-def run(results: Results, options: argparse.Namespace) -> None:
-    """Every model."""
-    for name in options.models:
-        measure(results, name, options)
-
-
 def quick(options: argparse.Namespace) -> None:
     """What a smoke test takes."""
     options.models = ["gpt2:tiny"]
@@ -63,7 +57,7 @@ def quick(options: argparse.Namespace) -> None:
 
 def main() -> None:
     """The command line."""
-    command = Command("optimal", __doc__, run, render, quick=quick)
+    command = Command("optimal", __doc__, each_model(measure), render, quick=quick)
     command.add_models(FIVE)
     command.add("--budgets", nargs="+", default=list(BUDGETS), help="as in memplan.plan")
     command.add_limits()

@@ -20,7 +20,7 @@ import torch
 from ..backends.trial import LEARNING_RATE, Request, train
 from ..planner.api import Session
 from ..planner.plan import load
-from .command import Command
+from .command import Command, each_model
 from .models import FIVE, build
 from .offload import SLACK
 from .planning import attempt
@@ -180,13 +180,6 @@ def render(results: Results, path: Path) -> None:
     path.write_text("\n".join(lines).rstrip() + "\n")
 
 
-def run(results: Results, options: argparse.Namespace) -> Iterator[None]:
-    """Every model."""
-    for name in options.models:
-        measure(results, name, options)
-        yield
-
-
 def quick(options: argparse.Namespace) -> None:
     """What a smoke test takes."""
     options.models, options.rounds, options.points = ["gpt2:tiny"], 2, 3
@@ -195,7 +188,7 @@ def quick(options: argparse.Namespace) -> None:
 
 def main() -> None:
     """The command line."""
-    command = Command("state", __doc__, run, render, serve, quick=quick)
+    command = Command("state", __doc__, each_model(measure), render, serve, quick=quick)
     command.add_models(FIVE)
     command.add("--points", type=int, default=5, help="budgets")
     command.add("--rounds", type=int, default=5, help="of the comparison of times; 0: no times")

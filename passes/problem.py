@@ -102,7 +102,7 @@ def tiers_of(machine: Machine) -> np.ndarray:
     for route in routes_of(machine):
         out, back = machine.links[route.out], machine.links[route.back]
         ways = out.bandwidth, out.latency, out.load, back.bandwidth, back.latency, back.load
-        rows.append((*ways, float(machine.tiers[route.tier].capacity), max(0.0, out.duplex + back.duplex - 1)))
+        rows.append((*ways, float(machine.tiers[route.tier].capacity), machine.rate_beside(route.out)))
     return np.array(rows, float).reshape(-1, 8)
 
 

@@ -64,7 +64,8 @@ class Rates(msgspec.Struct, frozen=True):
     @property
     def sound(self) -> bool:
         """Whether a plan can rest on the figures."""
-        return min(self.bandwidth, self.launch, self.flops.get("default", 0.0), *self.flops.values()) > 0
+        known = min(self.bandwidth, self.launch, self.flops.get("default", 0.0), *self.flops.values()) > 0
+        return known and (self.link > 0) == (self.back > 0)  # a file of before both ways were measured has one
 
 
 Figures = TypeVar("Figures", Rates, DiskRates)

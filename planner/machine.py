@@ -98,6 +98,11 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True
         ends = [(link.source, link.target) for link in self.links]
         return tuple(next((index for index in by_rate if ends[index] == (target, source)), None) for source, target in ends)
 
+    def rate_beside(self, link: int) -> float:
+        """The share of its rate that a later copy has while one the other way, which keeps its time, is under way."""
+        back = self.opposite[link]
+        return 1.0 if back is None else max(0.0, self.links[link].duplex + self.links[back].duplex - 1)
+
     def arrival(self, link: int, size: int, clock: float, free: Sequence[float]) -> float:
         """When a copy that is put into a link's queue now has ended.
 
@@ -114,8 +119,7 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True
         begin, seconds = max(clock, free[link]) + known.latency, size / known.bandwidth
         if back is None or free[back] <= begin:
             return begin + seconds
-        busy = free[back] - begin
-        rate = max(0.0, known.duplex + self.links[back].duplex - 1)
+        busy, rate = free[back] - begin, self.rate_beside(link)
         return begin + seconds + (1 - rate) * (busy if seconds >= rate * busy else seconds / rate)
 
     def verify(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from memplan.backends import dynamo, ledger, spacefile
+from memplan.backends import compilation, ledger, spacefile
 from memplan.backends.filetier import FileTier
 from memplan.backends.ledger import Ledger, Visit
 from memplan.planner.errors import BudgetError, MemplanError
@@ -111,7 +111,7 @@ def ledger_of(called: Any) -> Ledger:
     return ledger.ledger_of(OPTIONS[id(called)])
 
 
-def pieces_of(called: Any) -> list[dynamo.Code]:
+def pieces_of(called: Any) -> list[compilation.Code]:
     """The code of every run of the last step."""
     return [visit.code for visit in ledger_of(called).step]
 
@@ -143,14 +143,14 @@ def assert_same(model: nn.Module, *inputs: torch.Tensor, **options: Any) -> Any:
 
 def watched(called: Any, mode: TorchDispatchMode) -> None:
     """A step under a mode, which is put on inside, for Dynamo runs nothing of ours under one."""
-    run = dynamo.Code.run
+    run = compilation.Code.run
 
-    def under(code: dynamo.Code, args: Any, visit: Visit) -> Any:
+    def under(code: compilation.Code, args: Any, visit: Visit) -> Any:
         with mode:
             return run(code, args, visit)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamo.Code, "run", under)
+        patch.setattr(compilation.Code, "run", under)
         loss = called(IDS)
     with mode:
         loss.backward()
@@ -217,7 +217,7 @@ class Live(TorchDispatchMode):
         for value in torch.utils._pytree.tree_leaves(result):
             if isinstance(value, torch.Tensor) and value.untyped_storage()._cdata not in self.outside:
                 storage = value.untyped_storage()
-                self.known[storage._cdata] = (dynamo.StorageWeakRef(storage), storage.nbytes())
+                self.known[storage._cdata] = (compilation.StorageWeakRef(storage), storage.nbytes())
         self.peak = max(self.peak, sum(size for _, size in self.known.values()))
         return result
 
