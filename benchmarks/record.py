@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ ALLOCATORS = (
     "that gives it back, both glibc's (`MALLOC` in `record.py`)."
 )
 
+MACHINE = {"task": "machine"}  # of the row that notes one
 FILES = ("file", "bare")  # of a row: kept relative to the folder of the results
 
 
@@ -50,7 +52,7 @@ class Results:
 
     def placed(self, row: Row) -> Row:
         """A row with its processor."""
-        if row.get("task") == "machine":
+        if matches(row, MACHINE):
             self.on = row["cpu"]
             return row
         return row | {"on": self.on}
@@ -75,8 +77,11 @@ class Results:
         return json.dumps(known | {key: str(row[key]).removeprefix(here) for key in FILES if key in row}) + "\n"
 
     def drop(self, **keys: Any) -> None:
-        """Remove the rows with these values."""
-        self.rows = [row for row in self.rows if not matches(row, keys)]
+        """Remove the rows with these values, and machines that nothing is left of."""
+        rows = [row for row in self.rows if not matches(row, keys)]
+        followers = zip_longest(rows, rows[1:], fillvalue=MACHINE)
+        self.rows = [row for row, after in followers if not (matches(row, MACHINE) and matches(after, MACHINE))]
+        self.on = next((row["cpu"] for row in reversed(self.rows) if matches(row, MACHINE)), None)
         if self.path.is_file():
             self.path.write_text("".join(self.text(row) for row in self.rows))
 
@@ -157,7 +162,7 @@ def machine_lines() -> Row:
 
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
     return {
-        "task": "machine",
+        **MACHINE,
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -173,14 +178,14 @@ def machine_lines() -> Row:
 def note_machine(results: Results) -> None:
     """Keep what this machine is, unless the last note says the same."""
     facts = machine_lines()
-    if results.last(task="machine") != facts:
+    if results.last(**MACHINE) != facts:
         results.add(facts)
 
 
 def header(title: str, results: Results) -> list[str]:
     """The top of a markdown file: the title, and each machine that rows were taken on."""
     lines = [f"# {title}", ""]
-    for row in results.all(task="machine"):
+    for row in results.all(**MACHINE):
         gpu = f"{row['gpu']}, " if "gpu" in row else ""
         lines.append(
             f"- {row['date']}: {gpu}{row['cpu']}, {row['cores']} cores, torch on {row['threads']} threads, "

@@ -10,6 +10,7 @@ then trains for twenty steps; its losses and parameters are compared, bit for bi
 """
 
 import argparse
+import dataclasses
 import statistics
 import time
 from collections.abc import Iterator
@@ -59,8 +60,8 @@ def plan_all(request: Row) -> Iterator[Row]:
     folder.mkdir(parents=True, exist_ok=True)
     options = {"optimizer": torch.optim.AdamW(model.parameters()), "optimizer_in_backward": True, "allow": LEVERS}
     session = Session(model, args, time_limit=request["time_limit"], **options)
-    program, top, bottom = session.planner.program, session.planner.unplanned.peak, session.ladder.floor
-    floors = {"in memory": session.planner.floor.peak, "on disk": bottom}
+    program, top, bottom = session.planner.program, session.planner.unplanned.peak, session.planner.floor.peak
+    floors = {"in memory": dataclasses.replace(session.planner, homes=()).floor.peak, "on disk": bottom}
     yield {"label": "floors", "unplanned": top, "resident": program.resident_bytes, **floors}
     for index in range(request["points"]):
         budget = top - (top - bottom) * (index + 1) // request["points"]

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ..passes.addresses import Place
+from ..passes.homes import Homes
 from ..passes.outside import LeaveOutside
+from ..passes.transfers import routes_of
 from .cost import Table, apply_costs
 from .errors import BudgetError, MachineError, MemplanError
-from .ladder import Ladder
 from .machine import Machine, named_machine
 from .pipeline import Answer, Planner
 from .plan import Plan, PlanBody, Recipe, Side, assemble, unlimited
@@ -116,7 +117,7 @@ def sweep(
         options: the other arguments of `plan`.
     """
     session = Session(model, args, kwargs, **options)
-    top, bottom = session.planner.unplanned.peak, session.ladder.floor
+    top, bottom = session.planner.unplanned.peak, session.planner.floor.peak
     if isinstance(points, int):
         budgets: list[int | str] = [top - (top - bottom) * index // max(points - 1, 1) for index in range(points)]
     else:
@@ -188,9 +189,11 @@ class Session:
         began = time.monotonic()
         known = self.machine = limit_tiers(known, host_budget)
         program = apply_costs(self.captured.program, known, table)
+        routes = routes_of(known) if self.offload else []
         self.planner = Planner(
-            program, known, "recompute" in levers, "reorder" in levers, self.offload, seed=seed, progress=progress
-        )
+            program, known, "recompute" in levers, "reorder" in levers, self.offload, seed=seed, progress=progress,
+            homes=Homes(room=known.tiers[routes[0].tier].capacity)(program) if routes else (),
+        )  # fmt: skip
         self.solve_began = time.monotonic() - began
 
     def measure(self, machine: Machine, table: Table, progress: Progress | None) -> None:
@@ -204,16 +207,11 @@ class Session:
         calibrate(self.captured.program, machine, table, time_limit=self.time_limit, progress=tell)
 
     @cached_property
-    def ladder(self) -> Ladder:
-        """Plans steps that no arena holds."""
-        return Ladder(self.planner)
-
-    @cached_property
     def static_planner(self) -> Planner:
         """Plans steps that run in an arena."""
         from ..backends.arena import with_transients
 
-        return dataclasses.replace(self.planner, program=with_transients(self.planner.program, lent=self.lent))
+        return dataclasses.replace(self.planner, program=with_transients(self.planner.program, lent=self.lent), homes=())
 
     @cached_property
     def lent(self) -> tuple[int, ...]:
@@ -281,8 +279,8 @@ class Session:
             answer = planner.solve_memo(limit)
             minimum = answer.side.peak
         else:
-            answer = self.ladder.solve(limit, planner.deadline)
-            minimum = min(self.ladder.floor, answer.side.peak)
+            answer = planner.solve(limit)
+            minimum = min(planner.floor.peak, answer.side.peak)
         body = PlanBody(
             program=answer.side.program,
             machine=self.machine,

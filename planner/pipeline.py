@@ -44,6 +44,8 @@ LARGE = 2000  # ops: programs beyond this size are spared what takes longest
 SMALL = 150  # ops: programs up to this size may also recompute what the backward pass makes
 TINY = 64  # ops: programs up to this size are searched from more starts
 HEATS = (0.02, 0.06, 0.2)
+SHARES = 9  # of what may be at home elsewhere, from none to all: from which a search may start
+STARTS = 8  # of a search, the best among them
 TOGETHER = 2  # searches at once; fixed, so that answers do not depend on the number of cores
 
 
@@ -76,7 +78,7 @@ class Planner:
         recompute: whether ops may run again.
         reorder: whether the backward pass may run in another order.
         offload: whether values may lie in other tiers of the machine, if it has any with links there and back.
-        homes: resident buffers that lie in the first such tier before the step and after it.
+        homes: resident buffers that may lie in the first such tier before the step and after it; see `passes/homes.py`.
         seed: of the search; the same seed, program and budget give the same schedule.
         effort: simulations per start of the search; by default as many as a few seconds allow.
     """
@@ -148,39 +150,30 @@ class Planner:
     def cuts(self) -> list[CutModel]:
         """Linear programs at the moments that press most: the worst of each segment opened early, and the worst overall."""
         problem = self.flat.problem
-        order, _, memory = profile(problem, problem.keep_all())
-        order, memory = order[order >= 0], memory[order >= 0]  # without fetches: what is left is at its base time
-        late = np.flatnonzero(order > problem.boundary)
+        ops, ranked = len(problem.seconds), []
+        late = np.arange(problem.boundary + 1, ops)
         if not len(late):
             return []
-        edges = [*np.unique(self.segments.opened).tolist(), len(order)]
-        worst = [int(low + np.argmax(memory[low:high])) for low, high in pairwise(edges[:13]) if high > low]
-        first = [int(at) for at in late[np.argsort(-memory[late], kind="stable")[:8]]]
-        ranked = dict.fromkeys([first[0], *sorted(worst, key=lambda at: -memory[at]), *first, problem.boundary + 1])
-        chosen = [at for at in ranked if problem.boundary < at < len(order)]
-        return [CutModel(problem, at) for at in chosen[: max(3, CUT_OPS // len(order))]]
-
-    def bound(self, budget: int, links: bool = True) -> float:
-        """A lower bound on the time of any schedule within the budget that keeps the base order; infinite if none is.
-
-        Args:
-            budget: bytes.
-            links: count the copies of what is at home elsewhere; without, the bound holds for any part of it being there.
-        """
-        if not self.recompute and not self.moves:
-            return self.base_seconds
-        found = self.base_seconds + max((cut.solve(budget).seconds for cut in self.cuts), default=0.0)
-        return max(found, self.compulsory) if links else found
+        edges = [*np.unique(self.segments.opened).tolist(), ops]
+        for base in self.bases:
+            order, _, memory = profile(problem, base)
+            memory = memory[order >= 0]  # without fetches: what is left is at its base time
+            worst = [int(low + np.argmax(memory[low:high])) for low, high in pairwise(edges[:13]) if high > low]
+            first = [int(at) for at in late[np.argsort(-memory[late], kind="stable")[:8]]]
+            ranked += [first[0], *sorted(worst, key=lambda at: -memory[at]), *first, problem.boundary + 1]
+        chosen = [at for at in dict.fromkeys(ranked) if problem.boundary < at < ops]
+        return [CutModel(problem, at) for at in chosen[: max(3, CUT_OPS // ops)]]
 
     @cached_property
-    def compulsory(self) -> float:
-        """Seconds that the links need for what is at home elsewhere: all of it once in, and what is changed once out."""
-        problem = self.flat.problem
-        if not self.homes:
-            return 0.0
-        out, _, _, back = problem.tiers[0][:4]
-        sent = problem.size[np.unique(problem.changed)].sum() if len(problem.changed) else 0
-        return float(max(problem.size[problem.home > 0].sum() / back, sent / out))
+    def bases(self) -> list[np.ndarray]:
+        """The solutions that keep everything: with nothing at home elsewhere, and with all that can be."""
+        return [self.flat.problem.keep_all(away=share) for share in ((0.0, 1.0) if self.homes else (0.0,))]
+
+    def bound(self, budget: int) -> float:
+        """A lower bound on the time of any schedule within the budget that keeps the base order; infinite if none is."""
+        if not self.recompute and not self.moves:
+            return self.base_seconds
+        return self.base_seconds + max((cut.solve(budget).seconds for cut in self.cuts), default=0.0)
 
     def tell(self, stage: str, fraction: float) -> None:
         """Report progress."""
@@ -207,8 +200,9 @@ class Planner:
         schedule is no worse without it.
         """
         best: Side | None = None
+        away = [buffer for buffer in self.homes if tier[buffer]]
         while True:
-            schedule = Transfers(budget)(self.program, self.machine, events, tier, self.homes)
+            schedule = Transfers(budget)(self.program, self.machine, events, tier, away)
             try:
                 side = Side(self.program, schedule, referee(self.program, machine, schedule, budget))
             except InvalidSchedule:
@@ -219,7 +213,7 @@ class Planner:
                 return best
             best = side
             left = Counter(step.buffer for step in schedule.instructions if isinstance(step, Start))
-            idle = {buffer for buffer, count in left.items() if count == 1 and buffer not in self.homes}
+            idle = {buffer for buffer, count in left.items() if count == 1 and buffer not in away}
             if not idle:
                 return best
             events = [event for event in events if event >= 0 or -1 - event not in idle]
@@ -229,8 +223,12 @@ class Planner:
         """Nothing repeated, everything freed as soon as it can be."""
         return self.finish(self.flat.problem.keep_all(), None)
 
-    def rules(self) -> list[np.ndarray]:
-        """Solutions that follow one rule for all: per-segment checkpoints; nothing kept and rebuilt once; rebuilt each time."""
+    def rules(self, base: np.ndarray) -> list[np.ndarray]:
+        """Solutions that follow one rule for all: per-segment checkpoints; nothing kept and rebuilt once; rebuilt each time.
+
+        Args:
+            base: the solution that keeps everything, and has at home elsewhere what shall be.
+        """
         slots, problem = self.master.slots, self.flat.problem
         crosses = self.segments.crosses[slots.buffer]
         own = self.segments.opened[np.maximum(self.segments.of_buffer[slots.buffer], 0)]
@@ -238,27 +236,51 @@ class Planner:
         made = []
         for times in (np.where(crosses, KEEP, own), np.where(crosses, problem.boundary, own),
                       np.full(len(own), problem.boundary), slots.at):  # fmt: skip
-            solution = problem.keep_all()
+            solution = base.copy()
             solution[SINCE, slots.gap[first]] = times[first]
             made.append(solution)
-        return [*([self.all_moved()] if self.moves else []), *(made if self.recompute else [])]
+        return [*([self.all_moved(base)] if self.moves else []), *(made if self.recompute else [])]
 
-    def all_moved(self) -> np.ndarray:
-        """The solution that moves whatever may be moved to the first tier."""
-        solution = self.flat.problem.keep_all()
-        slots = self.master.slots
-        self.master.move(solution, slots.travels, 1)
+    def all_moved(self, base: np.ndarray) -> np.ndarray:
+        """The base solution, but that it moves whatever the step makes and may be moved to the first tier."""
+        solution = base.copy()
+        self.master.move(solution, self.master.slots.travels, 1)
         return solution
 
     def starts(self, budget: int) -> list[np.ndarray]:
         """Where the search begins: answers of the integer program and of its relaxation, then simple rules."""
-        rounded = self.master.iterate(budget, rounds=4, seconds=4.0, integer=False)[1:]
-        rules = self.rules()[: 3 + self.moves]
+        if self.homes:
+            return self.starts_away(budget)
+        base = self.flat.problem.keep_all()
+        rounded = self.master.iterate(base, budget, rounds=4, seconds=4.0, integer=False)[1:]
+        rules = self.rules(base)[: 3 + self.moves]
         if self.memo_solution is not None and self.recompute:
             rules.insert(0, self.memo_solution)
         if len(self.program.ops) > LARGE:
             return [*rounded, *rules]
-        return [*self.master.iterate(budget, rounds=4, seconds=4.0)[1:], *rounded[1:], *rules]
+        return [*self.master.iterate(base, budget, rounds=4, seconds=4.0)[1:], *rounded[1:], *rules]
+
+    def starts_away(self, budget: int) -> list[np.ndarray]:
+        """The same with more and more at home elsewhere: the relaxation's answers for each share, what fits best first."""
+        found: dict[float, list[tuple[float, float, int, np.ndarray]]] = {}  # by share: excess, time, number, solution
+
+        def look(share: float) -> None:
+            base = self.flat.problem.keep_all(away=share)
+            rounded = self.master.iterate(base, budget, rounds=5, seconds=5.0, integer=False)
+            solutions = [base, *rounded, *self.rules(base)[: 1 + self.moves]]
+            scores = [score(self.flat.problem, solution, budget) for solution in solutions]
+            rows = [(each.excess, each.time, number) for number, each in enumerate(scores)]
+            found[share] = sorted((*row, solution) for row, solution in zip(rows, solutions, strict=True))[:2]
+
+        for share in np.linspace(0.0, 1.0, SHARES):
+            look(float(share))
+        for step in (0.5, 0.25):  # and around the best
+            best = min(found, key=lambda share: found[share][0][:3])
+            for share in (best - step / (SHARES - 1), best + step / (SHARES - 1)):
+                if 0 <= share <= 1:
+                    look(share)
+        ranked = sorted((*row[:3], share, row[3]) for share, rows in found.items() for row in rows)
+        return [row[-1] for row in ranked[:STARTS]]
 
     @cached_property
     def steps(self) -> int:
@@ -324,8 +346,9 @@ class Planner:
     def smallest(self) -> np.ndarray:
         """The solution of smallest peak known: the search run for ever smaller budgets, whatever the time."""
         problem = self.flat.problem
-        rules = self.rules()
-        choices = [problem.keep_all(), *(choice for choice in rules if score(problem, choice, 2**62).excess <= 0)]
+        bases = [problem.keep_all(), *([problem.keep_all(away=1.0, ahead=0.0)] if self.homes else [])]
+        rules = [rule for base in bases for rule in (base, *self.rules(base))]
+        choices = [choice for choice in rules if score(problem, choice, 2**62).excess <= 0]
         peaks = [score(problem, choice, 0).peak for choice in choices]
         best, peak = choices[int(np.argmin(peaks))], min(peaks)
         current, tries, shrink = best, 0, 0.9
@@ -379,9 +402,8 @@ class Planner:
         Raises:
             BudgetError: none was found; the message has the smallest budget known to work and what sets it.
         """
-        least = max(self.base_seconds, self.compulsory)
-        if self.kept.peak <= budget and (not self.homes or self.kept.time <= least * (1 + GOOD)):
-            return Answer(self.kept, min(least, self.kept.time))
+        if self.kept.peak <= budget:
+            return Answer(self.kept, min(self.base_seconds, self.kept.time))
         if not self.recompute and not self.moves:
             raise self.refuse(budget, self.kept)
         self.tell("bounding", 0.0)
@@ -397,7 +419,7 @@ class Planner:
     @cached_property
     def still(self) -> "Planner | None":
         """The planner of steps that move nothing, in whose smaller space a search finds more; None where this is one."""
-        return dataclasses.replace(self, offload=False) if self.moves and self.recompute and not self.homes else None
+        return dataclasses.replace(self, offload=False, homes=()) if self.moves and self.recompute else None
 
     def without_moves(self, budget: int) -> Side | None:
         """The fastest schedule found that moves nothing, if one fits."""

@@ -147,8 +147,8 @@ def _shifted(time, source, target, opened, boundary, ops):  # pragma: no cover
 def _draw(fresh, slot, before, at, last, segment, opened, boundary, fine, tiers, movable, home):  # pragma: no cover
     """Change a slot's times in place."""
     own = segment[slot]
-    if movable[slot] == 3:  # at home in a tier: fetched in good time, or kept from the use before
-        if before[slot] >= 0 and np.random.random() < 0.5:
+    if movable[slot] == 3:  # fetched from home in good time, or kept from the use before; before the first use: at home here
+        if np.random.random() < 0.5:
             fresh[SINCE], fresh[MOVE] = -1, 0
             return
         reach = 1 << np.random.randint(10)

@@ -9,6 +9,10 @@ what happens before or after. The largest over several cuts is returned.
 Where there are tiers behind the device a third choice is that the value lies there. Then it has been copied out before the
 cut and is copied in after it (a copy under way takes its bytes on the device at either end, so counts as resident): neither
 part of the step is shorter than its copies take over all links together.
+
+What may be at home in such a tier is *away* or stays on the device, and is *gone* at the cut or resident; who is gone is away.
+If away, it is copied in before the cut where an op before the cut reads it; if gone, once more for what reads it after the cut;
+and it is copied home after the op that changes it.
 """
 
 from dataclasses import dataclass
@@ -51,9 +55,10 @@ class CutModel:
         self.column[before] = ops + np.arange(len(before))
         self.before = before
         tiers = len(problem.tiers) > 0
-        moved = ops + len(before)  # the first column of what lies in another tier; two for stalls follow
+        self.guests = np.flatnonzero(problem.home)  # they are the last buffers
         movable = ((problem.producer[before] < problem.boundary) & ~problem.output[before]).astype(float)
-        more = [movable, np.full(2, 1e9)] if tiers else []
+        reading = np.isin(self.guests, problem.read[problem.read_start[at] : problem.read_start[at + 1]])
+        more = [movable, np.full(2, 1e9), np.ones(len(self.guests)), 1.0 - reading] if tiers else []
         upper = np.concatenate([(problem.repeatable[:ops] > 0).astype(float), np.ones(len(before)), *more])
         lower = np.zeros(len(upper))
         lower[self.column[problem.inputs(at)]] = 1.0
@@ -72,39 +77,79 @@ class CutModel:
             if problem.repeatable[op]:
                 for buffer in problem.inputs(op):
                     rows.append(([*there(buffer), op], [1.0] * len(there(buffer)) + [-1.0], 0.0))
+        cost = np.concatenate([problem.seconds[:ops], np.zeros(len(upper) - ops)])
+        gone = len(upper) - len(self.guests) + np.arange(len(self.guests))
         if tiers:
-            rows += self.link_rows(ops, moved, len(before))
+            rows += [([column - len(gone), column], [1.0, -1.0], 0.0) for column in gone.tolist()]
+            rows += self.link_rows(cost)
         self.capacity_row = len(rows)
         self.model = highs_model(
-            cost=np.concatenate([problem.seconds[:ops], np.zeros(len(before)), *self.move_costs()]),
+            cost=cost,
             lower=lower,
             upper=upper,
             rows=rows,
-            knapsack=(ops + np.arange(len(before)), problem.size[before].astype(float)),
+            knapsack=(
+                np.concatenate([ops + np.arange(len(before)), gone]),
+                np.concatenate([problem.size[before], -problem.size[self.guests]]).astype(float),
+            ),
         )
 
-    def move_costs(self) -> list[np.ndarray]:
-        """Costs of what lies elsewhere: the computing that copies hold up, on the tier where that is least; and of stalls."""
-        tiers = self.problem.tiers
-        if not len(tiers):
-            return []
-        load = (tiers[:, OUT_LOAD] / tiers[:, OUT]).min() + (tiers[:, IN_LOAD] / tiers[:, IN]).min()
-        return [self.problem.size[self.before] * load, np.ones(2)]
+    def link_rows(self, cost: np.ndarray) -> list[tuple[list[int], list[float], float]]:
+        """Neither part of the step is shorter than its copies out and in, nor is the whole; and what lies elsewhere has room.
 
-    def link_rows(self, ops: int, moved: int, count: int) -> list[tuple[list[int], list[float], float]]:
-        """Copies out take no longer than what runs before the cut and the stalls there; copies in, after it."""
-        problem = self.problem
-        size = problem.size[self.before].astype(float)
-        tiers = problem.tiers
-        leaving = size * (1 / tiers[:, OUT].sum() - (tiers[:, OUT_LOAD] / tiers[:, OUT]).min())
-        coming = size * (1 / tiers[:, IN].sum() - (tiers[:, IN_LOAD] / tiers[:, IN]).min())
-        columns = list(range(moved, moved + count))
-        before, after = float(problem.seconds[:ops].sum()), float(problem.seconds[ops:].sum())
-        return [
-            ([*columns, moved + count], [*-leaving, 1.0], -before),
-            ([*columns, moved + count + 1, *range(ops)], [*-coming, 1.0, *problem.seconds[:ops]], -after),
-            (columns, [*-size], -float(tiers[:, ROOM].sum())),
-        ]
+        Args:
+            cost: of each column; the computing that copies hold up is added, on the tier where that is least, and stalls.
+        """
+        problem, ops, tiers = self.problem, self.at, self.problem.tiers
+        away = len(cost) - 2 * len(self.guests)
+        stalls = [away - 2, away - 1]
+        out, back = self.bytes_out(len(cost)), self.bytes_in(len(cost))
+        least = (tiers[:, OUT_LOAD] / tiers[:, OUT]).min(), (tiers[:, IN_LOAD] / tiers[:, IN]).min()
+        load = least[0] * out + least[1] * back  # rows: before the cut, after it, either
+        again = np.zeros_like(cost)
+        again[:ops] = problem.seconds[:ops]
+        length = np.array([problem.seconds[:ops].sum(), problem.seconds[ops:].sum()])
+        spent = load[:2].copy()  # what each part takes beside its first runs
+        spent[1] += again
+        spent[[0, 1], stalls] = 1.0
+        cost[:] = spent.sum(axis=0)
+        dense = [(cost - again - load[:2].sum(axis=0) - load[2], 0.0)]  # stalls have what a copy of either part holds up
+        for copied, rate in ((out, tiers[:, OUT].sum()), (back, tiers[:, IN].sum())):
+            dense += [(spent[part] - copied[part] / rate, -length[part]) for part in range(2)]
+            dense.append((cost - copied.sum(axis=0) / rate, -length.sum()))
+        held = np.zeros_like(cost)
+        held[away - 2 - len(self.before) : away - 2] = problem.size[self.before]
+        held[away : away + len(self.guests)] = problem.size[self.guests]
+        dense.append((-held, -float(tiers[:, ROOM].sum())))
+        return [(np.flatnonzero(row).tolist(), row[row != 0].tolist(), bound) for row, bound in dense]
+
+    def bytes_out(self, columns: int) -> np.ndarray:
+        """Bytes copied out by each column: before the cut, after it, and in either; shape (3, columns)."""
+        problem, count = self.problem, len(self.guests)
+        found = np.zeros((3, columns))
+        away = columns - 2 * count
+        found[0, away - 2 - len(self.before) : away - 2] = problem.size[self.before]
+        ends = problem.changed_start[1:]
+        for index, buffer in enumerate(problem.changed.tolist()):
+            changer = int(np.searchsorted(ends, index, side="right"))
+            found[1 if changer >= self.at else 2, away + buffer - self.guests[0]] = problem.size[buffer]
+        return found
+
+    def bytes_in(self, columns: int) -> np.ndarray:
+        """Bytes copied in by each column, likewise."""
+        problem, count = self.problem, len(self.guests)
+        found = np.zeros((3, columns))
+        away, gone = columns - 2 * count, columns - count
+        found[1, away - 2 - len(self.before) : away - 2] = problem.size[self.before]
+        late = used_from(problem, self.at)
+        for number, buffer in enumerate(self.guests.tolist()):
+            size, first = problem.size[buffer], problem.use[problem.use_start[buffer]]
+            found[1, gone + number] = size * late[buffer]
+            if first < self.at:
+                found[0, away + number] = size
+            else:  # once in all: after the cut if it is gone, and in either part if not
+                found[2, away + number], found[2, gone + number] = size, -size
+        return found
 
     def room(self, budget: int) -> float:
         """Bytes that resident values may take while the cut op runs."""
@@ -112,9 +157,7 @@ class CutModel:
         made = problem.size[problem.write[problem.write_start[at] : problem.write_start[at + 1]]].sum()
         pairs = slice(problem.reuse_start[at], problem.reuse_start[at + 1])
         taken = problem.size[problem.reuse_new[pairs]].max(initial=0)
-        read = problem.read[problem.read_start[at] : problem.read_start[at + 1]]
-        fetched = problem.size[read[problem.home[read] > 0]].sum()
-        return float(budget - problem.resident - made - problem.workspace[at] + taken - fetched)
+        return float(budget - problem.resident - problem.size[self.guests].sum() - made - problem.workspace[at] + taken)
 
     def solve(self, budget: int) -> Cut:
         """The cheapest set within a budget."""

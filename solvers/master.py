@@ -29,8 +29,8 @@ class Slots:
         before: base time of the use before it, or of the buffer's making.
         at: base time of the use that ends it; the number of ops for a last gap.
         last: gaps that no use ends, in which a value can only be held for recomputations.
-        movable: 1 where the value may wait for the gap's end in another tier, 2 where nothing else will do; 3 where it is at
-            home there and is fetched or, between two uses, kept; else 0.
+        movable: 1 where the value may wait for the gap's end in another tier, 2 where nothing else will do; 3 where it may be
+            at home there and is fetched or, between two uses, kept; else 0.
     """
 
     gap: np.ndarray
@@ -106,7 +106,6 @@ class Master:
                     rows.append(([*there, op], [1.0] * len(there) + [-1.0], 0.0))
         movable = np.isin(self.early, slots.buffer[slots.movable > 0]).astype(float)
         self.rows, self.stalls = rows, ops + (1 + tiers) * count
-        self.add_links(ops, count)
         self.upper = np.concatenate(
             [(problem.repeatable[:ops] > 0).astype(float), np.ones(count), *[movable] * tiers, np.full(2 * tiers, 1e9)]
         )
@@ -122,31 +121,37 @@ class Master:
         moved = [int(column[buffer]) + (1 + tier) * len(self.early) for tier in range(len(self.problem.tiers))]
         return [int(column[buffer]), int(self.problem.producer[buffer]), *moved]
 
-    def add_links(self, ops: int, count: int) -> None:
-        """The rows of each tier: seconds of copies out, of copies in, and bytes."""
-        problem = self.problem
+    def link_rows(self, base: np.ndarray) -> list[tuple[list[int], list[float], float]]:
+        """The rows of each tier: seconds of copies out, of copies in, and bytes; some are taken by what is at home there."""
+        problem, ops, count = self.problem, self.problem.boundary, len(self.early)
         size = problem.size[self.early].astype(float)
         forward, backward = problem.seconds[:ops].sum(), problem.seconds[ops:].sum()
-        home = np.array([problem.size[problem.home == 1 + number].sum() for number in range(len(problem.tiers))])
+        away = np.where(base[SINCE, problem.first_gap] >= 0, problem.home, 0)
+        rows: list[tuple[list[int], list[float], float]] = []
         for number, (out, out_delay, out_load, back, back_delay, back_load, room, _) in enumerate(problem.tiers):
+            home = float(problem.size[away == 1 + number].sum())
             moved = (ops + (1 + number) * count + np.arange(count)).tolist()
             leaving, coming = -(size / out * (1 - out_load) + out_delay), -(size / back * (1 - back_load) + back_delay)
-            self.rows.append(([*moved, self.stalls + 2 * number], [*leaving, 1.0], -forward))
-            self.rows.append(([*moved, self.stalls + 2 * number + 1, *range(ops)],
-                              [*coming, 1.0, *problem.seconds[:ops]], home[number] / back - backward))  # fmt: skip
-            self.rows.append((moved, (-size).tolist(), home[number] - room))
+            rows.append(([*moved, self.stalls + 2 * number], [*leaving, 1.0], -forward))
+            rows.append(([*moved, self.stalls + 2 * number + 1, *range(ops)],
+                         [*coming, 1.0, *problem.seconds[:ops]], home / back - backward))  # fmt: skip
+            rows.append((moved, (-size).tolist(), home - room))
+        return rows
 
-    def solve(self, moments: np.ndarray, room: np.ndarray, time_limit: float, integer: bool = True) -> np.ndarray | None:
+    def solve(
+        self, base: np.ndarray, moments: np.ndarray, room: np.ndarray, time_limit: float, integer: bool = True
+    ) -> np.ndarray | None:
         """How much of each buffer to keep, and to move to each tier, shape (1 + tiers, buffers), or None where nothing fits.
 
         Args:
+            base: a solution that has what is at home elsewhere.
             moments: base times at which memory is limited.
             room: bytes that kept values of segments not yet opened may take at each moment.
             time_limit: seconds.
             integer: False for the linear relaxation, whose values lie between 0 and 1.
         """
         ops = self.problem.boundary
-        rows = list(self.rows)
+        rows = [*self.rows, *self.link_rows(base)]
         for moment, limit in zip(moments, room, strict=True):
             there = np.flatnonzero(self.until > moment)
             if len(there):
@@ -167,13 +172,13 @@ class Master:
         choice[:, self.early] = values[ops : self.stalls].reshape(len(choice), -1)
         return choice
 
-    def solution(self, choice: np.ndarray) -> np.ndarray:
-        """The solution that keeps and moves these buffers, and recomputes the others.
+    def solution(self, base: np.ndarray, choice: np.ndarray) -> np.ndarray:
+        """A base solution that keeps and moves these buffers, and recomputes the others.
 
         They are recomputed when their segment's backward pass opens, and fetched while the one before it runs.
         """
         slots, keep = self.slots, choice[0]
-        solution = self.problem.keep_all()
+        solution = base.copy()
         crossing = (slots.before <= self.problem.boundary) & (slots.at > self.problem.boundary)
         moved = (slots.movable > 0) & (choice[1:, slots.buffer].max(axis=0, initial=0.0) > 0.5)
         dropped = crossing & (keep[slots.buffer] < 0.5) & (slots.last == 0) & (slots.movable < 2) & ~moved
@@ -204,17 +209,18 @@ class Master:
         own = self.segments.opened[self.segments.of_buffer[buffers]]
         return np.where(self.segments.crosses[buffers], self.problem.boundary, own)
 
-    def iterate(self, budget: int, rounds: int, seconds: float, integer: bool = True) -> list[np.ndarray]:
+    def iterate(self, base: np.ndarray, budget: int, rounds: int, seconds: float, integer: bool = True) -> list[np.ndarray]:
         """Solutions of successive rounds of solving and simulating, each corrected by the one before.
 
         Args:
+            base: the solution that keeps everything, and has at home elsewhere what shall be.
             budget: bytes.
             rounds: how many.
             seconds: for all of them, at most.
             integer: False for the linear relaxation, rounded: in programs of thousands of values, where single ones weigh
                 little, it is as good and takes milliseconds.
         """
-        moments, used = self.worst(self.problem.keep_all())
+        moments, used = self.worst(base)
         choice = np.ones((1, len(self.problem.size)))
         found = []
         slack = 0.0
@@ -222,11 +228,11 @@ class Master:
             kept = choice[0, self.early] > 0.5
             held = np.array([self.weight[(self.until > moment) & kept].sum() for moment in moments])
             room = budget - slack - (used - held)
-            answer = self.solve(moments, np.maximum(room, 0.0), seconds / rounds, integer)
+            answer = self.solve(base, moments, np.maximum(room, 0.0), seconds / rounds, integer)
             if answer is None:
                 break
             choice = np.round(answer)
-            solution = self.solution(choice)
+            solution = self.solution(base, choice)
             found.append(solution)
             moments, used = self.worst(solution)
             if not len(moments):  # it would have to repeat what may not be repeated

@@ -53,13 +53,25 @@ def find_tiers(buffers, use_start, solution, home):  # pragma: no cover
     """For each buffer the tier that it may be fetched from, else 0."""
     tier = home.copy()
     for buffer in range(buffers):
-        if tier[buffer] > 0:
+        if home[buffer] > 0:
+            if solution[SINCE, use_start[buffer] + buffer] < 0:
+                tier[buffer] = 0
             continue
         for gap in range(use_start[buffer] + buffer, use_start[buffer + 1] + buffer + 1):
             if solution[MOVE, gap] > 0 and solution[SINCE, gap] >= 0:
                 tier[buffer] = solution[MOVE, gap]
                 break
     return tier
+
+
+@njit(cache=True)
+def lasts(output, home, tier):  # pragma: no cover
+    """Buffers that are live at the end: outputs, and what might be at home elsewhere and stays."""
+    lasting = output.copy()
+    for buffer in range(len(output)):
+        if home[buffer] > 0 and tier[buffer] == 0:
+            lasting[buffer] = True
+    return lasting
 
 
 @njit(cache=True)
@@ -77,6 +89,10 @@ def expand(
     touched = np.empty(buffers, np.int32)
     first, following, owner, place = find_starts(ops, use_start, solution)
     tier = find_tiers(buffers, use_start, solution, home)
+    lasting = lasts(output, home, tier)
+    for buffer in range(buffers):
+        if home[buffer] > 0 and lasting[buffer]:
+            until[buffer] = NEVER
     count = 0
     for base in range(ops):
         seen = 0
@@ -144,11 +160,11 @@ def expand(
         count += 1
         for k in range(read_start[base], read_start[base + 1]):
             upcoming[read[k]] += 1
-            until[read[k]] = stays(read[k], base, upcoming, output, solution)
+            until[read[k]] = stays(read[k], base, upcoming, lasting, solution)
         for k in range(write_start[base], write_start[base + 1]):
-            until[write[k]] = stays(write[k], base, upcoming, output, solution)
+            until[write[k]] = stays(write[k], base, upcoming, lasting, solution)
         for k in range(seen):
-            until[touched[k]] = stays(touched[k], base, upcoming, output, solution)
+            until[touched[k]] = stays(touched[k], base, upcoming, lasting, solution)
     return order, when, count, tier
 
 
@@ -214,11 +230,15 @@ def replay(
     home, changed_start, changed, order, when, count, tier, budget, memory,
 ):  # fmt: skip # pragma: no cover
     """Bytes during each event of an order. Returns (time, peak, excess); fills `memory` where it is long enough."""
-    flags = find_last(order, when, count, read_start, read, write_start, write, output)
+    lasting = lasts(output, home, tier)
+    flags = find_last(order, when, count, read_start, read, write_start, write, lasting)
     dying = np.zeros(len(size), np.bool_)
     kept = np.zeros(len(size), np.bool_)
     live = resident
-    clock, peak, excess = 0.0, resident, 0.0
+    for buffer in range(len(size)):
+        if home[buffer] > 0 and lasting[buffer]:
+            live += size[buffer]
+    clock, peak, excess = 0.0, live, 0.0
     worst = 0
     previous = -1
     place = 0
@@ -235,7 +255,7 @@ def replay(
     waiting = 0  # bytes of what is dead but being copied
     if moving:
         for buffer in range(buffers):
-            if home[buffer] > 0:
+            if home[buffer] > 0 and tier[buffer] > 0:
                 held[home[buffer] - 1] += size[buffer]
         for link in range(links):
             excess += max(held[link] - tiers[link, ROOM], 0.0)
@@ -317,8 +337,9 @@ def replay(
             clock += seconds[op]
             if moving:
                 for k in range(changed_start[op], changed_start[op + 1]):
-                    buffer = changed[k]
-                    clock = copy_out(buffer, home[buffer] - 1, clock, size, tiers, free_out, free_in, there, queue, tail)
+                    buffer, link = changed[k], tier[changed[k]] - 1
+                    if link >= 0:
+                        clock = copy_out(buffer, link, clock, size, tiers, free_out, free_in, there, queue, tail)
                 for k in range(read_start[op], read_start[op + 1]):
                     buffer = read[k]
                     if ready[buffer] > 0.0:

@@ -14,6 +14,10 @@ solution has five numbers for every gap, the rows of an int32 array:
             started at SINCE; in the last gap, whose value only recomputations read, at BEGIN. A value that is ever fetched
             is copied out as soon as it is made; from then on it is fetched, not recomputed, wherever it is missing.
 
+A buffer that may be at home in another tier, a parameter say, has the same gaps, one before its first use and one between any
+two. It *stays* on the device all step long, at no cost, where its first gap fetches nothing (SINCE a time before the gap); else
+it lies elsewhere and is fetched, at SINCE, wherever it is missing.
+
 These are the retention intervals of Moccasin (Bartan et al. 2023), at most three a gap. A value that is missing where it
 is needed is rematerialised there, with whatever of its inputs is missing, so that nesting needs nothing more. Eager
 starts are for values that are smaller than the inputs they are made of. From a solution an order of *events* follows (an op
@@ -28,11 +32,11 @@ from typing import Any
 
 import numpy as np
 
-from .replay import BEGIN, EAGER, HOLD, MOVE, NEVER, SINCE, evaluate, expand, replay
+from .replay import BEGIN, EAGER, HOLD, IN, IN_DELAY, MOVE, NEVER, SINCE, evaluate, expand, replay
 
 KEEP = -1  # a time before any base time: kept throughout, or not held
 NO_TIERS = np.zeros((0, 8))
-AHEAD = 2.0  # copies in of what is at home elsewhere: started so many times what they take before they are needed
+AHEAD = 32.0  # see `Problem.keep_all`
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,11 @@ class Problem:
         tiers: the tiers behind the device, shape (tiers, 8): bytes per second out, seconds per copy out, seconds of computing
             lost for a second of copying out; the same in; capacity in bytes; and the rate, as a share, of a copy while
             another goes the other way, which keeps its own.
-        home: for each buffer 0, or the number of the tier where it lies before the step and after it: a parameter, say. Such
-            buffers are the last ones; their producer is a time after the last op; they are fetched, never made.
-        changed_start: op i changes `changed[changed_start[i]:changed_start[i + 1]]`, which are at home in a tier, is the last
-            to read them, and sends them home.
+        home: for each buffer 0, or the number of the tier where it may lie before the step and after it: a parameter, say. Such
+            buffers are the last ones, in the order in which they had better lie there; their producer is a time after the last
+            op; they are fetched, never made.
+        changed_start: op i changes `changed[changed_start[i]:changed_start[i + 1]]`, which may be at home in a tier, is the
+            last to read them, and sends them home.
     """
 
     seconds: np.ndarray
@@ -101,26 +106,44 @@ class Problem:
         read = self.read[self.read_start[op] : self.read_start[op + 1]]
         return read[self.home[read] == 0]
 
-    def keep_all(self) -> np.ndarray:
+    @property
+    def first_gap(self) -> np.ndarray:
+        """For each buffer the gap that its first use ends."""
+        return self.use_start[:-1] + np.arange(len(self.size))
+
+    def keep_all(self, away: float = 0.0, ahead: float = AHEAD) -> np.ndarray:
         """The solution that recomputes nothing and moves only what is at home elsewhere: an int32 array of shape (5, gaps).
 
-        That is fetched for the forward pass, and again for the backward pass, early enough that the copy, were it alone, has
-        twice the time it takes.
+        That is fetched for the forward pass, and again for the backward pass, just in time: the last copy ends when it is
+        needed, the one before it then or when the last begins, and so on.
+
+        Args:
+            away: the share, in bytes, of the buffers that may be at home elsewhere which are, the first ones first.
+            ahead: a copy starts no earlier than so many times what it takes before it is needed.
         """
         solution = np.full((5, len(self.use) + len(self.size)), KEEP, np.int32)
         solution[SINCE, self.last_gap] = NEVER
         solution[EAGER] = solution[MOVE] = 0
         ends = np.concatenate([[0.0], np.cumsum(self.seconds)])
-        for buffer in np.flatnonzero(self.home):
-            _, _, _, bandwidth, delay, *_ = self.tiers[self.home[buffer] - 1]
-            previous = -1
-            for index in range(self.use_start[buffer], self.use_start[buffer + 1]):
-                at = int(self.use[index])
+        guests = np.flatnonzero(self.home)
+        leave = np.cumsum(self.size[guests]) <= away * self.size[guests].sum()
+        needed = []
+        for buffer in guests:
+            uses = self.use[self.use_start[buffer] : self.use_start[buffer + 1]].tolist()
+            for index, (previous, at) in enumerate(zip([-1, *uses], uses, strict=False), int(self.use_start[buffer])):
                 if previous < 0 or previous <= self.boundary < at:
-                    early = ends[at] - AHEAD * (self.size[buffer] / bandwidth + delay)
-                    since = max(int(np.searchsorted(ends, early, side="right")) - 1, previous + 1, 0)
-                    solution[SINCE, index + buffer], solution[MOVE, index + buffer] = since, self.home[buffer]
-                previous = at
+                    needed.append((at, previous, index + int(buffer), int(buffer)))
+        begins = np.full(len(self.tiers), np.inf)  # of the copy after it on the same link
+        for at, previous, gap, buffer in sorted(needed, reverse=True):
+            link = self.home[buffer] - 1
+            seconds = self.size[buffer] / self.tiers[link, IN] + self.tiers[link, IN_DELAY]
+            begin = max(min(begins[link], ends[at]) - seconds, ends[at] - ahead * seconds)
+            since = int(np.searchsorted(ends, begin, side="right")) - 1
+            solution[SINCE, gap], solution[MOVE, gap] = min(max(since, previous + 1, 0), at), self.home[buffer]
+            if leave[buffer - guests[0]]:
+                begins[link] = begin
+        solution[SINCE, self.first_gap[guests[~leave]]] = KEEP
+        solution[MOVE, self.first_gap[guests[~leave]]] = 0
         return solution
 
 
@@ -152,7 +175,7 @@ class Events:
     Attributes:
         order: the op that runs, or `-1 - buffer` for a buffer whose fetch starts.
         when: base time at which each happens.
-        tier: for each buffer the number (from 1) of the tier that it is copied to and fetched from, else 0.
+        tier: for each buffer the number (from 1) of the tier that it is copied to and fetched from, else 0: it is not.
     """
 
     order: np.ndarray

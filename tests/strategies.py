@@ -198,7 +198,7 @@ def some_homes(rng: random.Random, program: Program) -> tuple[int, ...]:
 def scramble(rng: random.Random, planner: Planner, share: float) -> np.ndarray:
     """A random solution: retention intervals, and values of the forward pass moved where the backward pass reads them."""
     problem = planner.flat.problem
-    solution = problem.keep_all()
+    solution = problem.keep_all(away=rng.random())
     for gap in range(solution.shape[1]):
         for row in (SINCE, BEGIN, HOLD):
             if rng.random() < share / 2:
@@ -211,7 +211,7 @@ def scramble(rng: random.Random, planner: Planner, share: float) -> np.ndarray:
             if rng.random() < share:
                 solution[SINCE, slots.gap[slot]] = rng.randint(int(slots.before[slot]) + 1, int(slots.at[slot]))
                 solution[MOVE, slots.gap[slot]] = problem.home[slots.buffer[slot]]
-            elif rng.random() < share and slots.before[slot] >= 0:
+            elif rng.random() < share:
                 solution[SINCE, slots.gap[slot]], solution[MOVE, slots.gap[slot]] = -1, 0
         elif rng.random() < share and slots.last[slot]:
             solution[MOVE, slots.gap[slot]] = rng.randint(1, len(problem.tiers))

@@ -26,7 +26,6 @@ STOREYS = {
     "passes": 2,
     "planner.pipeline": 3,
     "planner.addresses": 3,
-    "planner.ladder": 3,
     "planner.mapping": 3,
     "backends": 4,
     "planner.api": 5,

@@ -36,7 +36,7 @@ def test_slots_are_gaps(seed):
 def test_with_room_for_everything_everything_is_kept(seed):
     """A budget of the peak without repetition costs no second."""
     planner = planner_of(seed)
-    found = planner.master.iterate(planner.kept.peak, rounds=2, seconds=1.0)
+    found = planner.master.iterate(planner.flat.problem.keep_all(), planner.kept.peak, rounds=2, seconds=1.0)
 
     assert found
     assert score(planner.flat.problem, found[0], planner.kept.peak).time == pytest.approx(planner.base_seconds)
@@ -49,6 +49,6 @@ def test_tighter_budgets_never_break_the_iteration(seed):
     problem = planner.flat.problem
     for share in (0.9, 0.6, 0.3, 0.05):
         budget = int(problem.resident + (planner.kept.peak - problem.resident) * share)
-        for since in planner.master.iterate(budget, rounds=3, seconds=1.0):
+        for since in planner.master.iterate(problem.keep_all(), budget, rounds=3, seconds=1.0):
             found = score(problem, since, budget)
             assert np.isinf(found.time) or found.time >= planner.base_seconds * (1 - 1e-12)
