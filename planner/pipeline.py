@@ -8,12 +8,10 @@ One `Planner` serves many budgets of one program: everything that does not depen
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
@@ -22,12 +20,12 @@ from ..passes.problem import Flat, flatten
 from ..passes.promptly import Promptly
 from ..passes.reorder import Reorder
 from ..passes.transfers import Transfers, routes_of
-from ..solvers.anneal import anneal, make_space
 from ..solvers.bound import CutModel
 from ..solvers.master import Master, find_slots
 from ..solvers.memo import memo
+from ..solvers.search import NOTHING, Search
 from ..solvers.segments import find_segments
-from ..solvers.timeline import KEEP, SINCE, events_of, profile, score
+from ..solvers.timeline import events_of, profile, score
 from .errors import BudgetError, InvalidSchedule, MemplanError
 from .machine import Machine
 from .plan import Side, as_eager, unlimited
@@ -38,15 +36,8 @@ from .units import show_bytes
 
 Progress = Callable[[str, float], None]
 CUT_OPS = 30_000  # ops of all linear programs of one bound together
-GOOD = 0.002  # a gap at which the search stops
-FLOOR_ROUNDS = 16  # searches for a smaller peak; half as many for programs of more than LARGE ops
-LARGE = 2000  # ops: programs beyond this size are spared what takes longest
+WORTH = 0.005  # of the time of a step: what moving has to save, for the price of a copy is known less well than that of an op
 SMALL = 150  # ops: programs up to this size may also recompute what the backward pass makes
-TINY = 64  # ops: programs up to this size are searched from more starts
-HEATS = (0.02, 0.06, 0.2)
-SHARES = 9  # of what may be at home elsewhere, from none to all: from which a search may start
-STARTS = 8  # of a search, the best among them
-TOGETHER = 2  # searches at once; fixed, so that answers do not depend on the number of cores
 
 
 @dataclass(frozen=True)
@@ -55,17 +46,6 @@ class Answer:
 
     side: Side
     bound: float
-
-
-@dataclass(frozen=True)
-class Found:
-    """What one search found: a solution and its time, infinite where it does not fit."""
-
-    solution: Any
-    seconds: float
-
-
-NOTHING = Found(None, float("inf"))
 
 
 @dataclass
@@ -93,6 +73,9 @@ class Planner:
     effort: int | None = None
     progress: Progress | None = None
     deadline: float = field(default=float("inf"))
+
+    def __post_init__(self) -> None:
+        self.homes = self.homes if self.moves else ()
 
     @cached_property
     def unplanned(self) -> Side:
@@ -142,9 +125,12 @@ class Planner:
         return Master(self.flat.problem, self.segments, find_slots(self.flat.problem, len(self.program.ops) <= SMALL))
 
     @cached_property
-    def space(self):
-        """The moves of the search."""
-        return make_space(self.flat.problem, self.segments, self.master.slots)
+    def search(self) -> Search:
+        """What looks for solutions."""
+        known = [] if self.memo_solution is None else [self.memo_solution]
+        return Search(
+            self.master, self.recompute, known, self.effort, self.seed, lambda: time.monotonic() > self.deadline, self.tell
+        )
 
     @cached_property
     def cuts(self) -> list[CutModel]:
@@ -223,154 +209,12 @@ class Planner:
         """Nothing repeated, everything freed as soon as it can be."""
         return self.finish(self.flat.problem.keep_all(), None)
 
-    def rules(self, base: np.ndarray) -> list[np.ndarray]:
-        """Solutions that follow one rule for all: per-segment checkpoints; nothing kept and rebuilt once; rebuilt each time.
-
-        Args:
-            base: the solution that keeps everything, and has at home elsewhere what shall be.
-        """
-        slots, problem = self.master.slots, self.flat.problem
-        crosses = self.segments.crosses[slots.buffer]
-        own = self.segments.opened[np.maximum(self.segments.of_buffer[slots.buffer], 0)]
-        first = (slots.last == 0) & (slots.before <= problem.boundary) & (slots.at > problem.boundary) & (slots.movable < 3)
-        made = []
-        for times in (np.where(crosses, KEEP, own), np.where(crosses, problem.boundary, own),
-                      np.full(len(own), problem.boundary), slots.at):  # fmt: skip
-            solution = base.copy()
-            solution[SINCE, slots.gap[first]] = times[first]
-            made.append(solution)
-        return [*([self.all_moved(base)] if self.moves else []), *(made if self.recompute else [])]
-
-    def all_moved(self, base: np.ndarray) -> np.ndarray:
-        """The base solution, but that it moves whatever the step makes and may be moved to the first tier."""
-        solution = base.copy()
-        self.master.move(solution, self.master.slots.travels, 1)
-        return solution
-
-    def starts(self, budget: int) -> list[np.ndarray]:
-        """Where the search begins: answers of the integer program and of its relaxation, then simple rules."""
-        if self.homes:
-            return self.starts_away(budget)
-        base = self.flat.problem.keep_all()
-        rounded = self.master.iterate(base, budget, rounds=4, seconds=4.0, integer=False)[1:]
-        rules = self.rules(base)[: 3 + self.moves]
-        if self.memo_solution is not None and self.recompute:
-            rules.insert(0, self.memo_solution)
-        if len(self.program.ops) > LARGE:
-            return [*rounded, *rules]
-        return [*self.master.iterate(base, budget, rounds=4, seconds=4.0)[1:], *rounded[1:], *rules]
-
-    def starts_away(self, budget: int) -> list[np.ndarray]:
-        """The same with more and more at home elsewhere: the relaxation's answers for each share, what fits best first."""
-        found: dict[float, list[tuple[float, float, int, np.ndarray]]] = {}  # by share: excess, time, number, solution
-
-        def look(share: float) -> None:
-            base = self.flat.problem.keep_all(away=share)
-            rounded = self.master.iterate(base, budget, rounds=5, seconds=5.0, integer=False)
-            solutions = [base, *rounded, *self.rules(base)[: 1 + self.moves]]
-            scores = [score(self.flat.problem, solution, budget) for solution in solutions]
-            rows = [(each.excess, each.time, number) for number, each in enumerate(scores)]
-            found[share] = sorted((*row, solution) for row, solution in zip(rows, solutions, strict=True))[:2]
-
-        for share in np.linspace(0.0, 1.0, SHARES):
-            look(float(share))
-        for step in (0.5, 0.25):  # and around the best
-            best = min(found, key=lambda share: found[share][0][:3])
-            for share in (best - step / (SHARES - 1), best + step / (SHARES - 1)):
-                if 0 <= share <= 1:
-                    look(share)
-        ranked = sorted((*row[:3], share, row[3]) for share, rows in found.items() for row in rows)
-        return [row[-1] for row in ranked[:STARTS]]
-
-    @cached_property
-    def steps(self) -> int:
-        """Simulations per start: more for larger programs, as long as one start takes no more than a second or two."""
-        ops = max(len(self.program.ops), 1)
-        return self.effort or int(max(min(10_000 * ops, 2.4e7 / ops), 2000))
-
-    def improve(self, tries: Sequence[tuple[np.ndarray, int, float]], budget: int, seed: int, care: float = 1.0) -> list[Found]:
-        """The search from several (solution, steps, heat) at once, in threads: what each found, in their order."""
-        problem, space = self.flat.problem, self.space
-
-        def one(number: int) -> Found:
-            start, steps, hot = tries[number]
-            return Found(*anneal(problem, space, start, budget, steps, hot, self.seed + seed + number, care))
-
-        with ThreadPoolExecutor(TOGETHER) as pool:
-            return list(pool.map(one, range(len(tries))))
-
-    def rated(self, solution: np.ndarray, budget: int) -> Found:
-        """A solution as found without a search."""
-        found = score(self.flat.problem, solution, budget)
-        return Found(solution, found.time) if found.excess <= 0 and np.isfinite(found.time) else NOTHING
-
-    def search(self, budget: int, bound: float) -> np.ndarray | None:
-        """The best solution found within the budget, or None.
-
-        From every start; then, for programs so small that each op is a large step, several times more from nothing
-        chosen and from the smallest schedule, at different heats; then twice from the best, longer and cooler.
-        """
-        hot = max(0.01, 0.5 / len(self.program.ops))
-        nothing = self.flat.problem.keep_all()
-        tries = [(start, self.steps // 2, hot) for start in self.starts(budget)]
-        if len(self.program.ops) <= TINY:
-            tries += [(start, self.steps, heat) for start in (nothing, self.smallest, nothing) for heat in HEATS]
-        best = min((self.rated(start, budget) for start, *_ in tries), key=lambda each: each.seconds, default=NOTHING)
-        for number in range(0, len(tries) + TOGETHER, TOGETHER):
-            if (
-                number
-                and best.solution is not None
-                and (best.seconds <= bound * (1 + GOOD) or time.monotonic() > self.deadline)
-            ):
-                break
-            self.tell("searching", number / (len(tries) + TOGETHER))
-            batch = tries[number : number + TOGETHER]
-            if not batch:
-                if best.solution is None and self.floor.peak <= budget:
-                    best = Found(self.smallest, self.floor.time)
-                if best.solution is None:
-                    break
-                batch = [(best.solution, self.steps, hot / 3)] * TOGETHER
-            found = [each for each in self.improve(batch, budget, number) if np.isfinite(each.seconds)]
-            best = min([best, *found], key=lambda each: each.seconds)
-        return best.solution
-
     @cached_property
     def floor(self) -> Side:
         """The smallest schedule known."""
-        if not (self.recompute or self.moves) or self.space.uses == 0:
+        if not (self.recompute or self.moves) or self.search.space.uses == 0:
             return self.kept
-        return self.finish(self.smallest, None)
-
-    @cached_property
-    def smallest(self) -> np.ndarray:
-        """The solution of smallest peak known: the search run for ever smaller budgets, whatever the time."""
-        problem = self.flat.problem
-        bases = [problem.keep_all(), *([problem.keep_all(away=1.0, ahead=0.0)] if self.homes else [])]
-        rules = [rule for base in bases for rule in (base, *self.rules(base))]
-        choices = [choice for choice in rules if score(problem, choice, 2**62).excess <= 0]
-        peaks = [score(problem, choice, 0).peak for choice in choices]
-        best, peak = choices[int(np.argmin(peaks))], min(peaks)
-        current, tries, shrink = best, 0, 0.9
-        steps = max(min(self.steps // 4, 40_000), 500)
-        rounds = FLOOR_ROUNDS if len(self.program.ops) <= LARGE else FLOOR_ROUNDS // 2
-        for number in range(rounds):
-            if number and time.monotonic() > self.deadline:
-                break
-            self.tell("finding the smallest budget", number / rounds)
-            target = int(problem.resident + (peak - problem.resident) * shrink)
-            answers = self.improve([(current, steps, heat) for heat in (0.01, 0.03)], target, 2 * number, care=0.05)
-            found = min(answers, key=lambda each: (each.seconds, score(problem, each.solution, target).excess))
-            current = found.solution  # what comes closest, if nothing fits: the next round goes on from it
-            if np.isfinite(found.seconds):
-                best, peak, tries = current, score(problem, current, target).peak, 0
-            else:
-                tries += 1
-                if tries == 3:
-                    current, tries, shrink = best, 0, 1 - (1 - shrink) / 2.5
-            if shrink > 0.995:
-                break
-        return best
+        return self.finish(self.search.smallest, None)
 
     @cached_property
     def memo_solution(self) -> np.ndarray | None:
@@ -391,7 +235,7 @@ class Planner:
                 f"strategy='memo' wants three equal layers or more and a tier behind the device: {self.program.name} on "
                 f"{self.machine.name} lacks one of them; plan without strategy"
             )
-        if self.rated(solution, budget) is NOTHING:
+        if self.search.rated(solution, budget) is NOTHING:
             raise self.refuse(budget, self.finish(solution, None))
         side = self.finish(solution, budget)
         return Answer(side, min(self.bound(budget), side.time))
@@ -408,27 +252,30 @@ class Planner:
             raise self.refuse(budget, self.kept)
         self.tell("bounding", 0.0)
         bound = self.bound(budget)
-        solution = self.search(budget, bound) if np.isfinite(bound) else None
-        if solution is None:
+        side = self.fastest(budget, bound)
+        if side is None:
             raise self.refuse(budget, self.floor)
-        side = self.finish(solution, budget)
-        if self.still is not None and side.time > bound * (1 + GOOD) and time.monotonic() < self.deadline:
-            side = min(side, self.without_moves(budget) or side, key=lambda each: each.time)
         return Answer(side, min(bound, side.time))
+
+    def fastest(self, budget: int, bound: float) -> Side | None:
+        """The fastest schedule found, if one is; it moves nothing where moving saves less than it is worth."""
+        still = None
+        if self.still is not None:
+            now = time.monotonic()
+            self.still.deadline = now + max(self.deadline - now, 0.0) / 2
+            still = self.still.fastest(budget, self.still.bound(budget))
+        if not np.isfinite(bound) or (still is not None and still.time <= bound / (1 - WORTH)):
+            return still
+        solution = self.search.fastest(budget, bound)
+        side = None if solution is None else self.finish(solution, budget)
+        if still is not None and (side is None or side.time > still.time * (1 - WORTH)):
+            return still
+        return side
 
     @cached_property
     def still(self) -> "Planner | None":
         """The planner of steps that move nothing, in whose smaller space a search finds more; None where this is one."""
         return dataclasses.replace(self, offload=False, homes=()) if self.moves and self.recompute else None
-
-    def without_moves(self, budget: int) -> Side | None:
-        """The fastest schedule found that moves nothing, if one fits."""
-        assert self.still is not None
-        self.still.deadline = self.deadline
-        try:
-            return self.still.solve(budget).side
-        except BudgetError:
-            return None
 
     def refuse(self, budget: int, smallest: Side) -> BudgetError:
         """The error for a budget below the floor."""

@@ -16,6 +16,7 @@ and it is copied home after the op that changes it.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import highspy
@@ -44,24 +45,49 @@ class Cut:
     price: float
 
 
+@dataclass(frozen=True)
+class Columns:
+    """Where each kind of column lies.
+
+    Attributes:
+        again: of each op before the cut, how much of it is run again after it.
+        keep: of each value made before the cut, how much is resident.
+        moved: and how much lies in another tier.
+        stalls: seconds waited for copies before the cut, and after it.
+        away: of each buffer that may be at home in another tier, how much is.
+        gone: and how much is not resident.
+        count: of all columns.
+    """
+
+    again: slice
+    keep: slice
+    moved: slice
+    stalls: slice
+    away: slice
+    gone: slice
+    count: int
+
+
 class CutModel:
     """The linear program of one cut, which can be solved for many budgets."""
 
     def __init__(self, problem: Problem, at: int):
         self.problem, self.at = problem, at
-        ops, buffers = at, len(problem.size)
-        before = np.flatnonzero(problem.producer < at)
-        self.column = np.full(buffers, -1, np.int64)
-        self.column[before] = ops + np.arange(len(before))
-        self.before = before
+        self.before = before = np.flatnonzero(problem.producer < at)
+        self.guests = guests = np.flatnonzero(problem.home)  # they are the last buffers
         tiers = len(problem.tiers) > 0
-        self.guests = np.flatnonzero(problem.home)  # they are the last buffers
-        movable = ((problem.producer[before] < problem.boundary) & ~problem.output[before]).astype(float)
-        reading = np.isin(self.guests, problem.read[problem.read_start[at] : problem.read_start[at + 1]])
-        more = [movable, np.full(2, 1e9), np.ones(len(self.guests)), 1.0 - reading] if tiers else []
-        upper = np.concatenate([(problem.repeatable[:ops] > 0).astype(float), np.ones(len(before)), *more])
-        lower = np.zeros(len(upper))
+        widths = [at, len(before), len(before) * tiers, 2 * tiers, len(guests), len(guests)]
+        ends = np.cumsum([0, *widths]).tolist()
+        self.columns = columns = Columns(*(slice(low, high) for low, high in pairwise(ends)), count=ends[-1])
+        self.column = np.full(len(problem.size), -1, np.int64)
+        self.column[before] = at + np.arange(len(before))
+        lower, upper = np.zeros(columns.count), np.ones(columns.count)
         lower[self.column[problem.inputs(at)]] = 1.0
+        upper[columns.again] = problem.repeatable[:at] > 0
+        if tiers:
+            upper[columns.moved] = (problem.producer[before] < problem.boundary) & ~problem.output[before]
+            upper[columns.stalls] = 1e9
+            upper[columns.gone] = ~np.isin(guests, problem.read[problem.read_start[at] : problem.read_start[at + 1]])
         rows: list[tuple[list[int], list[float], float]] = []
         later = used_from(problem, at)
 
@@ -73,95 +99,83 @@ class CutModel:
         for buffer in before.tolist():
             if later[buffer]:
                 rows.append((there(buffer), [1.0] * len(there(buffer)), 1.0))
-        for op in range(ops):
+        for op in range(at):
             if problem.repeatable[op]:
                 for buffer in problem.inputs(op):
                     rows.append(([*there(buffer), op], [1.0] * len(there(buffer)) + [-1.0], 0.0))
-        cost = np.concatenate([problem.seconds[:ops], np.zeros(len(upper) - ops)])
-        gone = len(upper) - len(self.guests) + np.arange(len(self.guests))
+        for away in range(columns.away.start, columns.away.stop):
+            rows.append(([away, away + len(guests)], [1.0, -1.0], 0.0))
+        cost = self.dense(again=problem.seconds[:at])
         if tiers:
-            rows += [([column - len(gone), column], [1.0, -1.0], 0.0) for column in gone.tolist()]
-            rows += self.link_rows(cost)
+            cost = self.add_copies(rows)
         self.capacity_row = len(rows)
-        self.model = highs_model(
-            cost=cost,
-            lower=lower,
-            upper=upper,
-            rows=rows,
-            knapsack=(
-                np.concatenate([ops + np.arange(len(before)), gone]),
-                np.concatenate([problem.size[before], -problem.size[self.guests]]).astype(float),
-            ),
-        )
+        held = self.dense(keep=problem.size[before], gone=-problem.size[guests])
+        self.model = highs_model(cost, lower, upper, rows, (np.flatnonzero(held), held[held != 0]))
 
-    def link_rows(self, cost: np.ndarray) -> list[tuple[list[int], list[float], float]]:
-        """Neither part of the step is shorter than its copies out and in, nor is the whole; and what lies elsewhere has room.
+    def dense(self, **parts: Any) -> np.ndarray:
+        """A coefficient for every column: zero but for the kinds named."""
+        found = np.zeros(self.columns.count)
+        for kind, values in parts.items():
+            found[getattr(self.columns, kind)] = values
+        return found
 
-        Args:
-            cost: of each column; the computing that copies hold up is added, on the tier where that is least, and stalls.
+    def add_copies(self, rows: list[tuple[list[int], list[float], float]]) -> np.ndarray:
+        """The cost of each column where there are copies, in seconds. Adds rows to those of the model.
+
+        Neither part of the step is shorter than its copies out, or in, over all links together, nor is the whole step; and what
+        lies elsewhere has room. Copies hold computing up, counted on the tier where that is least.
         """
-        problem, ops, tiers = self.problem, self.at, self.problem.tiers
-        away = len(cost) - 2 * len(self.guests)
-        stalls = [away - 2, away - 1]
-        out, back = self.bytes_out(len(cost)), self.bytes_in(len(cost))
-        least = (tiers[:, OUT_LOAD] / tiers[:, OUT]).min(), (tiers[:, IN_LOAD] / tiers[:, IN]).min()
-        load = least[0] * out + least[1] * back  # rows: before the cut, after it, either
-        again = np.zeros_like(cost)
-        again[:ops] = problem.seconds[:ops]
-        length = np.array([problem.seconds[:ops].sum(), problem.seconds[ops:].sum()])
-        spent = load[:2].copy()  # what each part takes beside its first runs
-        spent[1] += again
-        spent[[0, 1], stalls] = 1.0
-        cost[:] = spent.sum(axis=0)
-        dense = [(cost - again - load[:2].sum(axis=0) - load[2], 0.0)]  # stalls have what a copy of either part holds up
+        problem, tiers = self.problem, self.problem.tiers
+        out, back = self.bytes_out(), self.bytes_in()
+        held_up = (tiers[:, OUT_LOAD] / tiers[:, OUT]).min() * out + (tiers[:, IN_LOAD] / tiers[:, IN]).min() * back
+        base = problem.seconds[: self.at].sum(), problem.seconds[self.at :].sum()
+        stalls = self.dense(stalls=(1.0, 0.0)), self.dense(stalls=(0.0, 1.0))
+        again = self.dense(again=problem.seconds[: self.at])
+        more = held_up[0] + stalls[0], held_up[1] + stalls[1] + again  # seconds of each part beside its first runs
+        whole = more[0] + more[1]
+        found = [(stalls[0] + stalls[1] - held_up[2], 0.0)]  # a copy in either part holds one of them up
         for copied, rate in ((out, tiers[:, OUT].sum()), (back, tiers[:, IN].sum())):
-            dense += [(spent[part] - copied[part] / rate, -length[part]) for part in range(2)]
-            dense.append((cost - copied.sum(axis=0) / rate, -length.sum()))
-        held = np.zeros_like(cost)
-        held[away - 2 - len(self.before) : away - 2] = problem.size[self.before]
-        held[away : away + len(self.guests)] = problem.size[self.guests]
-        dense.append((-held, -float(tiers[:, ROOM].sum())))
-        return [(np.flatnonzero(row).tolist(), row[row != 0].tolist(), bound) for row, bound in dense]
+            found += [(more[part] - copied[part] / rate, -base[part]) for part in range(2)]
+            found.append((whole - copied.sum(axis=0) / rate, -sum(base)))
+        elsewhere = self.dense(moved=problem.size[self.before], away=problem.size[self.guests])
+        found.append((-elsewhere, -tiers[:, ROOM].sum()))
+        rows += [(np.flatnonzero(row).tolist(), row[row != 0].tolist(), float(bound)) for row, bound in found]
+        return whole
 
-    def bytes_out(self, columns: int) -> np.ndarray:
-        """Bytes copied out by each column: before the cut, after it, and in either; shape (3, columns)."""
-        problem, count = self.problem, len(self.guests)
-        found = np.zeros((3, columns))
-        away = columns - 2 * count
-        found[0, away - 2 - len(self.before) : away - 2] = problem.size[self.before]
-        ends = problem.changed_start[1:]
-        for index, buffer in enumerate(problem.changed.tolist()):
-            changer = int(np.searchsorted(ends, index, side="right"))
-            found[1 if changer >= self.at else 2, away + buffer - self.guests[0]] = problem.size[buffer]
-        return found
+    def bytes_out(self) -> np.ndarray:
+        """Bytes copied out by each column: before the cut, after it, and in one of the two; shape (3, columns)."""
+        problem, size = self.problem, self.problem.size[self.guests]
+        changer = np.full(len(problem.size), -1)
+        changer[problem.changed] = np.repeat(np.arange(len(problem.seconds)), np.diff(problem.changed_start))
+        changed = changer[self.guests]
+        return np.array([
+            self.dense(moved=problem.size[self.before]),
+            self.dense(away=size * (changed >= self.at)),
+            self.dense(away=size * ((changed >= 0) & (changed < self.at))),
+        ])  # fmt: skip
 
-    def bytes_in(self, columns: int) -> np.ndarray:
+    def bytes_in(self) -> np.ndarray:
         """Bytes copied in by each column, likewise."""
-        problem, count = self.problem, len(self.guests)
-        found = np.zeros((3, columns))
-        away, gone = columns - 2 * count, columns - count
-        found[1, away - 2 - len(self.before) : away - 2] = problem.size[self.before]
-        late = used_from(problem, self.at)
-        for number, buffer in enumerate(self.guests.tolist()):
-            size, first = problem.size[buffer], problem.use[problem.use_start[buffer]]
-            found[1, gone + number] = size * late[buffer]
-            if first < self.at:
-                found[0, away + number] = size
-            else:  # once in all: after the cut if it is gone, and in either part if not
-                found[2, away + number], found[2, gone + number] = size, -size
-        return found
+        problem, size = self.problem, self.problem.size[self.guests]
+        uses = [problem.use[problem.use_start[buffer] : problem.use_start[buffer + 1]] for buffer in self.guests]
+        early = np.array([bool((read < self.at).any()) for read in uses], bool)
+        late = np.array([bool((read >= self.at).any()) for read in uses], bool)
+        once = size * (late & ~early)  # after the cut if it is gone, else in either part
+        return np.array([
+            self.dense(away=size * early),
+            self.dense(moved=problem.size[self.before], gone=size * late),
+            self.dense(away=once, gone=-once),
+        ])  # fmt: skip
 
     def room(self, budget: int) -> float:
-        """Bytes that resident values may take while the cut op runs."""
+        """Bytes that values may take while the cut op runs, if all that may be at home elsewhere is resident."""
         problem, at = self.problem, self.at
         made = problem.size[problem.write[problem.write_start[at] : problem.write_start[at + 1]]].sum()
-        pairs = slice(problem.reuse_start[at], problem.reuse_start[at + 1])
-        taken = problem.size[problem.reuse_new[pairs]].max(initial=0)
+        taken = problem.size[problem.reuse_new[problem.reuse_start[at] : problem.reuse_start[at + 1]]].max(initial=0)
         return float(budget - problem.resident - problem.size[self.guests].sum() - made - problem.workspace[at] + taken)
 
     def solve(self, budget: int) -> Cut:
         """The cheapest set within a budget."""
-        ops = self.at
         self.model.changeRowBounds(self.capacity_row, -highspy.kHighsInf, self.room(budget))
         self.model.run()
         again, keep = np.zeros(len(self.problem.seconds)), np.zeros(len(self.problem.size))
@@ -169,8 +183,8 @@ class CutModel:
             return Cut(self.at, float("inf"), keep, again, float("inf"))
         solution = self.model.getSolution()
         values = np.array(solution.col_value)
-        again[:ops] = values[:ops]
-        keep[self.before] = values[ops : ops + len(self.before)]
+        again[: self.at] = values[self.columns.again]
+        keep[self.before] = values[self.columns.keep]
         price = abs(solution.row_dual[self.capacity_row])
         return Cut(self.at, float(self.model.getInfo().objective_function_value), keep, again, price)
 
@@ -183,16 +197,16 @@ def highs_model(
     knapsack: tuple[np.ndarray, np.ndarray],
 ) -> highspy.Highs:
     """A model with rows `coefficients @ columns >= bound` and one capacity row at the end."""
-    counts = [len(columns) for columns, _, _ in rows]
+    counts = [len(columns) for columns, *_ in (*rows, knapsack)]
     lp: Any = highspy.HighsLp()  # its stubs promise lists, it takes arrays
-    lp.num_col_, lp.num_row_ = len(cost), len(rows) + 1
+    lp.num_col_, lp.num_row_ = len(cost), len(counts)
     lp.col_cost_, lp.col_lower_, lp.col_upper_ = cost, lower, upper
     lp.row_lower_ = np.array([bound for _, _, bound in rows] + [-highspy.kHighsInf])
-    lp.row_upper_ = np.full(len(rows) + 1, highspy.kHighsInf)
+    lp.row_upper_ = np.full(len(counts), highspy.kHighsInf)
     lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
-    lp.a_matrix_.start_ = np.concatenate([[0], np.cumsum([*counts, len(knapsack[0])])]).astype(np.int32)
-    lp.a_matrix_.index_ = np.concatenate([*(np.array(columns) for columns, _, _ in rows), knapsack[0]]).astype(np.int32)
-    lp.a_matrix_.value_ = np.concatenate([*(np.array(values) for _, values, _ in rows), knapsack[1]])
+    lp.a_matrix_.start_ = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    lp.a_matrix_.index_ = np.concatenate([np.array(columns) for columns, *_ in (*rows, knapsack)]).astype(np.int32)
+    lp.a_matrix_.value_ = np.concatenate([np.array(values, float) for _, values, *_ in (*rows, knapsack)])
     model = highspy.Highs()
     model.setOptionValue("output_flag", False)
     model.setOptionValue("threads", 1)

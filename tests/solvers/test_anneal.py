@@ -34,7 +34,7 @@ def test_what_the_search_says_fits_does(seed):
     planner = planner_of(seed)
     for share in (0.95, 0.8, 0.6, 0.3):
         budget = some_budget(planner, share)
-        found, seconds = anneal(planner.flat.problem, planner.space, nothing_chosen(planner), budget, 1500, 0.02, seed)
+        found, seconds = anneal(planner.flat.problem, planner.search.space, nothing_chosen(planner), budget, 1500, 0.02, seed)
         if not np.isfinite(seconds):
             continue
         assert score(planner.flat.problem, found, budget).time == pytest.approx(seconds)
@@ -47,7 +47,7 @@ def test_what_the_search_says_fits_does(seed):
 def test_the_same_seed_gives_the_same_solution(seed):
     """Nothing but its arguments decides what the search returns."""
     planner = planner_of(seed)
-    arguments = (planner.flat.problem, planner.space, nothing_chosen(planner), some_budget(planner, 0.8), 1000, 0.02)
+    arguments = (planner.flat.problem, planner.search.space, nothing_chosen(planner), some_budget(planner, 0.8), 1000, 0.02)
     (found, seconds), (again, other) = anneal(*arguments, seed), anneal(*arguments, seed)
 
     assert found.tolist() == again.tolist()
@@ -58,7 +58,7 @@ def test_the_start_is_left_as_it_was():
     """The caller's solution is not written to."""
     planner = planner_of(3)
     start = nothing_chosen(planner)
-    anneal(planner.flat.problem, planner.space, start, some_budget(planner, 0.7), 500, 0.02, 0)
+    anneal(planner.flat.problem, planner.search.space, start, some_budget(planner, 0.7), 500, 0.02, 0)
 
     assert (start == nothing_chosen(planner)).all()
 
