@@ -2,7 +2,8 @@
 
     path/to/file.py:factory      a function in a file
     package.module:factory       a function in a module
-    hf:llama?num_hidden_layers=4&batch=1&seq=128     a transformers configuration with overrides; nothing is downloaded
+    hf:llama?num_hidden_layers=4&batch=1&seq=128     a transformers configuration with overrides; nothing is downloaded.
+                                 A setting of a configuration inside it is text_config.hidden_size, say
 
 A factory returns `(model, args)` or `(model, args, kwargs)`.
 """
@@ -249,15 +250,22 @@ def load_transformers(query: str, *, meta: bool) -> Loaded:
 
 
 def configured(config: Any, name: str, overrides: dict[str, str]) -> Any:
-    """The configuration with the user's overrides, checked; without the cache that only generation needs."""
-    known = {key: value for key, value in config.to_dict().items() if not key.startswith("_")}
-    known |= {alias: getattr(config, alias) for alias in (*config.attribute_map, "num_labels") if hasattr(config, alias)}
-    hints = {key: note for cls in reversed(type(config).__mro__) for key, note in vars(cls).get("__annotations__", {}).items()}
-    for key, text in overrides.items():
+    """The configuration with the user's overrides, checked; without the cache that only generation needs.
+
+    A setting of a nested configuration has the name of the nest before it: `text_config.hidden_size`.
+    """
+    for path, text in overrides.items():
+        *nests, key = path.split(".")
+        part, prefix = config, ""
+        for nest in nests:
+            if nest not in nested_parts(part):
+                raise ModelError(f"hf:{name} has no part {prefix + nest!r}{suggestion(nest, nested_parts(part))}")
+            part, prefix = nested_parts(part)[nest], f"{prefix}{nest}."
+        known = settings_of(part)
         if key not in known:
-            own = [*known, *vars(Ours())]
-            raise ModelError(f"hf:{name} has no setting {key!r}{suggestion(key, own)}")
-        setattr(config, key, converted(key, text, known[key], hints.get(config.attribute_map.get(key, key))))
+            names = known if nests else [*known, *vars(Ours())]
+            raise ModelError(f"hf:{name} has no setting {path!r}{suggestion(key, names)}")
+        setattr(part, key, converted(path, text, known[key], annotation(part, key)))
     for part in (config, text_part(config)):
         if hasattr(part, "use_cache"):
             part.use_cache = False
@@ -267,6 +275,24 @@ def configured(config: Any, name: str, overrides: dict[str, str]) -> Any:
         if index is None or not 0 <= index < text_part(config).vocab_size:
             setattr(config, token, 0)
     return config
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """What can be set of a configuration, by every name that it goes by, and its value."""
+    known = {key: value for key, value in config.to_dict().items() if not key.startswith("_")}
+    return known | {key: getattr(config, key) for key in (*config.attribute_map, "num_labels") if hasattr(config, key)}
+
+
+def annotation(config: Any, key: str) -> Any:
+    """The type that a configuration's class names for a setting, or None."""
+    key = config.attribute_map.get(key, key)
+    notes = [vars(cls).get("__annotations__", {}) for cls in type(config).__mro__]
+    return next((note[key] for note in notes if key in note), None)
+
+
+def nested_parts(config: Any) -> dict[str, Any]:
+    """The configurations inside one, by name."""
+    return {key: part for key, part in vars(config).items() if hasattr(part, "attribute_map")}
 
 
 def converted(key: str, text: str, default: object, hint: object = None) -> Any:

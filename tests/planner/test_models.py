@@ -17,6 +17,8 @@ MODELS = [
     "&encoder_ffn_dim=32&decoder_ffn_dim=32&max_source_positions=10&vocab_size=50&seq=8",
     "hf:vit?hidden_size=32&intermediate_size=32&num_hidden_layers=1&num_attention_heads=2&image_size=32&num_labels=3",
     "hf:resnet?depths=1,1&hidden_sizes=8,16&embedding_size=8&layer_type=basic&image=32&num_labels=3",
+    "hf:clip?vision_config.hidden_size=32&vision_config.intermediate_size=32&vision_config.num_hidden_layers=1"
+    "&vision_config.num_attention_heads=2&vision_config.image_size=32&vision_config.patch_size=16&image=32&num_labels=3",
 ]
 
 
@@ -60,6 +62,8 @@ def test_the_same_spec_gives_the_same_model_and_batch():
         ("hf:lama", "no model type 'lama'; did you mean llama"),
         ("hf:", "no model type ''"),
         ("hf:llama?num_hiden_layers=2", "no setting 'num_hiden_layers'; did you mean num_hidden_layers"),
+        ("hf:blt?encoder.hidden_size=8", "no part 'encoder'; did you mean encoder_config"),
+        ("hf:blt?encoder_config.hiden_size=8", "no setting 'encoder_config.hiden_size'; did you mean hidden_size"),
         ("hf:llama?num_hidden_layers=two", "num_hidden_layers=two does not fit: it must be int"),
         ("hf:llama?num_hidden_layers=1.5", "does not fit"),
         ("hf:llama?tie_word_embeddings=maybe", "must be bool"),
