@@ -31,6 +31,7 @@ from .updates import Updates
 
 OCCUPIED = "this planned step's arena holds the tensors of a forward pass whose backward pass has not run: "\
            "run it first, or drop its outputs, or apply the plan without addresses"  # fmt: skip
+SEEDED, SEEDS = torch.ops.aten._scaled_dot_product_efficient_attention.default, 2  # its results from this one on are seeds
 
 
 @dataclass
@@ -237,9 +238,11 @@ class ArenaWriter(Writer):
     def has_place(self, node: fx.Node) -> bool:
         """Whether a result lies in the arena: not if it is the caller's or lies outside, nor if tracing saw it empty.
 
-        Some kernels (the CPU's LSTM) return scratch space whose size only they know, and which tracing sees as empty.
+        Some kernels (the CPU's LSTM) return scratch space whose size only they know, and which tracing sees as empty. The
+        seed and offset of a GPU's efficient attention are numbers in the CPU's memory, whatever tracing says.
         """
-        return (self.traced.owner[node], self.at) in self.places and node.meta["val"].numel() > 0
+        placed = (self.traced.owner[node], self.at) in self.places and node.meta["val"].numel() > 0
+        return placed and not (is_pick(node) and node.args[0].target is SEEDED and node.args[1] >= SEEDS)  # type: ignore
 
     def call_into(self, target: Any, node: fx.Node, given: list[str], places: list[str]) -> str:
         """A call that writes its results into tensors of the arena."""

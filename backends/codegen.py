@@ -5,8 +5,10 @@ tensor is a local variable; views of it are made where they are read, and delete
 exactly where the schedule frees it.
 """
 
+import threading
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +43,7 @@ class Generated:
         tiers: the memories that values are moved to, by the machine's number.
         updates: the updates that the step runs in backward.
         homes: parameters and optimizer state that lie elsewhere between steps.
+        lock: see `alone`.
     """
 
     source: str
@@ -56,13 +59,19 @@ class Generated:
     tiers: dict[int, Any] = field(default_factory=dict)
     updates: Updates | None = None
     homes: Homes | None = None
+    lock: Any = field(default_factory=threading.RLock)
+
+    def alone(self) -> AbstractContextManager[Any]:
+        """Lets one inference run at a time where several would share memory: an arena, or parameters that come and go."""
+        return nullcontext() if self.arena is None and self.homes is None else self.lock
 
 
 @dataclass
 class Scope:
-    """One function under construction: its lines, and which nodes are variables at this point."""
+    """One function under construction: its lines, how deep the next is indented, and which nodes are variables now."""
 
     lines: list[str] = field(default_factory=list)
+    depth: int = 1
     alive: dict[fx.Node, str] = field(default_factory=dict)
     of_buffer: dict[int, list[fx.Node]] = field(default_factory=dict)
 
@@ -138,7 +147,7 @@ class Writer:
         space: dict[str, Any] = {
             **self.constants,
             "get_state": get_state,
-            "set_state": set_state,
+            "drawing_from": drawing_from,
             "updates": self.updates,
             "homes": self.homes,
         }
@@ -286,10 +295,10 @@ class Writer:
             self.states[step.op] = f"s{step.op}"
             self.line(f"s{step.op} = get_state()")
         elif guarded:
-            self.line(f"now = get_state(); set_state(s{step.op})")
+            self.line(f"with drawing_from(s{step.op}):")
+            self.scope.depth += 1
         self.make(step, node, target, [*args, *kwargs], taken)
-        if guarded and step.op in self.ran:
-            self.line("set_state(now)")
+        self.scope.depth = 1
         self.ran.add(step.op)
 
     def taken(self, step: Run) -> int | None:
@@ -322,7 +331,7 @@ class Writer:
 
     def line(self, text: str) -> None:
         """Add a line to the function."""
-        self.scope.lines.append("    " + text)
+        self.scope.lines.append("    " * self.scope.depth + text)
 
     def drop(self, buffer: int, but: str = "") -> None:
         """Delete every variable that keeps a buffer's storage alive."""
@@ -404,6 +413,17 @@ def states() -> Iterator[torch.Tensor]:
     yield torch.get_rng_state()
     if torch.cuda.is_initialized():
         yield torch.cuda.get_rng_state()
+
+
+@contextmanager
+def drawing_from(saved: list[torch.Tensor]) -> Iterator[None]:
+    """Random numbers are those that came after `get_state`; then they go on where they were, whatever happens."""
+    now = get_state()
+    set_state(saved)
+    try:
+        yield
+    finally:
+        set_state(now)
 
 
 def set_state(saved: list[torch.Tensor]) -> None:

@@ -6,8 +6,11 @@ inside one autograd node.
 """
 
 import copy
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 import torch.utils._pytree as pytree
 from torch import nn
@@ -28,7 +31,7 @@ from ..planner.graph import Source
 from .arena import generate_static
 from .codegen import Generated, generate
 from .graphs import recorded
-from .homes import Homes
+from .homes import Homes, absence_of, bring_back
 from .updates import Updates
 
 if TYPE_CHECKING:
@@ -46,17 +49,19 @@ def apply(plan: "Plan", model: nn.Module, loss: Any = None, optimizer: Any = Non
         raise PlanMismatch(f"the plan was made for {plan.recipe.optimizer}, not for {type(optimizer).__name__}: plan again")
     if cuda_graphs:
         check_graphs(plan)
+    bring_back(model.parameters())
     captured = plan.captured
     if captured is None:
         captured = recapture(plan, model, loss, optimizer)
     check_parameters(model, captured)
     updates = None if optimizer is None else Updates(model, optimizer, captured.traced)
     traced, schedule, machine = captured.traced, plan.schedule, plan.machine
-    if schedule.placements:
-        code = generate_static(traced, schedule, machine, updates)
-    else:
-        homes = Homes(model, optimizer, traced, schedule, machine) if schedule.homes else None
-        code = generate(traced, schedule, machine, updates, homes)
+    with device_of(model.parameters()):
+        if schedule.placements:
+            code = generate_static(traced, schedule, machine, updates)
+        else:
+            homes = Homes(model, optimizer, traced, schedule, machine) if schedule.homes else None
+            code = generate(traced, schedule, machine, updates, homes)
     return planned_module(model, captured, recorded(code) if cuda_graphs else code)
 
 
@@ -138,7 +143,7 @@ class _Runner:
         if self.captured.train:
             results = _Planned.apply(self, *inputs)
         else:
-            with torch.no_grad(), torch._C._DisableAutocast():
+            with torch.no_grad(), torch._C._DisableAutocast(), self.code.alone(), device_of(inputs):
                 if homes is not None:
                     homes.begin()
                 results = self.code.forward(inputs)[0]
@@ -207,9 +212,20 @@ class _Runner:
         table, key = slot
         value = table[key]
         known = self.captured.parameters[source.name]
-        if not isinstance(value, torch.Tensor) or TensorFacts.of(value) != known:
+        if not isinstance(value, torch.Tensor) or facts_of(value) != known:
             raise PlanMismatch(f"{source.name} was {known} when the plan was made and has changed since: plan again")
+        device = self.captured.program.device
+        if value.device.type != device:
+            raise PlanMismatch(f"{source.name} is on {value.device}, and the plan's ops are {device}'s: move the model, or "
+                               "plan it where it is")  # fmt: skip
         return value
+
+
+def facts_of(value: torch.Tensor) -> TensorFacts:
+    """A parameter's facts, also of one that is away."""
+    found = TensorFacts.of(value)
+    known = absence_of(value)
+    return found if known is None else msgspec.structs.replace(found, stride=known.stride)
 
 
 def slots(module: nn.Module) -> list[tuple[str, nn.Module, str, str]]:
@@ -233,7 +249,7 @@ class _Planned(torch.autograd.Function):
         if runner.code.homes is not None:
             runner.code.homes.begin()
         # nothing is recorded below autograd, but some kernels (LSTM's on CPU) save what backward needs only if this is on
-        with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
+        with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast(), device_of(inputs):
             outputs, saved = runner.code.forward(list(inputs))
             returned = {id(value) for value in outputs}  # held as they are they would hold this node, and it them
             ctx.saved = [value.detach() if id(value) in returned else value for value in saved]
@@ -278,6 +294,12 @@ class _Planned(torch.autograd.Function):
         for position, gradient in zip(runner.code.gradients, found, strict=True):
             result[1 + position] = gradient
         return tuple(result)
+
+
+def device_of(inputs: Iterable[torch.Tensor]) -> AbstractContextManager[Any]:
+    """Makes the inputs' GPU the current one, as autograd does for the backward pass: generators and new tensors are its own."""
+    found = next((value.device for value in inputs if value.is_cuda), None)
+    return nullcontext() if found is None else torch.cuda.device(found)
 
 
 def laid_out(tangent: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:

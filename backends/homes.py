@@ -1,28 +1,48 @@
 """Parameters and optimizer state whose home is another tier: on the device they have memory only while the step needs them.
 
-The tensors stay the caller's own objects; it is their storages that are emptied and filled. Between steps such a tensor has a
-shape and no memory. `state_dict` of the model or the optimizer brings everything back first, and so does an evaluation; the
-next planned step sends it home again. `bring_back` does it on demand.
+The tensors stay the caller's own objects; it is their memory that comes and goes. Between steps such a tensor is *away*: it
+has its shape, every element reads as not-a-number (as the smallest number, where its type has no other), and it cannot be
+written in place. `state_dict` of the model or the optimizer brings everything back first, and so do an evaluation and planning
+anew; the next planned step sends it home again. `bring_back` does it on demand.
 """
 
 import weakref
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..planner.errors import MemplanError
 from ..planner.graph import Traced
 from ..planner.machine import Machine
 from ..planner.schedule import Schedule
-from .moving import make_tier
+from .moving import make_tier, new_tensor
 from .turn import Token, Turn
 
 AWAY = "a forward pass of this planned step waits for its backward pass, for which its parameters are fetched and sent away: "\
        "run that first, or drop its outputs"  # fmt: skip
-HOLDERS: Any = WeakIdKeyDictionary()  # tensor without memory -> a weak reference to the `Homes` that has its contents
+
+
+class Absence(NamedTuple):
+    """What is known of a tensor that is away.
+
+    Attributes:
+        holder: a weak reference to the `Homes` that has its contents.
+        size: bytes of its storage.
+        offset: where it begins there, in elements.
+        stride: in elements.
+    """
+
+    holder: Any
+    size: int
+    offset: int
+    stride: tuple[int, ...]
+
+
+ABSENT: Any = WeakIdKeyDictionary()  # tensor that is away, or was -> its `Absence`
 
 
 class Homes:
@@ -54,18 +74,28 @@ class Homes:
         self.tiers = {tier: make_tier(machine, tier, size) for tier, size in ends.items()}
         self.visits = {tier: memory.open() for tier, memory in self.tiers.items()}
         self.turn = Turn(AWAY)
-        self.hook(model, optimizer)
+        self.model = model
+        self.hooks: list[Any] = []
 
     def claim(self) -> Token:
         """Take them for one step."""
         return self.turn.claim()
 
-    def hook(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-        """Whoever saves or loads finds everything in its place."""
-        model.register_state_dict_pre_hook(lambda *_: self.restore())
-        model._register_load_state_dict_pre_hook(lambda *_: self.restore())  # the public one dies with the unplanned model
-        if optimizer is not None:
-            optimizer.register_state_dict_pre_hook(lambda *_: self.restore())
+    def hook(self) -> None:
+        """From now on whoever saves or loads finds everything in its place, and the model keeps what has the contents."""
+        if self.hooks:
+            return
+        self.hooks.append(self.model.register_state_dict_pre_hook(lambda *_: self.restore()))
+        # the public one dies with the unplanned model
+        self.hooks.append(self.model._register_load_state_dict_pre_hook(lambda *_: self.restore()))
+        if self.optimizer is not None:
+            self.hooks.append(self.optimizer.register_state_dict_pre_hook(lambda *_: self.restore()))
+
+    def unhook(self) -> None:
+        """Another has taken over what is to be saved: the model keeps this one, its files or pinned memory, no longer."""
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks.clear()
 
     def tensor(self, buffer: int) -> torch.Tensor | None:
         """The caller's tensor; None for state that the optimizer has not made yet."""
@@ -82,29 +112,53 @@ class Homes:
         """A step starts: what is on the device goes home.
 
         Raises:
-            MemplanError: it cannot be copied.
+            MemplanError: it cannot be copied, or another tensor shares its memory, which would stay.
         """
-        sent = []
-        for buffer in self.tier_of:
-            value = self.tensor(buffer)
-            if value is not None and is_empty(value) and holder_of(value) is not self:
-                bring_back([value])
-            if value is not None and not is_empty(value):
-                self.store(buffer)
-                sent.append(buffer)
-        for buffer in sent:
+        self.settle()
+        tensors = {buffer: value for buffer in self.tier_of if (value := self.tensor(buffer)) is not None}
+        for other in {id(holder): holder for holder in map(holder_of, filter(is_away, tensors.values()))}.values():
+            if other is not self:
+                other.restore()
+                other.unhook()
+        self.hook()
+        here = [buffer for buffer, value in tensors.items() if not is_away(value)]
+        for buffer in here:
+            self.store(buffer)
+        held = []
+        for buffer in here:
             self.wait(buffer)
+            memory = StorageWeakRef(tensors[buffer].untyped_storage())
             self.release(buffer)
+            if not memory.expired():
+                held.append(buffer)
+        for buffer in held:
+            self.fetch(buffer)
+            self.wait(buffer)
+        if held:
+            names = {id(value): name for name, value in reversed(self.named.items())}  # the first, of a tied one
+            name = names.get(id(tensors[held[0]]), "state of the optimizer")
+            raise MemplanError(f"the memory of {name} ({len(held)} in all) is held by another tensor, so that sending it "
+                               "away would free nothing: drop views, .data and .detach(), or plan without offload")  # fmt: skip
+
+    def settle(self) -> None:
+        """Bring what a step that failed has left to an end: what was not read in full is still away."""
+        for visit in self.visits.values():
+            for buffer in visit.settle():
+                self.leave(buffer)
 
     def fetch(self, buffer: int) -> None:
         """Start: memory for a tensor, and a copy into it."""
         value = self.tensor(buffer)
-        if value is None or not is_empty(value):
+        if value is None or not is_away(value):
             return
-        storage = value.untyped_storage()
-        storage.resize_(bytes_needed(value))
+        known = ABSENT[value]
+        value.data = new_tensor(value.device, known.size, value.dtype, known.offset, tuple(value.shape), known.stride)
         visit = self.visits[self.tier_of[buffer]]
-        visit.start(buffer, visit.get(self.offset[buffer], value))
+        try:
+            visit.start(buffer, visit.get(self.offset[buffer], value))
+        except MemplanError:
+            self.leave(buffer)
+            raise
 
     def store(self, buffer: int) -> None:
         """Start: a copy of a tensor to its home."""
@@ -114,19 +168,37 @@ class Homes:
             visit.start(buffer, visit.put(self.offset[buffer], value))
 
     def wait(self, buffer: int) -> None:
-        """Wait for the copy that was started."""
+        """Wait for the copy that was started.
+
+        Raises:
+            MemplanError: it failed; a tensor that was to be read is still away.
+        """
         visit = self.visits[self.tier_of[buffer]]
-        if buffer in visit.started:
+        job = visit.started.get(buffer)
+        if job is None:
+            return
+        try:
             visit.wait(buffer)
+        except MemplanError:
+            if job.way == "in":
+                self.leave(buffer)
+            raise
 
     def release(self, buffer: int) -> None:
         """Free: take a tensor's memory."""
         value = self.tensor(buffer)
         if value is not None:
-            if not value.untyped_storage().resizable():  # memory of somebody else, a file's mapping or numpy's
-                value.data = value.data.clone()
-            value.untyped_storage().resize_(0)
-            HOLDERS[value] = weakref.ref(self)
+            size, offset = value.untyped_storage().nbytes(), value.storage_offset()
+            ABSENT[value] = Absence(weakref.ref(self), size, offset, value.stride())
+            self.leave(buffer)
+
+    def leave(self, buffer: int) -> None:
+        """From here on a tensor is away."""
+        value = self.tensor(buffer)
+        assert value is not None
+        floating = value.dtype.is_floating_point or value.dtype.is_complex
+        blank = float("nan") if floating else torch.iinfo(value.dtype).min
+        value.data = torch.full((), blank, dtype=value.dtype, device=value.device).expand(value.shape)
 
     def restore(self) -> None:
         """Bring everything back to the device.
@@ -146,10 +218,12 @@ def bring_back(tensors: Iterable[torch.Tensor]) -> None:
     Raises:
         MemplanError: they cannot be copied, or are gone with the model that was planned.
     """
-    left = [value for value in tensors if is_empty(value) or value in HOLDERS]  # some may be on their way back
+    left = [value for value in tensors if value in ABSENT]  # some may be on their way back
     wanted = {id(value) for value in left}
-    holders = {id(holder): holder for holder in (holder_of(value) for value in left if is_empty(value) or HOLDERS[value]())}
+    having = [value for value in left if is_away(value) or ABSENT[value].holder()]
+    holders = {id(holder): holder for holder in map(holder_of, having)}
     for holder in holders.values():
+        holder.settle()
         for buffer in holder.tier_of:
             if id(holder.tensor(buffer)) in wanted:
                 holder.fetch(buffer)
@@ -157,22 +231,26 @@ def bring_back(tensors: Iterable[torch.Tensor]) -> None:
 
 
 def holder_of(value: torch.Tensor) -> Homes:
-    """Who has the contents of a tensor without memory.
+    """Who has the contents of a tensor that is away.
 
     Raises:
         MemplanError: nobody, for the model and the optimizer that it was planned with are gone.
     """
-    held = HOLDERS.get(value)
-    holder = held() if held is not None else None
+    holder = ABSENT[value].holder()
     if holder is None:
         raise MemplanError("a parameter's contents are gone with the model that was planned: keep the model, or call "
                            "memplan.bring_back on its parameters first")  # fmt: skip
     return holder
 
 
-def is_empty(value: torch.Tensor) -> bool:
-    """Whether a tensor has no memory, though it has elements."""
-    return value.numel() > 0 and value.untyped_storage().nbytes() == 0
+def is_away(value: torch.Tensor) -> bool:
+    """Whether a tensor has no memory of its own now, for its contents are elsewhere."""
+    return value in ABSENT and value.numel() > 1 and not any(value.stride())
+
+
+def absence_of(value: torch.Tensor) -> Absence | None:
+    """What is known of a tensor that is away; None of one that is here."""
+    return ABSENT[value] if is_away(value) else None
 
 
 def bytes_needed(value: torch.Tensor) -> int:

@@ -104,11 +104,12 @@ class PinnedJob(Job):
         self.place: torch.Tensor | None = place
         self.compute = compute
         self.copied = torch.cuda.Event(enable_timing=True)
+        self.awaited = False
 
     @property
     def finished(self) -> bool:
-        """Whether the copy is complete."""
-        over = self.copied.query()
+        """Whether the copy is complete, or all that will be asked of the device comes behind it."""
+        over = self.awaited or self.copied.query()
         if over:
             self.place = None
         return over
@@ -120,7 +121,7 @@ class PinnedJob(Job):
             began = mark(stream)
             stream.wait_event(self.copied)
             self.intervals.append(Interval(self, began, mark(stream), stall=True))
-        self.place = None
+        self.place, self.awaited = None, True
 
     def cancel(self) -> None:
         """Make the stream that asked for the copy wait for it: it cannot be called back."""
@@ -177,9 +178,7 @@ class Pinned(Space):
     def __del__(self) -> None:
         try:
             if self.locked and self.usable:
-                for job in self.jobs:
-                    assert isinstance(job, PinnedJob)
-                    job.copied.synchronize()
+                torch.cuda.synchronize()  # copies may be under way of which no job is left
                 cudart().cudaHostUnregister(self.memory.data_ptr())
         except Exception:  # the interpreter is going down; the memory goes with it
             pass

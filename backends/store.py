@@ -118,7 +118,7 @@ class Visit:
     tensor of bytes stands for just those: a piece of an arena, say.
 
     Attributes:
-        failure: why a copy failed; every later `put` and `get` raises the same.
+        failure: why a copy failed; every later `put` and `get` raises the same, until `settle`.
     """
 
     def __init__(self, tier: "Tier", space: Space):
@@ -155,6 +155,18 @@ class Visit:
             MemplanError: as `Job.wait`.
         """
         self.started.pop(buffer).wait()
+
+    def settle(self) -> list[int]:
+        """Wait for all that was started, well or not, and let copies be made again. Returns what could not be read."""
+        failed = []
+        for buffer, job in self.started.items():
+            try:
+                job.wait()
+            except MemplanError:
+                failed += [buffer] if job.way == "in" else []
+        self.started.clear()
+        self.failure = None
+        return failed
 
     def copy(self, way: Way, offset: int, tensor: torch.Tensor) -> Job:
         """Start a job behind the unfinished ones that touch the same bytes, unless both only read them."""

@@ -1,8 +1,10 @@
 """One step at a time, where steps share memory: whoever is between a forward and its backward pass holds a token."""
 
 import gc
+import threading
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from ..planner.errors import MemplanError
 
@@ -18,10 +20,12 @@ class Turn:
     Attributes:
         refusal: what is said to a second one.
         user: the step that is between its forward and backward pass, if there is one.
+        lock: threads claim one after the other.
     """
 
     refusal: str
     user: "weakref.ref[Token] | None" = None
+    lock: Any = field(default_factory=threading.Lock)
 
     def claim(self) -> Token:
         """Take it for one step; it is free again when the token is gone.
@@ -29,10 +33,11 @@ class Turn:
         Raises:
             MemplanError: another step has it.
         """
-        if self.user is not None and self.user() is not None:
-            gc.collect()  # a forward pass whose outputs were dropped may be alive in a cycle through what it saved
-        if self.user is not None and self.user() is not None:
-            raise MemplanError(self.refusal)
-        token = Token()
-        self.user = weakref.ref(token)
-        return token
+        with self.lock:
+            if self.user is not None and self.user() is not None:
+                gc.collect()  # a forward pass whose outputs were dropped may be alive in a cycle through what it saved
+            if self.user is not None and self.user() is not None:
+                raise MemplanError(self.refusal)
+            token = Token()
+            self.user = weakref.ref(token)
+            return token

@@ -6,6 +6,7 @@ once, a parameter twice (once in an inference). So state goes first; of two alik
 of the step is left behind which it can go home, and, for a parameter, comes before its first reader.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -22,14 +23,16 @@ class Homes:
 
     Attributes:
         room: bytes that there are for them.
+        shared: buffers that several tensors share, which stay: only a tensor that has its memory to itself can be sent away.
     """
 
     name = "homes"
     room: int = 2**62
+    shared: Collection[int] = ()
 
     def __call__(self, program: Program) -> tuple[int, ...]:
         """Their indices: state, then parameters."""
-        found = candidates(program)
+        found = [buffer for buffer in candidates(program) if buffer not in self.shared]
         ranked = [buffer for kind in KINDS for buffer in found if program.buffers[buffer].kind is kind]
         through = accumulate(program.buffers[buffer].bytes for buffer in ranked)
         return tuple(buffer for buffer, size in zip(ranked, through, strict=True) if size <= self.room)

@@ -155,8 +155,10 @@ class Session:
     ):
         levers = check_levers(allow)
         known = named_machine(machine)
+        from ..backends.homes import bring_back
         from .capture import capture, describe_inputs
 
+        bring_back(model.parameters())
         if progress is not None:
             progress("tracing the model", 0.0)
         began = time.monotonic()
@@ -192,7 +194,7 @@ class Session:
         routes = routes_of(known) if self.offload else []
         self.planner = Planner(
             program, known, "recompute" in levers, "reorder" in levers, self.offload, seed=seed, progress=progress,
-            homes=Homes(room=known.tiers[routes[0].tier].capacity)(program) if routes else (),
+            homes=Homes(known.tiers[routes[0].tier].capacity, self.captured.traced.shared)(program) if routes else (),
         )  # fmt: skip
         self.solve_began = time.monotonic() - began
 

@@ -65,6 +65,16 @@ class Traced:
     updates: dict[int, tuple[tuple[str, fx.Node], ...]] = field(default_factory=dict)
     states: dict[int, tuple[str, int]] = field(default_factory=dict)
 
+    @property
+    def shared(self) -> set[int]:
+        """Buffers in which several different tensors of the model lie: pieces of one flat tensor, say."""
+        parts: dict[int, set[tuple[Any, ...]]] = {}
+        for node in self.sources:
+            if node in self.owner:
+                value = node.meta["val"]
+                parts.setdefault(self.owner[node], set()).add((value.storage_offset(), value.shape, value.stride()))
+        return {buffer for buffer, found in parts.items() if len(found) > 1}
+
 
 def lower(
     graph: fx.GraphModule,
@@ -277,7 +287,7 @@ class _Lowering:
                 writes=tuple(writes),
                 reuse=tuple(reuse),
                 repeatable=not (set(reads) & changed) and not node.target._schema.is_mutable and bool(writes),
-                random=torch.Tag.nondeterministic_seeded in node.target.tags,
+                random=is_random(node),
                 flops=count_flops(node),
                 traffic=sum(span(arg.meta["val"]) for arg in tensors) + sum(span(item) for _, item in parts),
                 where=self.where,

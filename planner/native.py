@@ -15,7 +15,7 @@ FAMILIES = (
     "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
     "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d",
     "upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d",
-    "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
+    "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "_upsample_lanczos2d_aa",
 )  # fmt: skip
 
 
@@ -24,8 +24,8 @@ def native_kernels() -> Iterator[None]:
     """Trace resizes as the ops that eager calls."""
     taken = []
     for family in FAMILIES:
-        packet = getattr(torch.ops.aten, family)
-        for op in (getattr(packet, name) for name in packet.overloads()):
+        packet = getattr(torch.ops.aten, family, None)  # lanczos came with torch 2.13
+        for op in [] if packet is None else [getattr(packet, name) for name in packet.overloads()]:
             for key in KEYS:
                 if key in op.py_kernels:
                     taken.append((op, key, op.py_kernels.pop(key)))

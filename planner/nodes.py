@@ -38,8 +38,17 @@ def is_view(func: Any) -> bool:
 
 
 def is_random(node: fx.Node) -> bool:
-    """Whether the node draws random numbers."""
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    """Whether the node draws random numbers. Attention without dropout has the tag of those that do, and draws none."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and argument(node, "dropout_p") != 0
+
+
+def argument(node: fx.Node, name: str) -> Any:
+    """The value that a call gives an argument of its operator, or the operator's own; None where there is no such argument."""
+    for index, known in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if known.name == name:
+            given = node.args[index] if index < len(node.args) else node.kwargs.get(name)
+            return known.default_value if given is None and known.has_default_value() else given
+    return None
 
 
 def is_tensor(value: Any) -> bool:

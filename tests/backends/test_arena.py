@@ -1,6 +1,7 @@
 """Running in one arena: who may use it when, what asks the allocator all the same, and how much."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import memplan
 import pytest
@@ -45,6 +46,23 @@ class Outside(TorchDispatchMode):
 def arena_of(planned: nn.Module):
     """The arena of an applied plan."""
     return planned.forward.code.arena  # type: ignore[union-attr]
+
+
+def test_inferences_from_several_threads_take_turns():
+    """They share one arena: each gets the outputs of its own input."""
+    model = nn.Sequential(*(layer for _ in range(4) for layer in (nn.Linear(WIDTH, WIDTH), nn.Tanh())))
+    inputs = [torch.randn(ROWS, WIDTH) for _ in range(8)]
+    with torch.no_grad():
+        wanted = [model(x) for x in inputs]
+    plan = memplan.plan(model, None, (inputs[0],), train=False, machine="h100-80gb", arena=True, time_limit=5)
+    planned = plan.apply(model)
+
+    def infer(number: int) -> bool:
+        with torch.no_grad():
+            return all(torch.equal(planned(inputs[number]), wanted[number]) for _ in range(40))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(infer, range(len(inputs))))
 
 
 def test_only_what_the_caller_gets_lies_outside_the_arena():
