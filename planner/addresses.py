@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from ..solvers.allocate import pins_clash
-from ..solvers.storage import FREE, Packing, Status, Storage, peak_of
+from ..solvers.storage import FREE, LIMIT, Packing, Status, Storage, peak_of, room_for_all
 from .errors import PlacementError, TraceError
 from .referee import first_clash
 from .trace import Trace
@@ -14,13 +14,22 @@ FAULT = "this is a fault of memplan, please report it"
 
 
 def storage_of(file: Path, trace: Trace, align: int) -> Storage:
-    """A file's buffers as a problem."""
+    """A file's buffers as a problem.
+
+    Raises:
+        TraceError: a pin is no multiple of the alignment, or sizes and pins are too large for sums of them.
+    """
     pins = np.array([FREE if pin is None else pin for pin in trace.pins], np.int64)
+    sizes = np.array(trace.sizes, np.int64)
+    if align >= LIMIT or room_for_all(sizes, pins, align) >= LIMIT:
+        row = max(range(len(sizes)), key=lambda row: max(-(-trace.sizes[row] // align) * align, (trace.pins[row] or 0)))
+        raise TraceError(f"{file}: buffer {trace.ids[row]!r} is too large, or pinned too high, or --align {align} too coarse: "
+                         "the buffers together may need 2^62 bytes or more")  # fmt: skip
     for row in np.flatnonzero((pins != FREE) & (pins % align != 0)):
         raise TraceError(f"{file}: buffer {trace.ids[row]!r} is pinned at {pins[row]}, which is no multiple of {align}")
     start = np.concatenate([[0], np.cumsum([len(spans) for spans in trace.spans])]).astype(np.int64)
     pieces = np.array([piece for spans in trace.spans for piece in spans], np.int64).reshape(-1, 2)
-    return Storage(np.array(trace.sizes, np.int64), start, pieces[:, 0], pieces[:, 1], pins, align)
+    return Storage(sizes, start, pieces[:, 0], pieces[:, 1], pins, align)
 
 
 def overwritten(trace: Trace) -> np.ndarray:
@@ -69,7 +78,10 @@ def no_packing(trace: Trace, storage: Storage, room: int | None, packing: Packin
                       if a[0] < b[1] and b[0] < a[1])  # fmt: skip
         one, two = (trace.ids[index] for index in clash)
         return f"buffers {one!r} and {two!r} are pinned to the same bytes, and both are live at time {shared}"
-    assert room is not None
+    if room is None and packing.status is Status.INFEASIBLE:
+        return "pinned buffers lie on one another, whichever is written over which"
+    if room is None:
+        return f"no packing was found in {time_limit:g} s: raise --time-limit, or use --method auto"
     for name, pin, size in zip(trace.ids, trace.pins, trace.sizes, strict=True):
         if pin is not None and pin + size > room:
             return f"buffer {name!r} is pinned to end at {pin + size}, past the capacity of {room} bytes"

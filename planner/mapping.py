@@ -8,7 +8,7 @@ address though they fit by their sum, it is decided once more, in the same order
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import msgspec
@@ -68,7 +68,7 @@ class Mapping:
 
     @property
     def bound(self) -> int:
-        """No mapping moves fewer bytes beyond those; 0 where ops run again, for nothing is proven of such mappings."""
+        """No mapping moves fewer bytes beyond those; 0 where ops may run again, for nothing is proven of such mappings."""
         return self.mapped.bound
 
     @property
@@ -171,20 +171,21 @@ class Mapper:
         began = time.monotonic()
         self.check(capacity)
         problem = with_capacity(self.problem, capacity)
-        mapped = solve(problem, seconds, self.seed)
-        assert mapped is not None
-        made = None
-        if self.recompute and mapped.bytes:
+        once = solve(problem, seconds, self.seed)
+        assert once is not None
+        mapped, made = once, None
+        if self.recompute and once.bytes:
             left = max(seconds - (time.monotonic() - began), 1.0)
-            again = solve_again(problem, mapped, self.repeatable, min(left, AGAIN), self.seed)
+            again = solve_again(problem, once, self.repeatable, min(left, AGAIN), self.seed)
             made = self.schedule(again, capacity) if again.again else None
-            mapped = mapped if made is None else again
+            mapped = again if made is not None else replace(once, bound=again.bound)
         made = made or self.schedule(mapped, capacity)
         if made is None:  # it fits by the sum of what is there, and not by address
             left = max(seconds - (time.monotonic() - began), 1.0)
-            placed = solve_placed(problem, mapped.order, mapped, self.alignment, left, self.seed)
+            placed = solve_placed(problem, once.order, once, self.alignment, left, self.seed)
             if placed is not None:
-                mapped, addresses = placed
+                found, addresses = placed
+                mapped = replace(found, bound=min(found.bound, mapped.bound))
                 made = self.schedule(mapped, capacity, addresses)
         if made is None:
             enough = self.enough(capacity)

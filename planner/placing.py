@@ -124,7 +124,7 @@ def find_places(
 
     Raises:
         TraceError: what is wrong in the file, with row and column.
-        MemplanError: the method is not installed, or a capacity names no pool.
+        MemplanError: a capacity names no pool.
         PlacementError: addresses did not pass the check.
     """
     trace = read_trace(file)
@@ -137,10 +137,7 @@ def find_places(
         storage = storage_of(file, part, align)
         left = max(time_limit - (time.perf_counter() - began), 0.0) / (len(parts) - number)
         over = overwritten(part)
-        try:
-            packing = pack_sharing(storage, over, SOLVERS[method], rooms[name], left, seed)
-        except ImportError:
-            raise MemplanError(f"--method {method} wants OR-Tools: pip install ortools, or use --method auto") from None
+        packing = pack_sharing(storage, over, SOLVERS[method], rooms[name], left, seed)
         found = packing.offset.tolist()
         if found:
             approve(part, found, align)

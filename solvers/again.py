@@ -102,19 +102,21 @@ def solve_again(
 
     Args:
         problem: what is mapped.
-        start: a mapping; its bound says nothing of mappings that repeat ops, so what is returned has none.
+        start: a mapping. Its bound says nothing of mappings that repeat ops, so what is returned has none, unless no op is
+            repeatable.
         repeatable: ops that give the same when they run again.
         seconds: to search for, at most.
         seed: of the search.
         depth: how many ops behind each other may be repeated for one use.
     """
+    once = replace(start, bound=0) if repeatable else start
     points = find_points(problem, start.order, repeatable, depth)
     if not start.bytes or not points.again:
-        return start
+        return once
     model = Model(points)
     solver = make_solver(seconds, seed)
     if solver.solve(model.model) not in (cp_model.OPTIMAL, cp_model.FEASIBLE) or model.bytes_of(solver) >= start.bytes:
-        return start
+        return once
     chosen = [frozenset(key for key, variable in each.items() if solver.boolean_value(variable))
               for each in (model.loads, model.again)]  # fmt: skip
     first = {(b, uses[0]) for b, uses in enumerate(points.uses) if uses and problem.producer[b] < 0}

@@ -23,7 +23,7 @@ from .coalesce import coalesce
 from .greedy import ORDERS, first_fit, lowest_first
 from .levels import pack_levels
 from .merge import WAYS, Merger
-from .storage import FREE, Packing, Part, Status, Storage, peak_of
+from .storage import FREE, LIMIT, NO_PEAK, Packing, Part, Status, Storage, extended, peak_of
 
 PAIRS = 2e7  # buffers live at once, counted twice: with more, first fit is too slow and takes too much memory
 SHARE = 0.25  # of the time, for packing on two levels
@@ -58,11 +58,13 @@ def pack(
     """
     if not len(storage):
         return Packing(np.empty(0, np.int64), 0, Status.OPTIMAL, "nothing to place")
+    if not storage.size.all():
+        members = np.flatnonzero(storage.size)
+        return extended(storage, members, pack(storage.take(members), capacity, seconds, seed, blocks, merge))
     if pins_clash(storage) is not None or (capacity is not None and storage.bound > capacity):
         return Packing(np.empty(0, np.int64), storage.bound, Status.INFEASIBLE, "bound")
-    work = Work(
-        storage, storage.bound if capacity is None else capacity, capacity is not None, time.monotonic() + seconds, seed
-    )
+    goal = storage.bound if capacity is None else min(capacity, LIMIT)
+    work = Work(storage, goal, capacity is not None, time.monotonic() + seconds, seed)
     work.answer_fast()
     if blocks and not work.done:
         work.answer_by_blocks()
@@ -95,7 +97,7 @@ class Work:
     until: float
     seed: int
     best: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
-    peak: int = 2**62
+    peak: int = NO_PEAK
     bound: int = 0
     method: str = ""
     stop: np.ndarray = field(default_factory=lambda: np.zeros(1, np.bool_))
@@ -211,6 +213,8 @@ class Work:
             unit = self.storage.unit
             step = int((self.peak - self.bound) * share) // unit * unit
             got, offset = search.fit(self.peak - max(step, unit), min(until, time.monotonic() + allowed))
+            if got == NONE and step <= unit:  # the coalesced problem has nothing better
+                return
             if got == SOLVED:
                 self.offer(self.small.whole(offset), "coalesced, search")
                 share = min(2 * share, 1.0)
@@ -253,7 +257,7 @@ def pairs_of(storage: Storage) -> float:
 
 def pins_clash(storage: Storage) -> tuple[int, int] | None:
     """Two pinned buffers that share a byte at some time, or None."""
-    pinned = np.flatnonzero(storage.pin != FREE)
+    pinned = np.flatnonzero((storage.pin != FREE) & (storage.size > 0))
     if not len(pinned):
         return None
     instance = make_instance(storage.take(pinned))

@@ -15,7 +15,7 @@ from numba import njit
 from .master import Slots
 from .replay import evaluate
 from .segments import Segments
-from .timeline import BEGIN, EAGER, HOLD, MOVE, NEVER, SINCE, Problem
+from .timeline import BEGIN, EAGER, HOLD, MOVE, NEVER, SINCE, Problem, score
 
 RELATED = 4  # at most so many gaps change in one move, beside the moves on layers
 FEW = 150  # ops: programs up to this size are searched for eager starts and middle intervals more
@@ -65,8 +65,9 @@ class Space:
 def make_space(problem: Problem, segments: Segments, slots: Slots) -> Space:
     """Group the slots by role and by segment."""
     made = problem.producer[slots.buffer]
-    by_time = np.argmin(np.where(segments.opened[None, :] <= made[:, None], made[:, None] - segments.opened, 2**30), axis=1)
-    segment = np.where(segments.of_buffer[slots.buffer] >= 0, segments.of_buffer[slots.buffer], by_time)
+    segment = segments.of_buffer[slots.buffer]
+    backward = np.flatnonzero(segment < 0)
+    segment[backward] = segment_open(segments.opened, made[backward])
     label: dict[tuple[int, int], list[int]] = {}
     places: list[list[int]] = [[] for _ in segments.start]
     shapes: list[list[tuple[int, int]]] = [[] for _ in segments.start]
@@ -100,6 +101,15 @@ def make_space(problem: Problem, segments: Segments, slots: Slots) -> Space:
     )
 
 
+def segment_open(opened: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """For each time the segment whose backward pass has opened last, the first of several; 0 where none has."""
+    order = np.argsort(opened, kind="stable")
+    ascending = opened[order]
+    last = ascending[np.maximum(np.searchsorted(ascending, times, side="right") - 1, 0)]
+    first = order[np.searchsorted(ascending, last)]
+    return np.where(last <= times, first, 0)
+
+
 def anneal(
     problem: Problem,
     space: Space,
@@ -123,10 +133,12 @@ def anneal(
         care: what a second counts against bytes over the budget; less than 1 looks for something that fits, whatever its time.
 
     Returns:
-        The best solution that fits the budget, and its time; infinite (and the solution of least excess) where none did.
+        The best solution that fits the budget, the start among them, and its time; infinite (and the solution of least
+        excess) where none did.
     """
     if len(space.slots.gap) == 0 or space.uses == 0:
-        return solution, float("inf")
+        found = score(problem, solution, budget)
+        return solution, found.time if found.excess <= 0 else float("inf")
     few = len(problem.seconds) <= FEW
     single, fine = (0.8, 0.25) if few else (0.35, 0.02)
     how = (solution.copy(), np.int64(budget), steps, hot, seed, care, single, fine)
@@ -273,19 +285,19 @@ def _anneal(
 ):  # fmt: skip # pragma: no cover
     np.random.seed(seed)
     slots, segments, ops = len(gap), len(kind), len(seconds)
-    base = seconds.sum()
+    base = seconds.sum() if seconds.sum() > 0 else 1.0
     time, _, excess, _ = evaluate(
         seconds, workspace, size, producer, read_start, read, write_start, write, reuse_start, reuse_new, reuse_old,
         use_start, use_list, output, repeatable, resident, tiers, home, changed_start, changed_list, solution, budget,
     )  # fmt: skip
-    best, best_time, best_excess = solution.copy(), np.inf, np.inf
+    best, best_time, best_excess = solution.copy(), time if excess <= 0 else np.inf, max(excess, 0.0)
     changed = np.empty(slots + RELATED, np.int64)
     former, fresh = np.empty((5, slots + RELATED), np.int32), np.empty(5, np.int32)
     for step in range(steps):
         progress = step / steps
         heat = hot * (1.0 - progress) ** 2 + 1e-9
         # a byte over the budget at one moment weighs more and more
-        weight = (0.5 + 20.0 * progress) / budget
+        weight = (0.5 + 20.0 * progress) / max(budget, 1)
         energy = care * time / base + weight * excess
         moved = 0
         real = False

@@ -15,15 +15,17 @@ If away, it is copied in before the cut where an op before the cut reads it; if 
 and it is copied home after the op that changes it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import highspy
 import numpy as np
 
-from .replay import IN, IN_LOAD, OUT, OUT_LOAD, ROOM
+from .replay import IN, IN_DELAY, IN_LOAD, OUT, OUT_DELAY, OUT_LOAD, ROOM
 from .timeline import Problem
+
+Row = tuple[list[int], list[float], float]  # columns, their coefficients, and what these come to at least
 
 
 @dataclass(frozen=True)
@@ -32,17 +34,12 @@ class Cut:
 
     Attributes:
         at: base time of the cut op.
-        seconds: the least time spent in recomputation after the cut and in stalls; infinite where nothing fits.
-        keep: for each buffer how much of it is resident, 0 to 1.
-        again: for each op how much of it is run again, 0 to 1.
-        price: seconds saved per byte more of budget (the dual of the capacity row).
+        seconds: the least time spent in recomputation after the cut and in stalls; infinite where nothing fits, and 0 where the
+            program was not solved, so that nothing is known.
     """
 
     at: int
     seconds: float
-    keep: np.ndarray
-    again: np.ndarray
-    price: float
 
 
 @dataclass(frozen=True)
@@ -69,9 +66,10 @@ class Columns:
 
 
 class CutModel:
-    """The linear program of one cut, which can be solved for many budgets."""
+    """The linear program of one cut, which can be solved for many budgets. Its time is counted in `unit` seconds."""
 
     def __init__(self, problem: Problem, at: int):
+        problem, self.unit = in_mean_times(problem)
         self.problem, self.at = problem, at
         self.before = before = np.flatnonzero(problem.producer < at)
         self.guests = guests = np.flatnonzero(problem.home)  # they are the last buffers
@@ -83,26 +81,12 @@ class CutModel:
         self.column[before] = at + np.arange(len(before))
         lower, upper = np.zeros(columns.count), np.ones(columns.count)
         lower[self.column[problem.inputs(at)]] = 1.0
-        upper[columns.again] = problem.repeatable[:at] > 0
+        upper[columns.again] = problem.repeatable[:at] > at
         if tiers:
             upper[columns.moved] = (problem.producer[before] < problem.boundary) & ~problem.output[before]
-            upper[columns.stalls] = 1e9
+            upper[columns.stalls] = highspy.kHighsInf
             upper[columns.gone] = ~np.isin(guests, problem.read[problem.read_start[at] : problem.read_start[at + 1]])
-        rows: list[tuple[list[int], list[float], float]] = []
-        later = used_from(problem, at)
-
-        def there(buffer: int) -> list[int]:
-            """The columns that have a value at hand: resident, run again, elsewhere."""
-            column = int(self.column[buffer])
-            return [column, int(problem.producer[buffer]), *([column + len(before)] if tiers else [])]
-
-        for buffer in before.tolist():
-            if later[buffer]:
-                rows.append((there(buffer), [1.0] * len(there(buffer)), 1.0))
-        for op in range(at):
-            if problem.repeatable[op]:
-                for buffer in problem.inputs(op):
-                    rows.append(([*there(buffer), op], [1.0] * len(there(buffer)) + [-1.0], 0.0))
+        rows = closure(problem, at, used_from(problem, at), int(tiers))
         for away in range(columns.away.start, columns.away.stop):
             rows.append(([away, away + len(guests)], [1.0, -1.0], 0.0))
         cost = self.dense(again=problem.seconds[:at])
@@ -110,7 +94,8 @@ class CutModel:
             cost = self.add_copies(rows)
         self.capacity_row = len(rows)
         held = self.dense(keep=problem.size[before], gone=-problem.size[guests])
-        self.model = highs_model(cost, lower, upper, rows, (np.flatnonzero(held), held[held != 0]))
+        rows.append((np.flatnonzero(held).tolist(), held[held != 0].tolist(), -highspy.kHighsInf))
+        self.model = highs_model(cost, lower, upper, rows)
 
     def dense(self, **parts: Any) -> np.ndarray:
         """A coefficient for every column: zero but for the kinds named."""
@@ -119,8 +104,8 @@ class CutModel:
             found[getattr(self.columns, kind)] = values
         return found
 
-    def add_copies(self, rows: list[tuple[list[int], list[float], float]]) -> np.ndarray:
-        """The cost of each column where there are copies, in seconds. Adds rows to those of the model.
+    def add_copies(self, rows: list[Row]) -> np.ndarray:
+        """The cost of each column where there are copies. Adds rows to those of the model.
 
         Neither part of the step is shorter than its copies out, or in, over all links together, nor is the whole step; and what
         lies elsewhere has room. Copies hold computing up, counted on the tier where that is least.
@@ -178,35 +163,68 @@ class CutModel:
         """The cheapest set within a budget."""
         self.model.changeRowBounds(self.capacity_row, -highspy.kHighsInf, self.room(budget))
         self.model.run()
-        again, keep = np.zeros(len(self.problem.seconds)), np.zeros(len(self.problem.size))
-        if self.model.getModelStatus() != highspy.HighsModelStatus.kOptimal:
-            return Cut(self.at, float("inf"), keep, again, float("inf"))
-        solution = self.model.getSolution()
-        values = np.array(solution.col_value)
-        again[: self.at] = values[self.columns.again]
-        keep[self.before] = values[self.columns.keep]
-        price = abs(solution.row_dual[self.capacity_row])
-        return Cut(self.at, float(self.model.getInfo().objective_function_value), keep, again, price)
+        status = self.model.getModelStatus()
+        if status == highspy.HighsModelStatus.kInfeasible:
+            return Cut(self.at, float("inf"))
+        if status != highspy.HighsModelStatus.kOptimal:
+            return Cut(self.at, 0.0)
+        return Cut(self.at, float(self.model.getInfo().objective_function_value) * self.unit)
 
 
-def highs_model(
-    cost: np.ndarray,
-    lower: np.ndarray,
-    upper: np.ndarray,
-    rows: list[tuple[list[int], list[float], float]],
-    knapsack: tuple[np.ndarray, np.ndarray],
-) -> highspy.Highs:
-    """A model with rows `coefficients @ columns >= bound` and one capacity row at the end."""
-    counts = [len(columns) for columns, *_ in (*rows, knapsack)]
+def in_mean_times(problem: Problem) -> tuple[Problem, float]:
+    """A problem in whose times 1 is the mean time of an op, for the tolerances of solvers are absolute; and that in seconds."""
+    unit = float(problem.seconds.mean()) if len(problem.seconds) else 0.0
+    if not unit > 0:
+        return problem, 1.0
+    tiers = problem.tiers.copy()
+    tiers[:, [OUT, IN]] *= unit
+    tiers[:, [OUT_DELAY, IN_DELAY]] /= unit
+    return replace(problem, seconds=problem.seconds / unit, tiers=tiers), unit
+
+
+def closure(problem: Problem, at: int, needed: np.ndarray, tiers: int) -> list[Row]:
+    """The two rules of a cut: who is needed later is at hand, and so is what an op that runs again later reads.
+
+    Columns are the ops before the cut, then the values made before it, resident, and the same values again for each tier. An op
+    that may not run again later, though it might earlier, has no row.
+
+    Args:
+        problem: whose ops.
+        at: base time of the cut op.
+        needed: of each buffer whether it is used later.
+        tiers: how many times over a value may be moved.
+    """
+    before = np.flatnonzero(problem.producer < at)
+    column = np.full(len(problem.size), -1, np.int64)
+    column[before] = at + np.arange(len(before))
+    rows: list[Row] = []
+
+    def there(buffer: int) -> list[int]:
+        """The columns that have a value at hand: resident, run again, in each tier."""
+        moved = [int(column[buffer]) + (1 + tier) * len(before) for tier in range(tiers)]
+        return [int(column[buffer]), int(problem.producer[buffer]), *moved]
+
+    for buffer in before.tolist():
+        if needed[buffer]:
+            rows.append((there(buffer), [1.0] * (2 + tiers), 1.0))
+    for op in np.flatnonzero(problem.repeatable[:at] > at).tolist():
+        for buffer in problem.inputs(op).tolist():
+            rows.append(([*there(buffer), op], [1.0] * (2 + tiers) + [-1.0], 0.0))
+    return rows
+
+
+def highs_model(cost: np.ndarray, lower: np.ndarray, upper: np.ndarray, rows: list[Row]) -> highspy.Highs:
+    """A model with rows `coefficients @ columns >= bound`."""
+    counts = [len(columns) for columns, *_ in rows]
     lp: Any = highspy.HighsLp()  # its stubs promise lists, it takes arrays
     lp.num_col_, lp.num_row_ = len(cost), len(counts)
     lp.col_cost_, lp.col_lower_, lp.col_upper_ = cost, lower, upper
-    lp.row_lower_ = np.array([bound for _, _, bound in rows] + [-highspy.kHighsInf])
+    lp.row_lower_ = np.array([bound for _, _, bound in rows])
     lp.row_upper_ = np.full(len(counts), highspy.kHighsInf)
     lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
     lp.a_matrix_.start_ = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    lp.a_matrix_.index_ = np.concatenate([np.array(columns) for columns, *_ in (*rows, knapsack)]).astype(np.int32)
-    lp.a_matrix_.value_ = np.concatenate([np.array(values, float) for _, values, *_ in (*rows, knapsack)])
+    lp.a_matrix_.index_ = np.array([column for columns, *_ in rows for column in columns], np.int32)
+    lp.a_matrix_.value_ = np.array([value for _, values, _ in rows for value in values], float)
     model = highspy.Highs()
     model.setOptionValue("output_flag", False)
     model.setOptionValue("threads", 1)

@@ -18,7 +18,7 @@ buffers of those sections first, as dom/wdeg does for constraints (Boussemart et
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from typing import NamedTuple
@@ -32,6 +32,7 @@ SOLVED, NONE, STOPPED, OPEN = 1, 0, -1, 2
 COUNT, FLOOR, FLOOR_RANK, TRIED, TRIED_RANK, HEIGHT, CHOSEN, NEXT, MARK, LEVEL = range(10)  # columns of a frame
 NOBODY, GROUPS = -1, -2  # values of CHOSEN beside buffers
 LEVELS = 64  # of nodes in groups inside groups
+SLICE = 100_000  # nodes times buffers between two looks at the clock: tens of milliseconds
 MANY = 2000  # buffers: more are not searched, for the members of every depth would fill memory
 
 FIXED = ("TWA", "TAW", "WAT", "ZWA", "AZW", "WZT", "OZW", "Lz", "TO")  # see `Search.ranks`
@@ -57,7 +58,6 @@ class Instance(NamedTuple):
     near: np.ndarray
     twin: np.ndarray  # the next of the buffers that are alike, in a ring; -1 where there is none
     slack: int  # bytes that the topmost buffer of a section may save of its padding
-    alignment: int
     pinned: bool
 
 
@@ -76,7 +76,8 @@ class State(NamedTuple):
     kept_low: np.ndarray
     kept_total: np.ndarray
     blame: np.ndarray  # failures of each section
-    nodes: np.ndarray  # visited, allowed
+    nodes: np.ndarray  # visited, allowed before the search pauses
+    depth: np.ndarray  # at which it did
     stop: np.ndarray  # set by another thread
 
 
@@ -130,8 +131,7 @@ def make_instance(storage: Storage) -> Instance:
             twin[ring] = np.roll(ring, -1)
     return Instance(
         storage.size, storage.padded, storage.pin, storage.start.astype(np.int64), first, last, begin, end, near_start,
-        near, twin, int((storage.padded - storage.size).max(initial=0)), storage.alignment,
-        bool((storage.pin != FREE).any()),
+        near, twin, int((storage.padded - storage.size).max(initial=0)), bool((storage.pin != FREE).any()),
     )  # fmt: skip
 
 
@@ -143,7 +143,7 @@ def make_state(storage: Storage, instance: Instance, stop: np.ndarray) -> State:
         np.empty(many, np.bool_), np.empty(many, np.int64), np.empty((2 * many + 2, many), np.int32),
         np.empty((2 * many + 2, LEVEL + 1), np.int64), np.empty(len(instance.near) + 1, np.int64),
         np.empty((LEVELS, many), np.int64), np.empty((LEVELS, sections), np.int64), np.zeros(sections),
-        np.zeros(2, np.int64), stop,
+        np.zeros(2, np.int64), np.zeros(1, np.int64), stop,
     )  # fmt: skip
 
 
@@ -324,9 +324,9 @@ def _next_choice(instance, state, rank, use, depth):  # pragma: no cover
 
 @njit(cache=True, nogil=True)
 def _search(instance, state, rank, capacity, use):  # pragma: no cover
-    """Depth first from the state as it is; returns SOLVED, NONE or STOPPED."""
-    _descend(instance, state, -1, len(rank), 0, -1, 0, 0)
-    depth, got = 0, _open(instance, state, rank, capacity, use, 0)
+    """Depth first from where it stopped before; returns SOLVED, NONE or STOPPED."""
+    depth = state.depth[0]
+    got = _open(instance, state, rank, capacity, use, depth)
     while True:
         if got == OPEN:  # the node has something left to try
             if state.frames[depth][CHOSEN] == GROUPS:
@@ -338,6 +338,7 @@ def _search(instance, state, rank, capacity, use):  # pragma: no cover
                 got = _open(instance, state, rank, capacity, use, depth)
                 continue
         if got == STOPPED or depth == 0:
+            state.depth[0] = depth
             return got
         depth -= 1  # the node is decided; what does that mean for the one above?
         if state.frames[depth][CHOSEN] != GROUPS:
@@ -355,12 +356,15 @@ class Search:
     """Restarts of the search on one problem.
 
     Attributes:
-        storage: the problem, of at most MANY buffers.
+        storage: the problem, of at most MANY buffers, none of them empty: what is without bytes supports nothing.
         use: what prunes, as a sum of the constants above.
         seed: of the random part of the ranks.
         stop: one flag, to be set by another thread.
         restarts: how many there were.
         nodes: visited by all of them.
+
+    Raises:
+        ValueError: a buffer is empty.
     """
 
     storage: Storage
@@ -371,28 +375,36 @@ class Search:
     nodes: int = 0
 
     def __post_init__(self) -> None:
+        if not self.storage.size.all():
+            raise ValueError("the search takes no empty buffers: leave them out, as pack does")
         self.instance = make_instance(self.storage)
         self.state = make_state(self.storage, self.instance, self.stop)
         self.random = np.random.default_rng(self.seed)
 
-    def once(self, rank: np.ndarray, capacity: int, limit: int) -> tuple[int, np.ndarray]:
-        """One search of at most `limit` nodes: (SOLVED, NONE or STOPPED, offsets)."""
-        state = self.state
+    def once(self, rank: np.ndarray, capacity: int, limit: int, until: float) -> tuple[int, np.ndarray]:
+        """One search of at most `limit` nodes, the clock read between slices of it: (SOLVED, NONE or STOPPED, offsets)."""
+        state, each = self.state, max(SLICE // max(len(self.storage), 1), 1)
         state.low[:], state.total[:], state.placed[:] = np.maximum(self.storage.pin, 0), self.storage.load, False
-        state.members[0], state.nodes[:] = np.argsort(self.instance.begin, kind="stable"), (0, limit)
-        got = _search(self.instance, state, rank, capacity, self.use)
+        state.members[0], state.depth[0] = np.argsort(self.instance.begin, kind="stable"), 0
+        frame = state.frames[0]
+        frame[[COUNT, FLOOR, FLOOR_RANK, MARK, LEVEL]] = len(rank), 0, -1, 0, 0
+        visited, got = 0, STOPPED
+        while got == STOPPED and visited < limit and not self.stop[0] and (not visited or time.monotonic() <= until):
+            state.nodes[:] = visited, min(visited + each, limit)
+            got = _search(self.instance, state, rank, capacity, self.use)
+            visited = int(min(state.nodes))  # a node that was refused is not visited
         self.restarts += 1
-        self.nodes += int(state.nodes[0])
+        self.nodes += visited
         return got, state.offset.copy()
 
-    def fit(self, capacity: int, until: float, clock: Callable[[], float] = time.monotonic) -> tuple[int, np.ndarray]:
+    def fit(self, capacity: int, until: float) -> tuple[int, np.ndarray]:
         """Search for a packing within a capacity until a time: (SOLVED, NONE or STOPPED, offsets).
 
         NONE is a proof that there is none.
         """
         for rank, limit in self.ranks():
-            got, offset = self.once(rank, capacity, limit)
-            if got != STOPPED or self.stop[0] or clock() > until:
+            got, offset = self.once(rank, capacity, limit, until)
+            if got != STOPPED or self.stop[0] or time.monotonic() > until:
                 return got, offset
         return STOPPED, np.empty(0, np.int64)
 

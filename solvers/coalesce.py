@@ -20,8 +20,8 @@ def coalesce(storage: Storage) -> tuple[Storage, np.ndarray, np.ndarray]:
     single = (np.diff(storage.start) == 1) & (storage.pin == FREE)
     lower = storage.lower[storage.start[:-1]].tolist()
     upper = storage.upper[storage.start[1:] - 1].tolist()
-    size = storage.padded.tolist()
-    into, shift, taller = list(range(many)), [0] * many, [False] * many  # `taller`: the size is no longer the buffer's own
+    size, raw = storage.padded.tolist(), storage.size.tolist()  # `raw`: to the end of the topmost, which needs no padding
+    into, shift = list(range(many)), [0] * many
     same: dict[tuple[int, int], int] = {}
     from_here: dict[tuple[int, int], int] = {}
     to_here: dict[tuple[int, int], int] = {}
@@ -32,11 +32,12 @@ def coalesce(storage: Storage) -> tuple[Storage, np.ndarray, np.ndarray]:
         if (j := same.get(life)) is not None:
             forget(j, lower, upper, size, same, from_here, to_here)
             into[j], shift[j] = i, size[i]
+            raw[i] = size[i] + raw[j]
             size[i] += size[j]
-            taller[i] = True
         elif (j := to_here.get(begins)) is not None or (j := from_here.get(ends)) is not None:
             forget(j, lower, upper, size, same, from_here, to_here)
             into[j] = i
+            raw[i] = max(raw[i], raw[j])
             lower[i], upper[i] = min(lower[i], lower[j]), max(upper[i], upper[j])
         else:
             same[life] = i
@@ -58,8 +59,8 @@ def coalesce(storage: Storage) -> tuple[Storage, np.ndarray, np.ndarray]:
             into[j], shift[j] = i, at
     place = np.full(many, -1)
     place[rest] = np.arange(len(rest))
-    own = np.where(taller, size, storage.size)[rest]
-    small = respan(storage.take(rest), single[rest], np.array(lower)[rest], np.array(upper)[rest], own)
+    lower, upper, raw = (np.array(each, np.int64)[rest] for each in (lower, upper, raw))
+    small = respan(storage.take(rest), single[rest], lower, upper, raw)
     return small, place[root], base
 
 

@@ -18,7 +18,7 @@ numbers, handed to HiGHS through PuLP, with its tolerances set far below a byte,
 
 from dataclasses import dataclass, field
 
-from .residency import WORKERS, Residency
+from .residency import Residency, make_solver
 
 TOLERANCE = 1e-9  # of integrality and feasibility: at 1e-5, times a scratchpad's bytes, tensors overlap
 
@@ -137,7 +137,5 @@ def solve_sat(problem: Residency, seconds: float = 60.0) -> int | None:
     for terms, most in rows.rows:
         model.add(sum(factor * variables[index] for factor, index in terms) <= most)
     model.minimize(sum(factor * variables[index] for index, factor in rows.cost.items()))
-    solver = cp_model.CpSolver()
-    solver.parameters.num_workers = WORKERS
-    solver.parameters.max_time_in_seconds = seconds
+    solver = make_solver(seconds, 0)
     return round(solver.objective_value) if solver.solve(model) == cp_model.OPTIMAL else None

@@ -5,26 +5,49 @@ They are what the search is compared with, and tested against: rectangles that m
 MEMO's bi-level plan, section 4.2 there). Both take the problem whole, with gaps, pins and alignment.
 """
 
+import time
+from collections.abc import Callable
+from functools import wraps
+
 import numpy as np
 
 from .allocate import pins_clash
 from .canonical import make_instance
-from .storage import FREE, Packing, Status, Storage, peak_of
+from .greedy import fit_in_order
+from .storage import FREE, Packing, Status, Storage, extended, peak_of, room_for_all
 
 NOTHING = np.empty(0, np.int64)
+GRAIN = 1000  # units of the integer program that the lower bound is long: its tolerances are absolute
+TOLERANCE = 1e-9  # of integrality and feasibility: at 1e-6, times the big M, buffers overlap
+
+Solver = Callable[[Storage, int | None, float, int], Packing]
 
 
-def pack_sat(storage: Storage, capacity: int | None = None, seconds: float = 10.0, seed: int = 0) -> Packing:
-    """By CP-SAT; arguments and answer as of `pack`.
+def without_empty(solver: Solver) -> Callable[..., Packing]:
+    """The same solver for problems some of whose buffers are empty, or all."""
 
-    Raises:
-        ImportError: OR-Tools is not installed.
-    """
-    from ortools.sat.python import cp_model
+    @wraps(solver)
+    def solve(storage: Storage, capacity: int | None = None, seconds: float = 10.0, seed: int = 0) -> Packing:
+        members = np.flatnonzero(storage.size)
+        if not len(members):
+            return extended(storage, members, Packing(NOTHING, 0, Status.OPTIMAL, "nothing to place"))
+        whole = len(members) == len(storage)
+        return extended(storage, members, solver(storage if whole else storage.take(members), capacity, seconds, seed))
+
+    return solve
+
+
+@without_empty
+def pack_sat(storage: Storage, capacity: int | None, seconds: float, seed: int) -> Packing:
+    """By CP-SAT; arguments and answer as of `pack`. Of more than some 2^60 bytes it finds nothing, lest sums overflow."""
+    from ortools.sat.python import cp_model  # loaded when asked for: it takes longer than most problems
+
+    from .residency import make_solver
 
     model = cp_model.CpModel()
     unit, most = storage.alignment, ceiling(storage, capacity)
     peak = model.new_int_var(0, most, "peak")
+    first, last, _ = storage.sections
     x, y, offsets = [], [], []
     for i in range(len(storage)):
         size, pin = int(storage.size[i]), int(storage.pin[i])
@@ -35,7 +58,7 @@ def pack_sat(storage: Storage, capacity: int | None = None, seconds: float = 10.
         offsets.append(unit * slot)
         model.add(unit * slot + size <= peak)
         for span in range(storage.start[i], storage.start[i + 1]):
-            low, high = int(storage.lower[span]), int(storage.upper[span])
+            low, high = int(first[span]), int(last[span])
             x.append(model.new_fixed_size_interval_var(low, high - low, ""))
             y.append(model.new_interval_var(unit * slot, size, unit * slot + size, ""))
     model.add_no_overlap_2d(x, y)
@@ -43,10 +66,7 @@ def pack_sat(storage: Storage, capacity: int | None = None, seconds: float = 10.
     model.add_cumulative(x, [int(storage.size[i]) for i in storage.owner], peak)
     if capacity is None:
         model.minimize(peak)
-    solver = cp_model.CpSolver()
-    solver.parameters.max_time_in_seconds = seconds
-    solver.parameters.num_workers = 2
-    solver.parameters.random_seed = seed
+    solver = make_solver(seconds, seed)
     status = solver.solve(model)
     if status == cp_model.INFEASIBLE:
         return Packing(NOTHING, max(storage.bound, most + 1), Status.INFEASIBLE, "cp-sat")
@@ -57,55 +77,65 @@ def pack_sat(storage: Storage, capacity: int | None = None, seconds: float = 10.
     return verdict(storage, offset, capacity, bound, "cp-sat")
 
 
-def pack_mip(storage: Storage, capacity: int | None = None, seconds: float = 10.0, seed: int = 0) -> Packing:
-    """By HiGHS on pairwise binaries; arguments and answer as of `pack`. Beyond some thousand pairs it finds nothing."""
+@without_empty
+def pack_mip(storage: Storage, capacity: int | None, seconds: float, seed: int) -> Packing:
+    """By HiGHS on pairwise binaries; arguments and answer as of `pack`. Beyond some thousand pairs it finds nothing.
+
+    The program says only which buffer of a pair lies below: its offsets are fractions, of sizes padded to the alignment. In
+    their order the buffers are then put where they fit, in whole bytes, and it is that peak which counts.
+    """
     import highspy
 
-    if pins_clash(storage) is not None:
+    until, most = time.monotonic() + seconds, ceiling(storage, capacity)
+    if pins_clash(storage) is not None or storage.bound > most:
         return Packing(NOTHING, storage.bound, Status.INFEASIBLE, "mip")
-    most, unit, count = ceiling(storage, capacity), storage.alignment, len(storage)
-    if storage.bound > most:
-        return Packing(NOTHING, storage.bound, Status.INFEASIBLE, "mip")
+    unknown = Packing(NOTHING, storage.bound, Status.UNKNOWN, "mip")
+    unit = storage.bound / GRAIN
     instance = make_instance(storage)
     model = highspy.Highs()
-    for option, value in (("output_flag", False), ("time_limit", seconds), ("random_seed", seed), ("threads", 1)):
-        model.setOptionValue(option, value)
+    model.setOptionValue("output_flag", False)
+    size, padded, top = storage.size / unit, storage.padded / unit, most / unit
     slots = []
-    for i in range(count):
-        pin = int(storage.pin[i])
-        low, high = (0, max((most - int(storage.size[i])) // unit, 0)) if pin == FREE else (pin // unit, pin // unit)
-        slots.append(model.addVariable(lb=low, ub=high, type=highspy.HighsVarType.kInteger))
-    peak = model.addVariable(lb=storage.bound, ub=most, obj=1.0)
-    for i in range(count):
-        size = int(storage.size[i])
-        model.addConstr(unit * slots[i] + size <= peak)
+    for i in range(len(storage)):
+        low, high = (0.0, top - size[i]) if storage.pin[i] == FREE else (storage.pin[i] / unit,) * 2
+        slots.append(model.addVariable(lb=low, ub=high))
+    peak = model.addVariable(lb=storage.bound / unit, ub=top, obj=1.0)
+    far = top + (padded - size).max()  # how far an offset may lie below the padded end of another buffer
+    for i in range(len(storage)):
+        model.addConstr(slots[i] + size[i] <= peak)
         for j in instance.near[instance.near_start[i] : instance.near_start[i + 1]].tolist():
             if j < i and (storage.pin[i] == FREE or storage.pin[j] == FREE):
                 below = model.addBinary()
-                model.addConstr(unit * slots[i] + size <= unit * slots[j] + most * (1 - below))
-                model.addConstr(unit * slots[j] + int(storage.size[j]) <= unit * slots[i] + most * below)
+                model.addConstr(slots[i] + padded[i] <= slots[j] + far * (1 - below))
+                model.addConstr(slots[j] + padded[j] <= slots[i] + far * below)
+        if time.monotonic() > until:  # there are too many pairs
+            return unknown
+    for option, value in (
+        ("time_limit", max(until - time.monotonic(), 0.0)), ("random_seed", seed), ("threads", 1), ("mip_rel_gap", 0.0),
+        ("mip_feasibility_tolerance", TOLERANCE), ("primal_feasibility_tolerance", TOLERANCE),
+    ):  # fmt: skip
+        model.setOptionValue(option, value)
     model.run()
-    outcome = model.getModelStatus()
+    outcome, found = model.getModelStatus(), model.getInfo()
     if outcome == highspy.HighsModelStatus.kInfeasible:
         return Packing(NOTHING, max(storage.bound, most + 1), Status.INFEASIBLE, "mip")
-    if model.getInfo().primal_solution_status != 2:
-        return Packing(NOTHING, storage.bound, Status.UNKNOWN, "mip")
-    values = model.getSolution().col_value
-    offset = np.array([round(values[i]) * unit for i in range(count)], np.int64)
-    bound = max(storage.bound, int(np.ceil(model.getInfo().mip_dual_bound - 1e-6))) if capacity is None else storage.bound
-    return verdict(storage, offset, capacity, bound, "mip")
+    if found.primal_solution_status != 2:
+        return unknown
+    values = np.array(model.getSolution().col_value)[: len(storage)]
+    offset = fit_in_order(storage, instance, np.argsort(values, kind="stable"))
+    least = int(np.ceil(max(found.mip_dual_bound, 0.0) * unit * (1 - 1e-6) / storage.unit)) * storage.unit
+    return verdict(storage, offset, capacity, storage.bound if capacity is not None else max(storage.bound, least), "mip")
 
 
 def ceiling(storage: Storage, capacity: int | None) -> int:
     """The highest peak worth looking at: the capacity, or that of everything stacked above what is pinned."""
-    if capacity is not None:
-        return capacity
-    pinned = (storage.pin + storage.size)[storage.pin != FREE]
-    return int(storage.padded.sum() + -(-int(pinned.max(initial=0)) // storage.alignment) * storage.alignment)
+    room = room_for_all(storage.size, storage.pin, storage.alignment)
+    return room if capacity is None else min(capacity, room)
 
 
 def verdict(storage: Storage, offset: np.ndarray, capacity: int | None, bound: int, method: str) -> Packing:
     """The answer of a solver that found these offsets."""
     peak = peak_of(storage, offset)
     done = peak <= (bound if capacity is None else capacity)
-    return Packing(offset, min(bound, peak), Status.OPTIMAL if done else Status.FEASIBLE, method)
+    status = Status.OPTIMAL if done else Status.FEASIBLE if capacity is None else Status.UNKNOWN
+    return Packing(offset, min(bound, peak), status, method)

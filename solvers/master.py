@@ -8,13 +8,14 @@ and bytes in flight) is measured by simulating the answer, and the row is correc
 settle.
 """
 
+import time
 from dataclasses import dataclass
 from itertools import pairwise
 
 import highspy
 import numpy as np
 
-from .bound import highs_model, used_from
+from .bound import Row, closure, highs_model, in_mean_times, used_from
 from .segments import Segments
 from .timeline import BEGIN, HOLD, KEEP, MOVE, SINCE, Problem, profile
 
@@ -83,51 +84,33 @@ class Master:
     """The keep, move or recompute program of one problem.
 
     Its columns are: for each op of the forward pass how much of it is run again; for each value of the forward pass how
-    much of it is kept; the same for moved to each tier in turn; and for each link seconds stalled for it.
+    much of it is kept; the same for moved to each tier in turn; and for each link the time stalled for it. Its times are
+    those of `timed`.
     """
 
     def __init__(self, problem: Problem, segments: Segments, slots: Slots):
         self.problem, self.segments, self.slots = problem, segments, slots
+        self.timed, _ = in_mean_times(problem)
         ops = problem.boundary
         self.early = np.flatnonzero(problem.producer < ops)
-        column = np.full(len(problem.size), -1, np.int64)
-        column[self.early] = ops + np.arange(len(self.early))
-        rows: list[tuple[list[int], list[float], float]] = []
-        late = used_from(problem, ops + 1)
         count, tiers = len(self.early), len(problem.tiers)
-        for buffer in self.early.tolist():
-            if late[buffer]:
-                there = self.there(column, buffer)
-                rows.append((there, [1.0] * len(there), 1.0))
-        for op in range(ops):
-            if problem.repeatable[op]:
-                for buffer in problem.inputs(op):
-                    there = self.there(column, buffer)
-                    rows.append(([*there, op], [1.0] * len(there) + [-1.0], 0.0))
+        self.rows, self.stalls = closure(problem, ops, used_from(problem, ops + 1), tiers), ops + (1 + tiers) * count
         movable = np.isin(self.early, slots.buffer[slots.movable > 0]).astype(float)
-        self.rows, self.stalls = rows, ops + (1 + tiers) * count
-        self.upper = np.concatenate(
-            [(problem.repeatable[:ops] > 0).astype(float), np.ones(count), *[movable] * tiers, np.full(2 * tiers, 1e9)]
-        )
-        size = problem.size[self.early].astype(float)
-        loads = [size * (out_load / out + back_load / back) for out, _, out_load, back, _, back_load, *_ in problem.tiers]
-        self.cost = np.concatenate([problem.seconds[:ops], np.zeros(count), *loads, np.ones(2 * tiers)])
+        again = (problem.repeatable[:ops] > ops).astype(float)
+        self.upper = np.concatenate([again, np.ones(count), *[movable] * tiers, np.full(2 * tiers, highspy.kHighsInf)])
+        self.weight = problem.size[self.early].astype(float)
+        loads = [self.weight * (out_load / out + back_load / back)
+                 for out, _, out_load, back, _, back_load, *_ in self.timed.tiers]  # fmt: skip
+        self.cost = np.concatenate([self.timed.seconds[:ops], np.zeros(count), *loads, np.ones(2 * tiers)])
         # a kept value is resident until its segment's backward pass opens; from then on it is there either way
         self.until = segments.opened[segments.of_buffer[self.early]]
-        self.weight = problem.size[self.early].astype(float)
 
-    def there(self, column: np.ndarray, buffer: int) -> list[int]:
-        """The columns that have a value at hand: kept, run again, moved to each tier."""
-        moved = [int(column[buffer]) + (1 + tier) * len(self.early) for tier in range(len(self.problem.tiers))]
-        return [int(column[buffer]), int(self.problem.producer[buffer]), *moved]
-
-    def link_rows(self, base: np.ndarray) -> list[tuple[list[int], list[float], float]]:
-        """The rows of each tier: seconds of copies out, of copies in, and bytes; some are taken by what is at home there."""
-        problem, ops, count = self.problem, self.problem.boundary, len(self.early)
-        size = problem.size[self.early].astype(float)
+    def link_rows(self, base: np.ndarray) -> list[Row]:
+        """The rows of each tier: time of copies out, of copies in, and bytes; some are taken by what is at home there."""
+        problem, ops, count, size = self.timed, self.problem.boundary, len(self.early), self.weight
         forward, backward = problem.seconds[:ops].sum(), problem.seconds[ops:].sum()
         away = np.where(base[SINCE, problem.first_gap] >= 0, problem.home, 0)
-        rows: list[tuple[list[int], list[float], float]] = []
+        rows: list[Row] = []
         for number, (out, out_delay, out_load, back, back_delay, back_load, room, _) in enumerate(problem.tiers):
             home = float(problem.size[away == 1 + number].sum())
             moved = (ops + (1 + number) * count + np.arange(count)).tolist()
@@ -156,14 +139,13 @@ class Master:
             there = np.flatnonzero(self.until > moment)
             if len(there):
                 rows.append(((ops + there).tolist(), (-self.weight[there]).tolist(), -float(limit)))
-        everything = (ops + np.arange(len(self.early)), np.full(len(self.early), 1e-9))
-        model = highs_model(self.cost, np.zeros(len(self.cost)), self.upper, rows, everything)
+        model = highs_model(self.cost, np.zeros(len(self.cost)), self.upper, rows)
+        model.setOptionValue("time_limit", time_limit)
         if integer:
             kinds = [highspy.HighsVarType.kContinuous] * len(self.cost)
             kinds[ops : self.stalls] = [highspy.HighsVarType.kInteger] * (self.stalls - ops)
             model.changeColsIntegrality(len(kinds), np.arange(len(kinds), dtype=np.int32), np.array(kinds))
             model.setOptionValue("mip_rel_gap", 2e-3)
-            model.setOptionValue("time_limit", time_limit)
         model.run()
         values = np.array(model.getSolution().col_value)
         if len(values) == 0 or model.getInfo().primal_solution_status != 2:
@@ -220,22 +202,24 @@ class Master:
             integer: False for the linear relaxation, rounded: in programs of thousands of values, where single ones weigh
                 little, it is as good and takes milliseconds.
         """
+        until = time.monotonic() + seconds
         moments, used = self.worst(base)
         choice = np.ones((1, len(self.problem.size)))
         found = []
-        slack = 0.0
         for _ in range(rounds):
             kept = choice[0, self.early] > 0.5
             held = np.array([self.weight[(self.until > moment) & kept].sum() for moment in moments])
-            room = budget - slack - (used - held)
-            answer = self.solve(base, moments, np.maximum(room, 0.0), seconds / rounds, integer)
+            room = budget - (used - held)
+            left = max(until - time.monotonic(), 0.0)
+            limit = min(left, seconds / rounds) if integer else left  # a relaxation that was cut short is of no use
+            answer = self.solve(base, moments, np.maximum(room, 0.0), limit, integer)
             if answer is None:
                 break
             choice = np.round(answer)
             solution = self.solution(base, choice)
             found.append(solution)
             moments, used = self.worst(solution)
-            if not len(moments):  # it would have to repeat what may not be repeated
+            if not len(moments):  # it would have to repeat what may not be repeated, or too much
                 found.pop()
                 break
         return found

@@ -123,7 +123,7 @@ class Merger:
                 order.pop(bisect_left(order, key))
         shift = 0 if chained else self.size[i]
         self.inside[i] += [(member, offset + shift) for member, offset in self.inside[j]]
-        self.size[i] += shift and self.size[j]
+        self.size[i] += 0 if chained else self.size[j]
         self.begin[i], self.end[i] = low, high
         self.joins[i], self.joins[j] = self.joins[i] + 1, -1
         self.left -= 1

@@ -12,6 +12,7 @@ result, runs at once: whatever an order that waits would throw out of its operan
 
 import heapq
 import itertools
+import math
 import time
 
 from .peakorder import unroll
@@ -139,7 +140,7 @@ class Search:
         """
         until, full = time.monotonic() + seconds, (1 << self.walk.count) - 1
         while self.heap and not self.over:
-            if not self.left or (not self.left % 256 and time.monotonic() > until):
+            if not self.left or time.monotonic() > until:
                 break
             least, _, cost, done, resident, stored, ready, path = heapq.heappop(self.heap)
             self.bound = max(self.bound, min(least, self.best.bytes))
@@ -170,8 +171,8 @@ def seen_better(
     return False
 
 
-def beam(problem: Residency, width: int) -> list[int]:
-    """An order by the same moves, of which only the cheapest few are kept for each number of ops."""
+def beam(problem: Residency, width: int, until: float = math.inf) -> list[int]:
+    """An order by the same moves, of which only the cheapest few are kept for each number of ops; one each when time is up."""
     walk = Walk(problem)
     levels: list[list[State]] = [[] for _ in range(walk.count + 1)]
     levels[0].append((0, 0, 0, 0, 0, 0, mask(op for op in range(walk.count) if not walk.before[op]), ()))
@@ -186,7 +187,7 @@ def beam(problem: Residency, width: int) -> list[int]:
             for move in moves(walk, cost, done, resident, stored, ready, path) or ():
                 levels[-move[1]].append(move)
             kept += 1
-            if kept == width:
+            if kept == width or time.monotonic() > until:
                 break
         level.clear()
     return unroll(min(levels[-1])[-1]) if levels[-1] else list(range(walk.count))

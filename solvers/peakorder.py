@@ -7,26 +7,43 @@ more than the peak so far, runs at once, for nothing is gained by waiting.
 """
 
 import heapq
+import math
+import time
 from dataclasses import replace
-from functools import lru_cache
 
 from .residency import Residency
 from .waists import ancestors, descendants
 
 SETS = 200_000  # visited at most
 BEAM = 64  # sets kept for each number of ops where that does not suffice
+KNOWN = 512  # answers kept: the same parts are asked for by every size of a scratchpad
+Ordered = tuple[list[int], int, bool]
+known: dict[tuple[Residency, int], Ordered] = {}  # answers to a problem and a number of sets, none cut short by the clock
 
 
-def find_order(problem: Residency, sets: int = SETS) -> tuple[list[int], int, bool]:
-    """An order, its peak in bytes, and whether no order has a smaller one; whatever the problem's capacity."""
-    order, peak, proven = search(replace(problem, capacity=0), sets)
+def find_order(problem: Residency, sets: int = SETS, until: float = math.inf) -> Ordered:
+    """An order, its peak in bytes, and whether no order has a smaller one; whatever the problem's capacity.
+
+    Args:
+        problem: whose ops.
+        sets: to look at, at most.
+        until: when to stop.
+    """
+    key = replace(problem, capacity=0), sets
+    if key not in known:
+        found = search(*key, until)
+        if time.monotonic() > until:  # with more time there might be a better one
+            return found
+        known[key] = found
+        if len(known) > KNOWN:
+            known.pop(next(iter(known)))
+    order, peak, proven = known[key]
     return list(order), peak, proven
 
 
-@lru_cache(maxsize=512)  # the same parts are asked for by every size of a scratchpad
-def search(problem: Residency, sets: int) -> tuple[list[int], int, bool]:
+def search(problem: Residency, sets: int, until: float) -> Ordered:
     """What `find_order` returns."""
-    walk = Walk(problem)
+    walk = Walk(problem, until)
     best = min([list(range(walk.count)), walk.beam(BEAM)], key=walk.peak_of)
     peak, proven = walk.peak_of(best), True
     if peak > least_peak(problem):
@@ -48,10 +65,10 @@ def least_peak(problem: Residency) -> int:
 
 
 class Walk:
-    """Sets of ops as bits, and the bytes that are live after them."""
+    """Sets of ops as bits, and the bytes that are live after them. Searches are cut short at a time."""
 
-    def __init__(self, problem: Residency):
-        self.problem = problem
+    def __init__(self, problem: Residency, until: float = math.inf):
+        self.problem, self.until = problem, until
         self.count = len(problem.reads)
         self.before = [sum(1 << op for op in ops) for ops in problem.before]
         self.readers = [sum(1 << op for op in ops) for ops in problem.readers]
@@ -85,7 +102,7 @@ class Walk:
         return tuple(op for op in range(self.count) if not self.before[op])
 
     def search(self, most: int, below: int) -> tuple[list[int] | None, bool]:
-        """The best order of those with a smaller peak, if there is one, and whether not too many sets had to be visited."""
+        """The best order of those with a smaller peak, if there is one, and whether there was time for all sets needed."""
         full = (1 << self.count) - 1
         heap: list[tuple[int, int, int, int, tuple[int, ...], tuple]] = [(0, 0, 0, 0, self.first, ())]
         seen: set[int] = set()
@@ -94,7 +111,7 @@ class Walk:
             if done in seen:
                 continue
             seen.add(done)
-            if len(seen) > most:
+            if len(seen) > most or time.monotonic() > self.until:
                 return None, False
             steps = self.steps(done, live, ready)
             while free := next((step for step in steps if step[1] <= peak and step[2] <= live), None):
@@ -121,7 +138,8 @@ class Walk:
                     known = following.get(now)
                     if known is None or (max(peak, during), after) < known[:2]:
                         following[now] = (max(peak, during), after, self.behind(ready, now, op), (op, path))
-            states = dict(sorted(following.items(), key=lambda item: item[1][:2])[:width])
+            kept = width if time.monotonic() <= self.until else 1
+            states = dict(sorted(following.items(), key=lambda item: item[1][:2])[:kept])
         ((_, _, _, path),) = states.values()
         return unroll(path)
 

@@ -33,12 +33,12 @@ def solve_placed(
     unit = int(np.gcd.reduce([0, *problem.size]))  # pushed down, everything lies at a sum of sizes
     unit = alignment if unit % alignment or not unit else unit
     tall = [-(-size // unit) for size in problem.size]
-    top = problem.capacity // unit
     across, upwards = [], []
     place: dict[tuple[int, int], cp_model.IntVar] = {}
     for step, op in enumerate(order):
         for buffer in sorted({*problem.reads[op], *problem.writes[op]}):
-            place[buffer, step] = model.new_int_var(0, max(top - tall[buffer], 0), f"at {buffer} {step}")
+            highest = max((problem.capacity - problem.size[buffer]) // unit, 0)  # its padding may stand out
+            place[buffer, step] = model.new_int_var(0, highest, f"at {buffer} {step}")
             across.append(model.new_fixed_size_interval_var(step, 1, ""))
             upwards.append(model.new_fixed_size_interval_var(place[buffer, step], tall[buffer], ""))
     goes: dict[tuple[int, int], cp_model.IntVar] = {}

@@ -3,7 +3,8 @@
 Each op in turn needs its operands and results; where they do not fit beside what is there, something leaves. *Belady*
 throws out what is needed last; *greedy* the set of values that costs least to store and load again, by a small integer
 program for each op (COSMA's baselines, arXiv 2311.18246). Neither looks further ahead. Addresses come after: TensorFlow Lite's
-arena planner (decreasing size, the tightest gap), or XLA's heap simulator (decreasing size over the whole life, best fit).
+arena planner (decreasing size, the tightest gap), or XLA's heap simulator (best fit by decreasing size and by decreasing
+lifetime, the better of the two: `GlobalDecreasingSizeBestFitHeap`, spatial and temporal).
 Where those do not fit the scratchpad, the same is tried with less of it, so a baseline's bytes are those of a mapping
 that has addresses, too.
 """
@@ -16,14 +17,14 @@ from ortools.sat.python import cp_model
 
 from .canonical import make_instance
 from .greedy import first_fit
-from .residency import Mapped, Residency, cost_of
+from .residency import Mapped, Residency, cost_of, make_solver
 from .storage import Storage, make_storage, peak_of
 
 SHRINK = 0.99  # of what was tried before
 TRIES = 60
-ARENAS = {"tflite": ("size", True), "xla": ("area", True)}
+ARENAS = {"tflite": ("size",), "xla": ("size", "lifetime")}  # orders of best fit, of which the better one counts
 
-# (buffers that may leave, bytes short, next use of each, cost of each) -> those that leave
+# (buffers that may leave, bytes short, next use of each, cost of each, size of every buffer) -> those that leave
 Policy = Callable[[list[int], int, dict[int, int], dict[int, int], Sequence[int]], list[int]]
 
 
@@ -46,9 +47,7 @@ def greedy(idle: list[int], short: int, upcoming: dict[int, int], cost: dict[int
     goes = {buffer: model.new_bool_var(str(buffer)) for buffer in idle}
     model.add(sum(size[buffer] * goes[buffer] for buffer in idle) >= short)
     model.minimize(sum(cost[buffer] * goes[buffer] for buffer in idle))
-    solver = cp_model.CpSolver()
-    solver.parameters.num_workers = 1
-    solver.parameters.max_time_in_seconds = 5.0
+    solver = make_solver(5.0, 0, workers=1)  # there are many of them, and they are small
     if solver.solve(model) not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         return belady(idle, short, upcoming, cost, size)
     return [buffer for buffer in idle if solver.boolean_value(goes[buffer])]
@@ -120,9 +119,8 @@ def baseline(problem: Residency, order: Sequence[int], policy: str, arena: str) 
         if mapped is None:
             return None
         storage = stays(problem, mapped)
-        key, best = ARENAS[arena]
-        offset = first_fit(storage, make_instance(storage), key, best)
-        if peak_of(storage, offset) <= problem.capacity:
+        instance = make_instance(storage)
+        if min(peak_of(storage, first_fit(storage, instance, key, True)) for key in ARENAS[arena]) <= problem.capacity:
             return mapped.bytes
         room = int(room * SHRINK)
     return None

@@ -5,7 +5,14 @@ from numba import njit
 
 SINCE, BEGIN, HOLD, EAGER, MOVE = range(5)  # rows of a solution: see `timeline`
 NEVER = 2**30  # a time after any base time: the `since` of a buffer's last gap, which no use ends
+EVENTS = 2_000  # that a solution may come to in any case
 OUT, OUT_DELAY, OUT_LOAD, IN, IN_DELAY, IN_LOAD, ROOM, RATE = range(8)  # columns of `tiers`
+
+
+@njit(cache=True)
+def limit_of(ops):  # pragma: no cover
+    """How many events a solution may come to; one that repeats ops more often is taken for impossible."""
+    return max(8 * ops + 64, EVENTS)
 
 
 @njit(cache=True)
@@ -78,9 +85,12 @@ def lasts(output, home, tier):  # pragma: no cover
 def expand(
     producer, read_start, read, write_start, write, use_start, use, output, repeatable, home, solution
 ):  # pragma: no cover
-    """Base order and solution -> events in time order. Returns (order, base time of each, count or -1, tiers)."""
+    """Base order and solution -> events in time order. Returns (order, base time of each, count or -1, tiers).
+
+    The count is -1 where the solution needs to repeat what may not be repeated, or comes to too many events.
+    """
     ops, buffers = len(read_start) - 1, len(producer)
-    limit = 8 * ops + 64
+    limit = limit_of(ops)
     order = np.empty(limit, np.int32)
     when = np.empty(limit, np.int32)
     until = np.full(buffers, -1, np.int32)  # the last base time at which each buffer is resident

@@ -17,6 +17,7 @@ FLOOR_ROUNDS = 16  # searches for a smaller peak; half as many for programs of m
 LARGE = 2000  # ops: programs beyond this size are spared what takes longest
 TINY = 64  # ops: programs up to this size are searched from more starts
 HEATS = (0.02, 0.06, 0.2)
+RELAXED = 20.0  # seconds, at most, for rounds of the linear relaxation; those of most programs take milliseconds
 SHARES = 9  # of what may be at home elsewhere, from none to all, from which a search may start
 STARTS = 8  # of a search, the best among them
 TOGETHER = 2  # searches at once; fixed, so that answers do not depend on the number of cores
@@ -91,7 +92,7 @@ class Search:
             budget: bytes.
             bound: seconds that no solution is faster than.
         """
-        hot = max(0.01, 0.5 / self.ops)
+        hot = max(0.01, 0.5 / max(self.ops, 1))
         nothing = self.problem.keep_all()
         tries = [(start, self.steps // 2, hot) for start in self.starts(budget)]
         if self.ops <= TINY:
@@ -162,7 +163,7 @@ class Search:
         if self.problem.home.any():
             return self.starts_away(budget)
         base = self.problem.keep_all()
-        rounded = self.master.iterate(base, budget, rounds=4, seconds=4.0, integer=False)[1:]
+        rounded = self.master.iterate(base, budget, rounds=4, seconds=RELAXED, integer=False)[1:]
         rules = [*(self.known if self.recompute else ()), *self.rules(base)[: 3 + self.moves]]
         if self.ops > LARGE:
             return [*rounded, *rules]
@@ -174,7 +175,7 @@ class Search:
 
         def look(share: float) -> None:
             base = self.problem.keep_all(away=share)
-            rounded = self.master.iterate(base, budget, rounds=5, seconds=5.0, integer=False)
+            rounded = self.master.iterate(base, budget, rounds=5, seconds=RELAXED, integer=False)
             solutions = [base, *rounded, *self.rules(base)[: 1 + self.moves]]
             scores = [score(self.problem, solution, budget) for solution in solutions]
             rows = [(each.excess, each.time, number) for number, each in enumerate(scores)]

@@ -11,7 +11,8 @@ from itertools import product
 
 import numpy as np
 
-from .storage import FREE, Packing, Status, Storage, peak_of
+from .allocate import pins_clash
+from .storage import FREE, NO_PEAK, Packing, Status, Storage, peak_of
 
 Solver = Callable[[Storage, int | None, float, int], Packing]
 FEW = 4  # pairs, of which every choice is tried
@@ -32,38 +33,44 @@ def pack_sharing(
         seed: as of `pack`.
 
     Returns:
-        As of `pack`; the bound is on every choice.
+        As of `pack`, but UNKNOWN, with no offsets, where nothing was found and it was not proven of every choice that there is
+        nothing; the bound is on every choice.
     """
     pairs = np.flatnonzero(over >= 0)
     if not len(pairs):
         return solve(storage, capacity, seconds, seed)
-    floor = clipped(storage, over).bound
-    if capacity is not None and floor > capacity:
+    least = clipped(storage, over)
+    floor = least.bound
+    if pins_clash(least) is not None or (capacity is not None and floor > capacity):
         return Packing(np.empty(0, np.int64), floor, Status.INFEASIBLE, "bound")
     until, goal = time.monotonic() + seconds, floor if capacity is None else capacity
-    best, peak, method, lowest = np.empty(0, np.int64), 2**62, "bound", 2**62
+    best, peak, method = np.empty(0, np.int64), NO_PEAK, "bound"
+    lowest, refused = NO_PEAK, len(pairs) <= FEW  # the bound of what was tried, and whether nothing else is left
     tries = list(choices(len(pairs), seed))
     for number, chosen in enumerate(tries):
         left = until - time.monotonic()
         if number > 1 and left <= 0:
+            refused = False
             break
         whole, root = joined(storage, over, pairs[chosen])
         if whole is None:
             continue
         found = solve(whole, capacity, max(left, 0.0) / min(len(tries) - number, 4), seed)
-        lowest = min(lowest, found.bound)
+        if found.status is not Status.INFEASIBLE:
+            refused = False
+        if found.status is not Status.INFEASIBLE or capacity is not None:  # else its pins clash, and it has no peak
+            lowest = min(lowest, found.bound)
         if len(found.offset) and peak_of(whole, found.offset) < peak:
             best, peak = found.offset[root], peak_of(whole, found.offset)
             method = f"{int(np.sum(chosen))} of {len(pairs)} in place, {found.method}"
         if peak <= goal:
             break
     else:
-        if len(pairs) <= FEW:  # every choice was tried
+        if len(pairs) <= FEW and lowest < NO_PEAK:  # every choice was tried
             floor = max(floor, lowest)
-    if peak < 2**62 and (capacity is None or peak <= capacity):
+    if len(best) and (capacity is None or peak <= capacity):
         done = capacity is not None or peak <= floor
         return Packing(best, floor, Status.OPTIMAL if done else Status.FEASIBLE, method)
-    refused = capacity is None or floor > capacity
     return Packing(best, floor, Status.INFEASIBLE if refused else Status.UNKNOWN, method)
 
 
@@ -115,7 +122,7 @@ def joined(storage: Storage, over: np.ndarray, pairs: np.ndarray) -> tuple[Stora
 
 def rebuilt(storage: Storage, groups: list[list[int]], over: np.ndarray, pairs: np.ndarray, pins: np.ndarray) -> Storage:
     """The problem of groups of buffers, each of which ends where the next one of these pairs is written over it."""
-    ends = np.full(len(storage), 2**62)
+    ends = np.full(len(storage), NO_PEAK)  # a time after any
     ends[over[pairs]] = storage.lower[storage.start[pairs]]
     start, spans = [0], []
     for group in groups:

@@ -6,7 +6,7 @@ answers joined
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from .orders import Search, beam
@@ -17,6 +17,7 @@ from .walls import solve_walls
 
 MANY = 12  # ops from which a narrow search is worth its time
 WIDTH = 60  # of it
+LEAST = 0.1  # seconds that a solver is given even when the time is up
 SHARES = 0.25, 0.45  # of the time: for the search best first, and for walls; then the search goes on
 
 
@@ -53,7 +54,7 @@ def solve(problem: Residency, seconds: float = 60.0, seed: int = 0) -> Mapped | 
     answers: dict[Residency, Mapped] = {}
     rest = distinct(parts)
     for number, part in enumerate(sorted(rest, key=lambda each: len(each.ops))):
-        share = max(until - time.monotonic(), 0.1) / (len(rest) - number)
+        share = max(until - time.monotonic(), LEAST) / (len(rest) - number)
         answers[part.problem] = solve_part(part.problem, share, seed)
     return join(problem, [(part, answers[part.problem]) for part in parts])
 
@@ -61,27 +62,30 @@ def solve(problem: Residency, seconds: float = 60.0, seed: int = 0) -> Mapped | 
 def solve_part(problem: Residency, seconds: float, seed: int) -> Mapped:
     """The best mapping of one part found, with a bound over all orders."""
     until = time.monotonic() + seconds
-    best = best_of(problem, [list(range(len(problem.reads))), find_order(problem)[0]], seconds, seed)
+    best = best_of(problem, [list(range(len(problem.reads))), find_order(problem, until=until)[0]], until, seed)
     if not best.bytes or one_order(problem):
         return best
     if len(problem.reads) >= MANY:
-        best = min(best, best_of(problem, [beam(problem, WIDTH)], seconds, seed), key=lambda answer: answer.bytes)
+        best = min(best, best_of(problem, [beam(problem, WIDTH, until)], until, seed), key=lambda answer: answer.bytes)
     if not best.bytes:
         return best
     search = Search(problem, best)
-    found = search.run(seconds * SHARES[0], seed)
+    found = search.run(min(seconds * SHARES[0], until - time.monotonic()), seed)
     if found.bytes > found.bound:
-        left = until - time.monotonic() if search.over else seconds * SHARES[1]
-        found = solve_walls(problem, found, max(left, 0.1), seed)
+        left = until - time.monotonic()
+        found = solve_walls(problem, found, max(left if search.over else min(left, seconds * SHARES[1]), LEAST), seed)
         search.best, search.bound = found, found.bound
     if found.bytes > found.bound:
         found = search.run(until - time.monotonic(), seed)
     return found
 
 
-def best_of(problem: Residency, orders: Iterable[list[int]], seconds: float, seed: int) -> Mapped:
-    """The best residency of some orders; every op fits."""
-    answers = [solve_ordered(problem, order, seconds, seed) for order in orders]
+def best_of(problem: Residency, orders: Sequence[list[int]], until: float, seed: int) -> Mapped:
+    """The best residency of some orders, which share the time that is left; every op fits."""
+    answers = []
+    for number, order in enumerate(orders):
+        left = max(until - time.monotonic(), LEAST)
+        answers.append(solve_ordered(problem, order, left / (len(orders) - number), seed))
     return min((answer for answer in answers if answer is not None), key=lambda answer: answer.bytes)
 
 

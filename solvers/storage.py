@@ -6,13 +6,15 @@ compressed to *sections*, the intervals between neighbouring events, since only 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 
 import numpy as np
 
 FREE = -1  # the pin of a buffer that may lie anywhere
+LIMIT = 2**62  # bytes: a problem has to be smaller, so that no sum of sizes and offsets overflows
+NO_PEAK = 2**63 - 1  # the peak of no packing at all: above any
 
 
 class Status(StrEnum):
@@ -26,7 +28,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class Storage:
-    """Buffers that want addresses in one pool.
+    """Buffers that want addresses in one pool. One that is empty touches no bytes, so is in nobody's way wherever it lies.
 
     Attributes:
         size: bytes of each buffer, shape (n,), int64, not negative.
@@ -35,6 +37,9 @@ class Storage:
         upper: when each span ends, exclusive.
         pin: the offset at which a buffer must lie, or FREE, shape (n,), int64.
         alignment: every offset is a multiple of it.
+
+    Raises:
+        ValueError: none of the above, or LIMIT bytes and more; the buffer is named by its number.
     """
 
     size: np.ndarray
@@ -43,6 +48,22 @@ class Storage:
     upper: np.ndarray
     pin: np.ndarray
     alignment: int = 1
+
+    def __post_init__(self) -> None:
+        owner = self.owner
+        touching = (owner[1:] == owner[:-1]) & (self.lower[1:] <= self.upper[:-1])
+        for wrong, what in (
+            (np.flatnonzero(self.size < 0), "has a negative size"),
+            (np.flatnonzero(np.diff(self.start) < 1), "is never live"),
+            (owner[self.lower >= self.upper], "has an empty span"),
+            (owner[1:][touching], "has spans that touch or are out of order"),
+            (np.flatnonzero(self.pin < FREE), "is pinned below 0"),
+            (np.flatnonzero((self.pin != FREE) & (self.pin % self.alignment > 0)), "is pinned to no multiple of its alignment"),
+        ):
+            if len(wrong):
+                raise ValueError(f"buffer {int(wrong[0])} {what}")
+        if (room := room_for_all(self.size, self.pin, self.alignment)) >= LIMIT:
+            raise ValueError(f"buffers that may take {room} bytes are too many: 2^62 is the limit")
 
     def __len__(self) -> int:
         return len(self.size)
@@ -79,7 +100,7 @@ class Storage:
     def bound(self) -> int:
         """A lower bound on any peak: the largest load (its topmost buffer needs no padding), and the ends of pinned buffers."""
         slack = int((self.padded - self.size).max(initial=0))
-        pinned = (self.pin + self.size)[self.pin != FREE]
+        pinned = (self.pin + self.size)[(self.pin != FREE) & (self.size > 0)]
         live = int(self.sum_live(self.size).max(initial=0))
         return max(live, int(self.load.max(initial=0)) - slack, int(pinned.max(initial=0)))
 
@@ -122,6 +143,25 @@ class Packing:
     method: str = ""
 
 
+def room_for_all(size: np.ndarray, pin: np.ndarray, alignment: int) -> int:
+    """Bytes in which everything fits, one buffer above the other and above what is pinned; exact, however many they are."""
+    slots = -(-size // alignment)
+    low = 2**31 - 1  # summed in halves, neither of which can overflow
+    many = (int((slots >> 31).sum()) << 31) + int((slots & low).sum())
+    fixed = pin != FREE
+    ends = pin[fixed].astype(np.uint64) + size[fixed].astype(np.uint64)  # of two numbers below 2^63, which do not overflow here
+    return alignment * (many + -(-int(ends.max(initial=0)) // alignment))
+
+
+def extended(storage: Storage, members: np.ndarray, packing: Packing) -> Packing:
+    """The answer for all buffers from that for those that are not empty; the others lie at their pins, or at 0."""
+    if len(packing.offset) < len(members):
+        return packing
+    offset = np.maximum(storage.pin, 0)
+    offset[members] = packing.offset
+    return replace(packing, offset=offset)
+
+
 @dataclass(frozen=True)
 class Part:
     """A smaller problem, and how its answer extends to all buffers: each lies in one of the smaller problem, at an offset."""
@@ -151,5 +191,5 @@ def make_storage(
 
 
 def peak_of(storage: Storage, offset: np.ndarray) -> int:
-    """The end of the highest buffer."""
-    return int((offset + storage.size).max(initial=0))
+    """The end of the highest buffer that is not empty."""
+    return int((offset + storage.size)[storage.size > 0].max(initial=0))

@@ -97,6 +97,23 @@ class Problem:
         )  # fmt: skip
 
     @property
+    def expanded(self) -> tuple[Any, ...]:
+        """What `expand` takes before a solution."""
+        return (
+            self.producer, self.read_start, self.read, self.write_start, self.write, self.use_start, self.use, self.output,
+            self.repeatable, self.home,
+        )  # fmt: skip
+
+    @property
+    def replayed(self) -> tuple[Any, ...]:
+        """What `replay` takes before events."""
+        return (
+            self.seconds, self.workspace, self.size, self.read_start, self.read, self.write_start, self.write,
+            self.reuse_start, self.reuse_new, self.reuse_old, self.output, self.resident, self.tiers, self.home,
+            self.changed_start, self.changed,
+        )  # fmt: skip
+
+    @property
     def last_gap(self) -> np.ndarray:
         """For each buffer the gap that no use ends. Buffer b has the gaps `use_start[b] + b` to this one."""
         return self.use_start[1:] + np.arange(len(self.size))
@@ -152,7 +169,8 @@ class Score:
     """What a solution costs.
 
     Attributes:
-        time: seconds of all runs; infinite where a solution needs to repeat what may not be repeated.
+        time: seconds of all runs; infinite where a solution needs to repeat what may not be repeated, or comes to more events
+            than `replay.limit_of` allows.
         peak: largest number of live bytes, resident ones included.
         excess: how far the timeline is over the budget: the sum over base times of the bytes above it.
     """
@@ -170,7 +188,7 @@ def score(problem: Problem, solution: np.ndarray, budget: int) -> Score:
 
 @dataclass(frozen=True)
 class Events:
-    """What a solution comes to, in time order; nothing where it needs to repeat what may not be repeated.
+    """What a solution comes to, in time order; nothing where its time is infinite (see `Score`).
 
     Attributes:
         order: the op that runs, or `-1 - buffer` for a buffer whose fetch starts.
@@ -185,7 +203,7 @@ class Events:
 
 def events_of(problem: Problem, solution: np.ndarray) -> Events:
     """The events of a solution."""
-    order, when, count, tier = expand(*problem.arrays[3:8], *problem.arrays[11:15], problem.home, solution)  # pyright: ignore[reportCallIssue]
+    order, when, count, tier = expand(*problem.expanded, solution)  # pyright: ignore[reportCallIssue]
     count = max(count, 0)
     return Events(order[:count], when[:count], tier)
 
@@ -193,14 +211,12 @@ def events_of(problem: Problem, solution: np.ndarray) -> Events:
 def profile(problem: Problem, solution: np.ndarray, budget: int = 2**62) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The events of a solution, the base time of each, and the live bytes during each.
 
-    All three are empty where the solution needs to repeat what may not be repeated.
+    All three are empty where the solution's time is infinite (see `Score`).
     """
     events = events_of(problem, solution)
     memory = np.zeros(len(events.order), np.int64)
-    a = problem.arrays
-    given = (*a[:3], *a[4:11], a[13], *a[15:])
     found = (events.order, events.when, len(events.order), events.tier)
-    replay(*given, *found, np.int64(budget), memory)  # pyright: ignore[reportCallIssue]
+    replay(*problem.replayed, *found, np.int64(budget), memory)  # pyright: ignore[reportCallIssue]
     return events.order, events.when, memory
 
 

@@ -44,7 +44,7 @@ def solve_walls(problem: Residency, start: Mapped, seconds: float = 10.0, seed: 
             bound = max(bound, math.ceil(solver.best_objective_bound - 1e-6))
         if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
             break
-        order = arrange(problem, walls, model.times(solver))
+        order = arrange(problem, walls, model.times(solver), until)
         found = solve_ordered(problem, order, max(until - time.monotonic(), 1.0), seed)
         assert found is not None
         best = found if found.bytes < best.bytes else best
@@ -63,8 +63,8 @@ def fullest(problem: Residency, order: list[int], walls: list[int]) -> int | Non
     return max((op for op in order if op not in walls), key=lambda op: (max(live[op], 0), problem.need[op]), default=None)
 
 
-def arrange(problem: Residency, walls: list[int], times: list[int]) -> list[int]:
-    """An order in which ops run at the times given, by a narrow search over what that leaves open."""
+def arrange(problem: Residency, walls: list[int], times: list[int], until: float = math.inf) -> list[int]:
+    """An order in which ops run at the times given, by a narrow search, until a time, over what that leaves open."""
     base = sorted(range(len(times)), key=lambda op: (times[op], op))
     new = {op: number for number, op in enumerate(base)}
     at = {times[wall]: new[wall] for wall in walls}
@@ -76,7 +76,7 @@ def arrange(problem: Residency, walls: list[int], times: list[int]) -> list[int]
         writes=tuple(problem.writes[op] for op in base),
         edges=tuple(sorted(edges)),
     )
-    return [base[op] for op in beam(bound, WIDTH)]
+    return [base[op] for op in beam(bound, WIDTH, until)]
 
 
 class Model:

@@ -16,11 +16,15 @@ def make(size, spans, pin=None, alignment=1) -> Storage:
 
 
 @st.composite
-def storages(draw, most=7, pins=True, gaps=True) -> Storage:
-    """Small problems: gaps in lifetimes, alignment, pinned buffers."""
+def storages(draw, most=7, pins=True, gaps=True, empty=True) -> Storage:
+    """Small problems: gaps in lifetimes, alignment, pinned buffers, buffers that are empty, sizes of terabytes."""
     count = draw(st.integers(1, most))
     alignment = draw(st.sampled_from([1, 1, 4]))
-    size = draw(st.lists(st.integers(1, 9), min_size=count, max_size=count))
+    scale = draw(st.sampled_from([1, 1, 1, 2**40, 2**40 + 1]))
+    size = [scale * each for each in draw(st.lists(st.integers(1, 9), min_size=count, max_size=count))]
+    if empty and draw(st.booleans()):
+        for index in draw(st.sets(st.integers(0, count - 1), max_size=3)):
+            size[index] = 0
     spans = []
     for _ in range(count):
         many = 2 * draw(st.integers(1, 2 if gaps else 1))
@@ -29,7 +33,7 @@ def storages(draw, most=7, pins=True, gaps=True) -> Storage:
     pin = [FREE] * count
     if pins and draw(st.booleans()):
         for index in draw(st.sets(st.integers(0, count - 1), max_size=2)):
-            pin[index] = alignment * draw(st.integers(0, 4))
+            pin[index] = alignment * draw(st.integers(0, 4)) * (scale if draw(st.booleans()) else 1)
     return make(size, spans, pin, alignment)
 
 
@@ -49,14 +53,21 @@ def faults(storage: Storage, offset) -> list[str]:
         if offset[i] < 0 or offset[i] % storage.alignment or storage.pin[i] not in (FREE, offset[i]):
             found.append(f"{i} at {offset[i]}")
         for j in range(i):
-            apart = offset[i] + storage.size[i] <= offset[j] or offset[j] + storage.size[j] <= offset[i]
+            apart = not storage.size[i] or not storage.size[j]  # what is empty touches no byte
+            apart |= offset[i] + storage.size[i] <= offset[j] or offset[j] + storage.size[j] <= offset[i]
             if not apart and meet(storage, i, j):
                 found.append(f"{i} and {j} overlap")
     return found
 
 
+def solid(storage: Storage) -> Storage:
+    """The problem of the buffers that are not empty."""
+    return storage.take(np.flatnonzero(storage.size))
+
+
 def smallest_peak(storage: Storage) -> int | None:
     """By trying every order, each buffer at the lowest offset that is free; None if the pinned ones overlap."""
+    storage = solid(storage)
     count = len(storage)
     fixed = [i for i in range(count) if storage.pin[i] != FREE]
     if faults(storage.take(np.array(fixed, np.int64)), storage.pin[fixed]):
@@ -72,6 +83,6 @@ def smallest_peak(storage: Storage) -> int | None:
                 if at + storage.size[i] > low and at < high:
                     at = -(-high // storage.alignment) * storage.alignment
             offset[i] = at
-        peak = max(offset[i] + int(storage.size[i]) for i in range(count))
+        peak = max((offset[i] + int(storage.size[i]) for i in range(count)), default=0)
         best = peak if best is None else min(best, peak)
     return best

@@ -7,14 +7,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memplan.passes.addresses import Place, find_lives
+from memplan.passes.addresses import Life, Place, find_lives, requests_of
 from memplan.passes.liveness import Liveness
 from memplan.passes.outside import LeaveOutside
-from memplan.planner.errors import InvalidSchedule
+from memplan.planner.errors import InvalidSchedule, TraceError
 from memplan.planner.machine import Machine, Tier, Unit
+from memplan.planner.placing import find_places
 from memplan.planner.program import Buffer, Kind, Op, Phase, Program
 from memplan.planner.referee import referee
 from memplan.planner.schedule import Free, Run, Schedule
+from memplan.solvers.allocate import pack
+from memplan.solvers.storage import Status, peak_of
 from strategies import make_order, make_program
 
 ALIGNED = Machine("aligned", "cpu", (Tier("device", 1 << 40, 1e9, alignment=16),), (Unit("core", "device", {"default": 1e9}),))
@@ -210,6 +213,42 @@ FAULTS = {
     "too late": (lambda place: {"lower": place.lower + 1, "upper": place.upper + 1}, {"place", "placed"}),
     "no such tier": (lambda place: {"tier": 7}, {"range"}),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rows", "align", "said"),
+    [
+        (["a,0,3,4,", f"b,0,3,{2**62 - 8},"], 8, "'b'"),
+        (["a,0,3,4,", f"b,0,3,4,{2**63 - 4}"], 1, "'b'"),
+        ([f"{name},0,3,1," for name in range(20)], 2**59, "'0'"),
+        (["a,0,3,1,"], 2**70, "'a'"),
+    ],
+)
+def test_sums_of_bytes_that_would_overflow_are_refused(tmp_path, rows, align, said):
+    """In one line that names a buffer: sizes padded to the alignment, above the highest pin."""
+    file = tmp_path / "large.csv"
+    file.write_text("\n".join(["id,lower,upper,size,pin", *rows]))
+    with pytest.raises(TraceError, match=said):
+        find_places(file, None, align, "auto", 1.0, 0, lambda stage, share: None)
+
+
+@pytest.mark.parametrize("method", ["cp-sat", "mip"])
+def test_no_time_is_no_proof(tmp_path, method):
+    """What was not found in 0 s is told as that, not as impossible, and asked for the smallest peak there is no capacity."""
+    file = tmp_path / "pair.csv"
+    file.write_text("id,lower,upper,size,reuse\na,0,3,7,\nb,2,5,7,a\n")
+    places = find_places(file, None, 1, method, 0.0, 0, lambda stage, share: None)
+    assert places.pools[0].packing.status is Status.UNKNOWN
+    assert "no packing was found in 0 s" in places.reason
+
+
+def test_an_empty_buffer_of_a_schedule_costs_nothing():
+    """A value without bytes, live beside others that the search has to place: the arena is the least there is."""
+    lives = [Life(0, 0, 0, 4, 0), Life(1, 0, 0, 3, 1), Life(2, 0, 1, 4, 2), Life(3, 0, 2, 4, 3)]
+    storage, _ = requests_of(lives, np.array([0, 5, 3, 5], np.int64), 4)
+    packed, bare = pack(storage), pack(storage.take(np.array([1, 2, 3])))
+    assert packed.status is bare.status is Status.OPTIMAL
+    assert packed.bound == peak_of(storage, packed.offset) == bare.bound
 
 
 def test_what_is_said_to_lie_outside_must_exist():

@@ -1,12 +1,17 @@
 """The search: the same seed gives the same answer, and what it says fits does."""
 
+import dataclasses
 import random
 
+import msgspec
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from memplan.planner.pipeline import Planner
+from memplan.planner.program import Program
 from memplan.planner.referee import referee
-from memplan.solvers.anneal import anneal
+from memplan.solvers.anneal import anneal, segment_open
 from memplan.solvers.timeline import score
 from strategies import ROOMY, make_program
 
@@ -54,6 +59,40 @@ def test_the_same_seed_gives_the_same_solution(seed):
     assert seconds == other
 
 
+@pytest.mark.parametrize("steps", [0, 1, 300])
+def test_the_start_is_a_candidate(steps):
+    """What fits already is never lost, however short the search, nor where nothing leaves a choice."""
+    planner = planner_of(3)
+    problem, start = planner.flat.problem, nothing_chosen(planner)
+    budget = planner.kept.peak
+    _, seconds = anneal(problem, planner.search.space, start, budget, steps, 0.02, 0)
+    assert seconds <= score(problem, start, budget).time == pytest.approx(planner.base_seconds)
+    alone = dataclasses.replace(planner.search.space, uses=0)
+    assert anneal(problem, alone, start, budget, steps, 0.02, 0)[1] == score(problem, start, budget).time
+    assert anneal(problem, alone, start, budget - 1, steps, 0.02, 0)[1] == float("inf")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_steps_that_take_no_time_are_planned(seed):
+    """Where every op takes 0 s, and where there are no ops, nothing is divided by that."""
+    program = make_program(random.Random(seed), 8)
+    idle = msgspec.structs.replace(program, ops=tuple(msgspec.structs.replace(op, seconds=0.0) for op in program.ops))
+    planner = Planner(idle, ROOMY, effort=300)
+    assert planner.solve(max(planner.kept.peak - 1, planner.floor.peak)).side.time == 0.0
+    empty = Planner(Program("none", (), (), ()), ROOMY, effort=300)
+    assert (empty.floor.peak, empty.solve(0).side.time, empty.search.fastest(0, 0.0) is not None) == (0, 0.0, True)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.lists(st.integers(0, 12), max_size=6))
+def test_what_the_backward_pass_makes_belongs_to_the_segment_opened_last(opened, times):
+    """As by looking at all of them: the nearest opened before, the first of several; the first of all if there is none."""
+    found = segment_open(np.array(opened), np.array(times, np.int64))
+    for time, segment in zip(times, found.tolist(), strict=True):
+        before = [at for at in opened if at <= time]
+        assert segment == (opened.index(max(before)) if before else 0)
+
+
 def test_the_start_is_left_as_it_was():
     """The caller's solution is not written to."""
     planner = planner_of(3)
@@ -85,4 +124,4 @@ def test_the_floor_is_feasible_and_more_room_is_never_slower_than_the_floor(seed
         answer = planner.solve(budget)
         assert answer.side.peak <= budget
         assert answer.side.time <= floor.time * (1 + 1e-9)
-        assert answer.bound <= answer.side.time * (1 + 1e-9)
+        assert planner.bound(budget) <= answer.side.time * (1 + 1e-9)

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memplan.solvers.allocate import pack
+from memplan.solvers.allocate import pack, pins_clash
 from memplan.solvers.share import FEW, pack_sharing
-from memplan.solvers.storage import FREE, Status, Storage, peak_of
+from memplan.solvers.storage import FREE, Packing, Status, Storage, peak_of
 from packings import make, meet
 
 EASY = settings(deadline=None, max_examples=80)
@@ -14,19 +14,21 @@ EASY = settings(deadline=None, max_examples=80)
 
 @st.composite
 def sharing(draw, most=5) -> tuple[Storage, np.ndarray]:
-    """Small problems in which some buffers may be written over others."""
-    count = draw(st.integers(1, most))
+    """Small problems in which some buffers may be written over others, with gaps and alignment."""
+    count, alignment = draw(st.integers(1, most)), draw(st.sampled_from([1, 1, 2]))
     spans, size, pins, over = [], [], [], []
     for i in range(count):
         low = draw(st.integers(0, 7))
-        spans.append([(low, draw(st.integers(low + 1, 9)))])
+        high = draw(st.integers(low + 1, 9))
+        gap = sorted(draw(st.sets(st.integers(low + 1, high - 1), max_size=2))) if high > low + 2 else []
+        spans.append([(low, gap[0]), (gap[1], high)] if len(gap) == 2 else [(low, high)])
         size.append(draw(st.integers(1, 4)))
         pins.append(draw(st.sampled_from([FREE, FREE, FREE, 0, 2])))
         able = [j for j in range(i) if j not in over and spans[j][0][0] < low <= spans[j][-1][1] <= spans[i][-1][1]]
         over.append(draw(st.sampled_from([-1, *able])))
         if over[i] >= 0:
             size[i] = size[over[i]]
-    return make(size, spans, pins), np.array(over, np.int64)
+    return make(size, spans, pins, alignment), np.array(over, np.int64)
 
 
 def may_lie(storage: Storage, over: np.ndarray, i: int, j: int, at_i: int, at_j: int) -> bool:
@@ -37,7 +39,7 @@ def may_lie(storage: Storage, over: np.ndarray, i: int, j: int, at_i: int, at_j:
 
 def smallest(storage: Storage, over: np.ndarray) -> int | None:
     """The smallest peak by trying every offset."""
-    top, best = int(storage.size.sum()) + max(int(storage.pin.max()), 0), None
+    top, best = int(storage.padded.sum()) + max(int(storage.pin.max()), 0), None
 
     def go(offset: list[int], peak: int) -> None:
         nonlocal best
@@ -47,7 +49,7 @@ def smallest(storage: Storage, over: np.ndarray) -> int | None:
         if i == len(storage):
             best = peak
             return
-        for at in range(top + 1) if storage.pin[i] == FREE else [int(storage.pin[i])]:
+        for at in range(0, top + 1, storage.alignment) if storage.pin[i] == FREE else [int(storage.pin[i])]:
             if all(may_lie(storage, over, i, j, at, offset[j]) for j in range(i)):
                 go([*offset, at], max(peak, at + int(storage.size[i])))
 
@@ -71,6 +73,37 @@ def test_few_pairs_are_solved_exactly(drawn):
             assert may_lie(storage, over, i, j, found.offset[i], found.offset[j])
     assert pack_sharing(storage, over, pack, expected, seconds=20).status is Status.OPTIMAL
     assert pack_sharing(storage, over, pack, expected - 1, seconds=20).status is Status.INFEASIBLE
+
+
+def shy(storage: Storage, capacity: int | None, seconds: float, seed: int) -> Packing:
+    """A solver that finds nothing in time wherever it would have to look; only what its bound says is beyond it."""
+    clash = pins_clash(storage) is not None or (capacity is not None and storage.bound > capacity)
+    return Packing(np.empty(0, np.int64), storage.bound, Status.INFEASIBLE if clash else Status.UNKNOWN, "shy")
+
+
+@EASY
+@given(sharing(), st.booleans(), st.sampled_from([0.0, 20.0]))
+def test_nothing_found_is_no_proof(drawn, fits, seconds):
+    """A solver that ran out of time leaves it open, unless no choice can do; and the bound stays one."""
+    storage, over = drawn
+    expected = smallest(storage, over)
+    found = pack_sharing(storage, over, shy, expected if fits else None, seconds)
+    assert not len(found.offset)
+    if expected is not None:
+        assert found.status is Status.UNKNOWN
+        assert found.bound <= expected
+
+
+def test_more_pairs_than_are_tried_prove_nothing():
+    """Every choice that was tried is impossible, and there are others."""
+    many = FEW + 1
+    storage = make([1] * 2 * many, [[(0, 3)]] * many + [[(2, 5)]] * many, [FREE, *range(1, many), *range(many, 2 * many)])
+    over = np.array([-1] * many + list(range(many)))
+
+    def refuse(storage: Storage, capacity: int | None, seconds: float, seed: int) -> Packing:
+        return Packing(np.empty(0, np.int64), storage.bound, Status.INFEASIBLE, "refuses")
+
+    assert pack_sharing(storage, over, refuse, None, 5.0).status is Status.UNKNOWN
 
 
 @pytest.mark.parametrize("pairs", [1, FEW, FEW + 1, 12])

@@ -3,16 +3,20 @@
 import heapq
 import itertools
 import random
+from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memplan.planner.referee import first_clash
 from memplan.solvers.again import solve_again
 from memplan.solvers.cosma import solve_pulp, solve_sat
+from memplan.solvers.orders import beam
 from memplan.solvers.overlap import least_time
 from memplan.solvers.peakorder import Walk, find_order
+from memplan.solvers.placed import solve_placed
 from memplan.solvers.replacement import ARENAS, POLICIES, baseline, stays
 from memplan.solvers.residency import Mapped, Residency, cost_of, find_gaps, make_solver, solve_ordered
-from memplan.solvers.spm import join, peaks, smallest_peak_order, solve, solve_part, with_capacity
+from memplan.solvers.spm import best_of, join, peaks, smallest_peak_order, solve, solve_part, with_capacity
 from memplan.solvers.storage import peak_of
 from memplan.solvers.waists import cut
 from memplan.solvers.walls import Model, arrange, solve_walls
@@ -198,6 +202,7 @@ def test_larger_graphs_have_cosmas_optimum_too(problem):
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32), st.integers(2, 7))
 def test_no_order_has_a_smaller_peak(seed, ops):
+    """The order found has the smallest peak of all, by trying them."""
     problem = make_problem(random.Random(seed), ops)
     order, peak, proven = find_order(problem)
     walk = Walk(problem)
@@ -273,15 +278,110 @@ def test_ops_run_again_spare_bytes(problem):
     start = solve_ordered(problem, list(range(len(problem.reads))))
     assert start is not None
     found = solve_again(problem, start, range(len(problem.reads)))
-    assert search_again(problem, list(start.order)) <= found.bytes <= start.bytes
+    least = search_again(problem, list(start.order))
+    assert found.bound <= least <= found.bytes <= start.bytes
     assert found.bytes == cost_of(problem, found.dropped)
     assert bool(found.again) == (found.bytes < start.bytes)
     assert solve_again(problem, start, ()) == start
 
 
+def test_a_bound_without_repetition_is_none_with_it():
+    """An op with two results is left alone, so nothing is run again; but it might be, and then less would move."""
+    chain = Residency((4, 8, 9, 9, 8, 1), ((0,), (1, 5), (2,), (3, 1)), ((1, 5), (2,), (3,), (4,)), 25)
+    start = solve(chain)
+    assert start is not None
+    assert start.bound == start.bytes > search_again(chain, list(start.order))
+    assert solve_again(chain, start, range(4)) == replace(start, bound=0)
+
+
+def lying(problem: Residency, found: Mapped, places: dict[tuple[int, int], int]) -> list[tuple[int, int, int, int, int]]:
+    """Each stay in the scratchpad as (lower, upper, offset, size, buffer), in steps."""
+    rows: list[list[int]] = []
+    current: dict[int, int] = {}
+    for step, op in enumerate(found.order):
+        for buffer in (*problem.reads[op], *problem.writes[op]):
+            if (buffer, step) in places:
+                current[buffer] = len(rows)
+                rows.append([step, step + 1, places[buffer, step], problem.size[buffer], buffer])
+            rows[current[buffer]][1] = step + 1
+    return [(row[0], row[1], row[2], row[3], row[4]) for row in rows]
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems(8), st.sampled_from([1, 4]))
+def test_residency_with_addresses(problem, alignment):
+    """Nothing overlaps or ends beyond the capacity, bytes are those counted, and no fewer than without addresses."""
+    start = solve(problem)
+    assert start is not None
+    found = solve_placed(problem, start.order, start, alignment, 20.0)
+    if found is None:  # only where alignment asks for more than there is
+        assert any(size % alignment for size in problem.size)
+        return
+    mapped, places = found
+    rows = lying(problem, mapped, places)
+    assert first_clash(rows) is None
+    assert all(offset % alignment == 0 and offset + size <= problem.capacity for _, _, offset, size, _ in rows)
+    assert (
+        start.bound <= mapped.bytes == cost_of(problem, mapped.dropped) == replayed(problem, list(mapped.order), mapped.dropped)
+    )
+
+
+def test_the_topmost_needs_no_padding():
+    """5 bytes at 4 end at 9, the capacity, though padded to 8 they would not."""
+    problem = Residency((5, 3), ((0,),), ((1,),), 9)
+    start = solve_ordered(problem, [0])
+    assert start is not None
+    found = solve_placed(problem, [0], start, 4, 5.0)
+    assert found is not None
+    assert found[1] == {(0, 0): 4, (1, 0): 0}
+
+
+class Clock:
+    """A clock that somebody moves, and that may tick by itself."""
+
+    def __init__(self, tick: float = 0.0):
+        self.now, self.tick = 0.0, tick
+
+    def monotonic(self) -> float:
+        """The time."""
+        self.now += self.tick
+        return self.now
+
+
+def test_orders_share_the_time(monkeypatch):
+    """Three residencies that each take all they are given take no longer than they may together."""
+    clock = Clock()
+    problem = make_problem(random.Random(1), 6)
+
+    def slow(problem, order, seconds, seed):
+        clock.now += seconds
+        return Mapped(tuple(order), frozenset(), 1, 0)
+
+    monkeypatch.setattr("memplan.solvers.spm.time", clock)
+    monkeypatch.setattr("memplan.solvers.spm.solve_ordered", slow)
+    best_of(problem, [list(range(6))] * 3, 6.0, 0)
+    assert clock.now == 6.0
+
+
+def test_searches_for_an_order_keep_their_time(monkeypatch):
+    """Few looks at the clock after it is up; an order all the same; and a better one when there is time."""
+    problem = with_capacity(make_problem(random.Random(5), 40), 30)
+    everything = list(range(len(problem.reads)))
+    for module, narrow in (("peakorder", lambda until: find_order(problem, until=until)[0]),
+                           ("orders", lambda until: beam(problem, 60, until))):  # fmt: skip
+        clock = Clock(1.0)
+        monkeypatch.setattr(f"memplan.solvers.{module}.time", clock)
+        assert sorted(narrow(3.0)) == everything
+        assert clock.now <= 3 + 2 * len(everything)
+        assert sorted(narrow(1e9)) == everything
+    assert not find_order(make_problem(random.Random(6), 40), until=3.0)[2]
+    assert find_order(make_problem(random.Random(6), 40), until=1e9)[2]
+
+
 @settings(max_examples=60, deadline=None)
 @given(problems(10), st.sampled_from(sorted(POLICIES)), st.sampled_from(sorted(ARENAS)))
 def test_rules_are_never_better_than_the_optimum_of_their_order(problem, policy, arena):
+    """Whatever is thrown out, and whatever places it."""
     order = list(range(len(problem.reads)))
     best = solve_ordered(problem, order)
     moved = baseline(problem, order, policy, arena)
@@ -303,7 +403,7 @@ def test_a_chain_with_a_skip():
     # run again, right before the last op, the first needs the input, 4, which has room beside the others until then
     again = solve_again(chain, found, range(4))
     assert (again.bytes, again.bound, again.dropped, again.again) == (0, 0, frozenset(), {(1, 3)})
-    assert solve_again(chain, found, (1, 2, 3)) == found
+    assert solve_again(chain, found, (1, 2, 3)) == replace(found, bound=0)
     # 4 to load the input and 1 to run; the skipped value leaves, 8 after that, before the third op has room; it runs until
     # 14; beside it there is no room for the load, 8 more; and the last op, 1
     assert least_time(chain, found, [1.0] * 4, chain.size, chain.size) == 23.0
