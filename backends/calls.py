@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ..planner.local import memory_available
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +16,10 @@ BLOCK = 1 << 16  # random elements that fill a tensor over and over
 
 class Unmeasurable(Exception):
     """A key that names no operator, or carries an argument that cannot be built."""
+
+
+class NoRoom(Unmeasurable):
+    """There is no memory for the arguments now, which says nothing of later."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ def build(key: str, device: str) -> Call:
     Indices are random within what they index, other integers zero, so that no kernel leaves its tensors.
 
     Raises:
+        NoRoom: there is no memory for it now.
         Unmeasurable: the key does not describe a call that can be made here.
     """
     try:
@@ -134,7 +139,7 @@ def tensor(spec: dict[str, Any], device: str, bound: int) -> "torch.Tensor":
     extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if all(shape) else 0
     room = (offset + extent) * dtype.itemsize
     if room > free_bytes(device) / 3:
-        raise Unmeasurable(f"a tensor of {room} bytes does not fit")
+        raise NoRoom(f"a tensor of {room} bytes does not fit now")
     return contents(offset + extent, dtype, device, bound).as_strided(shape, strides, offset)
 
 
@@ -160,15 +165,12 @@ def contents(count: int, dtype: "torch.dtype", device: str, bound: int) -> "torc
 
 def free_bytes(device: str) -> float:
     """Bytes that can still be allocated; infinity where the system does not say."""
-    if device == "cuda":
-        import torch
+    if device != "cuda":
+        return memory_available()
+    import torch
 
-        return torch.cuda.mem_get_info()[0]
-    with suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return float("inf")
+    cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # which the allocator hands out again
+    return torch.cuda.mem_get_info()[0] + cached
 
 
 def storages(value: Any) -> Iterator["torch.UntypedStorage"]:

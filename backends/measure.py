@@ -42,10 +42,11 @@ from ..planner.keys import measurable
 from ..planner.machine import Machine
 from ..planner.program import Program
 from ..planner.watch import is_quiet
-from .calls import Call, build
+from .calls import Call, NoRoom, build
 from .meters import return_memory_at_once, seconds_of, workspace_of
 
 KEY_LIMIT = 30.0  # seconds after which a key is given up and its worker killed
+END_LIMIT = 1.0  # seconds that a worker whose pipe has closed takes to end
 START_LIMIT = 120.0  # seconds for the worker to import torch
 TIME_SHARE = 0.7  # of a time limit goes to times, the rest to workspaces
 GROWN_THRESHOLD = (32 << 20) - 4096  # bytes, just below DEFAULT_MMAP_THRESHOLD_MAX of glibc
@@ -80,7 +81,8 @@ def calibrate(
         progress: is told (measurements done, measurements to do).
 
     Returns:
-        How many keys were measured. Keys that cannot be run are remembered as such and not counted.
+        How many keys were measured. Keys that cannot be run are remembered as such and not counted; those for which there was
+        no memory are left to the next plan.
     """
     known = [key for key in dict.fromkeys(op.key for op in program.ops) if measurable(key)]
     wanted = {key for key in known if key not in table}
@@ -133,7 +135,8 @@ def measure(
 
     Returns:
         For each key its figures, or None where it was tried and cannot be run: an unknown operator, an argument that no
-        key can carry, a crash. A key that the time limit left out is missing.
+        key can carry, a crash, a run that takes too long on a quiet machine. Missing is a key that the time limit left out,
+        and one that memory was short for, or other work in the way of: that passes.
 
     Raises:
         MemplanError: the worker does not start.
@@ -185,7 +188,8 @@ def torch_threads() -> int:
     return torch.get_num_threads()
 
 
-OUT_OF_TIME = "out of time"
+LATER = "later"  # a key that a later plan may measure
+OUT_OF_MEMORY = -9  # SIGKILL: how a process ends that the system stops because memory has run out
 
 
 class Answer(NamedTuple):
@@ -243,6 +247,15 @@ class Worker:
         self.process.wait()
         self.process = None
 
+    def end(self) -> int | None:
+        """Stop the process, and say how it ended if it did so by itself."""
+        status = None
+        if self.process is not None:
+            with suppress(subprocess.TimeoutExpired):  # it lives, and has answered what nobody understands
+                status = self.process.wait(END_LIMIT)
+        self.stop()
+        return status
+
     def last_words(self) -> str:
         """The last line that the process wrote on standard error."""
         if self.log is None:
@@ -252,17 +265,25 @@ class Worker:
         return lines[-1] if lines else "no message"
 
     def ask(self, key: str, limit: float) -> Answer | str | None:
-        """One measurement: the figure, None where the key cannot be run, or `OUT_OF_TIME` where `limit` cut it off."""
+        """One measurement: the figure, None where the key cannot be run, or `LATER` where that may be otherwise another time.
+
+        It may where `limit` cut it off, where there was no memory, and where it ran into `KEY_LIMIT` beside other work. On a
+        quiet machine it would do so again, and again take the time that other keys need.
+        """
         if limit <= 0:
-            return OUT_OF_TIME
+            return LATER
         if self.process is None:
             self.start()
         line = json.dumps({"key": key}).encode()
         begin = time.monotonic()
         answer = self.exchange(line, min(limit, KEY_LIMIT))
         if answer is None:
-            self.stop()
-            return OUT_OF_TIME if time.monotonic() - begin >= limit else None
+            took, status = time.monotonic() - begin, self.end()
+            if took < min(limit, KEY_LIMIT):
+                return LATER if status == OUT_OF_MEMORY else None
+            return LATER if took >= limit or not is_quiet() else None
+        if answer.get("passing"):
+            return LATER
         value = answer.get("value")
         return Answer(float(value), bool(answer.get("disturbed"))) if isinstance(value, int | float) else None
 
@@ -296,7 +317,16 @@ def answer(request: dict[str, str], figure: Callable[[Call], tuple[float, bool]]
         value, disturbed = figure(build(request["key"], request["device"]))
         return {"value": value, "disturbed": disturbed}
     except Exception as error:  # kernels raise whatever they like; only this key is lost
-        return {"error": f"{type(error).__name__}: {error}"[:400]}
+        return {"error": f"{type(error).__name__}: {error}"[:400], "passing": is_lack_of_memory(error)}
+
+
+def is_lack_of_memory(error: Exception) -> bool:
+    """Whether it says that there is no memory now: torch has a class of its own for that on a GPU alone."""
+    import torch
+
+    if isinstance(error, NoRoom | MemoryError | torch.OutOfMemoryError):
+        return True
+    return any(words in str(error).lower() for words in ("out of memory", "can't allocate memory", "not enough memory"))
 
 
 def serve(mode: str, device: str, threads: int, repeats: int) -> None:

@@ -21,6 +21,7 @@ NO_NAMELESS_FILES = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT,
 NO_RESERVATION = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 IN_MEMORY = set(disk.IN_MEMORY)
+file_system = disk.system_of  # of a directory
 ANOTHER_DISK = "free space there, or set MEMPLAN_OFFLOAD to a directory on another disk"
 
 
@@ -43,8 +44,7 @@ class File(Space):
         self.fd = -1
         FILES.add(self)
         try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            kind = file_system(directory)
+            _, kind = disk.made_directory(directory)
             if kind in IN_MEMORY:
                 raise MemplanError(f"{directory} lies in memory ({kind}), where offloading saves none: "
                                    "set MEMPLAN_OFFLOAD to a directory on a disk")  # fmt: skip
@@ -133,10 +133,3 @@ def room(fd: int) -> float:
     """Free bytes of the file system that a file is on; infinite where that does not tell."""
     found = os.statvfs(fd)
     return found.f_bavail * found.f_frsize if found.f_blocks else float("inf")
-
-
-def file_system(directory: Path) -> str:
-    """The type of the file system that a directory lies on; empty where the system does not tell."""
-    with suppress(OSError):
-        return disk.file_system(os.stat(directory).st_dev, Path("/proc/self/mountinfo").read_text(errors="replace"))
-    return ""

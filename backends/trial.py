@@ -3,8 +3,8 @@
     python -m memplan.backends.trial < request.json      runs one `Request` and prints one `Trial`
 
 On Linux a CPU step's peak is what the step adds to the process at its highest (VmHWM after a reset, less the resident
-size before the step) plus the tensors that were there already. On CUDA it is `max_memory_allocated`. Elsewhere the
-peak is unknown and None.
+size before the step) plus the tensors that were there already. On CUDA it is `max_memory_allocated`, in which cuBLAS's
+workspaces are counted, with segments that grow unless the user has set the allocator. Elsewhere the peak is unknown and None.
 
 Peaks want an allocator that gives memory back at once, which can double the time of a step; times want the allocator
 as users have it. So the steps run twice: first for peaks, losses and gradients, then for times.
@@ -19,15 +19,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import redirect_stdout, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from ..planner.errors import MemplanError
-from .meters import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+from .meters import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, cuda_environment, highest, reset_peak, resident
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
 # Blocks of this size and more go back to the system when freed, so that the resident size follows the tensors.
 CHILD = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 LARGEST_THRESHOLD = 32 << 20  # DEFAULT_MMAP_THRESHOLD_MAX in glibc
-REQUESTED_RESET = "5"  # proc(5): clear_refs resets VmHWM
 OPTIMIZERS = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
 LEARNING_RATE = 1e-3
 
@@ -94,7 +92,7 @@ def in_fresh_process(request: Request) -> Trial:
         MemplanError: the process failed; the message has its reason.
     """
     command = [sys.executable, "-P", "-m", "memplan.backends.trial"]
-    environment = {**os.environ, **CHILD}
+    environment = {**os.environ, **CHILD, **cuda_environment()}
     child = subprocess.run(command, input=msgspec.json.encode(request), env=environment, capture_output=True)
     what = f"the {'unplanned' if request.plan is None else 'planned'} run of {request.model}"
     if child.returncode < 0:
@@ -124,14 +122,16 @@ def train(request: Request, model: "nn.Module", args: tuple, kwargs: dict[str, A
     from ..planner.plan import load
 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    kind = parameters[0].device.type if parameters else "cpu"
     optimizer = None
     if request.optimizer is not None:
-        optimizer = getattr(torch.optim, OPTIMIZERS[request.optimizer])(parameters, lr=LEARNING_RATE)
+        fused = True if kind == "cuda" else None  # what a plan takes the optimizer's name for (`planner.optimizers.kept_by`)
+        optimizer = getattr(torch.optim, OPTIMIZERS[request.optimizer])(parameters, lr=LEARNING_RATE, fused=fused)
     given = optimizer if request.in_backward else None
     called = model if request.plan is None else load(request.plan).apply(model, optimizer=given)
     code = getattr(getattr(called, "forward", None), "code", None)
     homes = getattr(code, "homes", None)
-    meter = Meter(parameters[0].device.type if parameters else "cpu")
+    meter = Meter(kind)
 
     def step(number: int) -> float:
         torch.manual_seed(number)
@@ -190,12 +190,22 @@ def keep_freed_memory() -> None:
 
 
 def to_device(device: str | None, model: "nn.Module", *rest: Any) -> tuple[Any, ...]:
-    """The model and its arguments on a device; as they are for None."""
+    """The model and its arguments on a device; as they are for None.
+
+    Raises:
+        MemplanError: there is no such device here.
+    """
     import torch
     from torch.utils import _pytree as pytree
 
     if device is None:
         return (model, *rest)
+    kind, _, number = device.partition(":")
+    count = {"cpu": 1, "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0}.get(kind, -1)
+    if count < 0 or (number and not number.isdecimal()):
+        raise MemplanError(f"no device {device!r}: give cpu or cuda")
+    if int(number or 0) >= count:
+        raise MemplanError(f"no device {device!r} here: torch sees {count} of {kind}; leave --device out, or give cpu")
     return (model.to(device), *pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), rest))
 
 
@@ -236,8 +246,8 @@ class Meter:
             torch.cuda.reset_peak_memory_stats()
             return
         try:
-            self.before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-            Path("/proc/self/clear_refs").write_text(REQUESTED_RESET)
+            self.before = resident()
+            reset_peak()
         except OSError:  # not Linux, or a container that forbids it
             self.before = None
 
@@ -249,12 +259,7 @@ class Meter:
             return torch.cuda.max_memory_allocated()
         if self.before is None:
             return None
-        return highest(Path("/proc/self/status").read_text().splitlines()) - self.before + fixed
-
-
-def highest(status: Iterable[str]) -> int:
-    """VmHWM in bytes."""
-    return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+        return highest() - self.before + fixed
 
 
 def main() -> None:

@@ -6,7 +6,8 @@ Each method runs in a fresh process: forward, backward and an AdamW step, warmed
 runs out of memory, or fails otherwise, is a row. Rows are kept as they come, in results/cuda.jsonl; a run that its time
 limit cut short goes on where it stopped when it is started again. The methods that matter most come first.
 
-Methods: `eager`; `checkpoint` (block by block); `save-on-cpu` (activations in pinned host memory); `checkpoint-on-cpu`
+Methods: `eager`; `eager-again`, the same once more, for what differs between two runs of eager says nothing of a method;
+`checkpoint` (block by block); `save-on-cpu` (activations in pinned host memory); `checkpoint-on-cpu`
 (what checkpointing saves, there); `compile` (inductor); `compile-budget:R` (inductor with PyTorch's
 activation_memory_budget); `memplan:BUDGET` (planned, eager's kernels), `memplan-offload:BUDGET` (to pinned host memory
 as well), `memplan-arena:BUDGET` (in one arena, gradients too), `memplan-graphs:BUDGET` (that, recorded as CUDA graphs)
@@ -16,6 +17,7 @@ what checkpointing was measured to take.
 
 import argparse
 import contextlib
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -24,23 +26,30 @@ from typing import Any
 
 import torch
 
+from ..backends.graphs import WARM, extra_bytes
+from ..backends.measure import is_lack_of_memory
+from ..backends.meters import cuda_environment
+from ..planner.local import local_machine
+from ..planner.machine import Machine
 from .command import Command, without_cuda
 from .models import GPU, MODELS, SHAPES, build_gpu, checkpointing, llama_shape, on_cpu
 from .record import Results, Row, ask, header, markdown, mib, percent, ratio, say
 
 METHODS = (
-    "eager", "checkpoint", "memplan:@checkpoint", "memplan:none", "memplan:60%", "memplan-offload:@checkpoint",
+    "eager", "eager-again", "checkpoint", "memplan:@checkpoint", "memplan:none", "memplan:60%", "memplan-offload:@checkpoint",
     "memplan-arena:60%", "memplan-graphs:60%", "memplan:40%", "memplan-offload:40%", "memplan:80%", "memplan:25%",
     "memplan-offload:25%", "compile", "save-on-cpu", "checkpoint-on-cpu", "memplan-compile:60%", "compile-budget:0.5",
     "compile-budget:0", "compile-budget:1", "compile-budget:0.25", "compile-budget:0.75",
 )  # fmt: skip
-WARM_UP = 5
+WARM_UP = 5  # steps, unless the request says how many
+GRAPHS = "memplan-graphs"
+OUT_OF_MEMORY = "out of memory"
 ON_CPU = ("save-on-cpu", "checkpoint-on-cpu")
 OPTIONS = {
     "memplan": {},
     "memplan-offload": {"allow": ("reorder", "recompute", "offload")},
     "memplan-arena": {"arena": True, "lend_gradients": True},
-    "memplan-graphs": {"arena": True, "lend_gradients": True},
+    GRAPHS: {"arena": True, "lend_gradients": True},
 }  # of memplan.plan
 
 
@@ -51,7 +60,7 @@ def prepare(method: str, model: torch.nn.Module, args: tuple[Any, ...], request:
     """What to call for a method, and what is known of its plan."""
     kind, _, value = method.partition(":")
     budget: Any = request["budget"]
-    if kind in ("eager", "save-on-cpu"):
+    if kind in ("eager", "eager-again", "save-on-cpu"):
         return model, {}
     if kind in ("checkpoint", "checkpoint-on-cpu"):
         checkpointing(model, True)
@@ -66,23 +75,26 @@ def prepare(method: str, model: torch.nn.Module, args: tuple[Any, ...], request:
         from ..planner.api import plan
         from .planning import facts_of
 
-        made = plan(model, budget, args, optimizer=request["optimizer"], time_limit=request["time_limit"], **OPTIONS[kind])
-        return made.apply(model, cuda_graphs=kind == "memplan-graphs"), {"plan": facts_of(made)}
+        options = OPTIONS[kind] | ({"machine": unmeasured(kind, request["device"])} if request.get("roofline") else {})
+        made = plan(model, budget, args, optimizer=request["optimizer"], time_limit=request["time_limit"], **options)
+        return made.apply(model, cuda_graphs=kind == GRAPHS), {"plan": facts_of(made)}
     if kind == "memplan-compile":
         return torch.compile(model, backend="memplan", options={"budget": budget}), {}
     raise ValueError(f"unknown method {method}")
+
+
+def unmeasured(kind: str, device: str) -> Machine:
+    """The machine at hand, as one that is named: its ops are then planned from the roofline, not run."""
+    return local_machine(device, offload="offload" in OPTIONS[kind].get("allow", ()))
 
 
 def serve(request: Row) -> Iterator[Row]:
     """Measure one method in this process; running out of memory is an answer."""
     try:
         yield measure(request)
-    except torch.OutOfMemoryError:
-        yield {"outcome": "out of memory"}
     except Exception as error:  # one method's failure is a row, whatever it is
         text = " ".join(str(error).split())
-        memory = "out of memory" in text.lower()
-        yield {"outcome": "out of memory" if memory else f"{type(error).__name__}: {text[:200]}"}
+        yield {"outcome": OUT_OF_MEMORY if is_lack_of_memory(error) else f"{type(error).__name__}: {text[:200]}"}
 
 
 def measure(request: Row) -> Row:
@@ -96,7 +108,8 @@ def measure(request: Row) -> Row:
         model, args = build_gpu(request["model"], device, request["scale"])
     optimizer = None
     if request["optimizer"] is not None:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        fused = True if device == "cuda" else None  # without temporaries, as plans take the name of an optimizer there
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused)
     began = time.perf_counter()
     called, facts = prepare(method, model, args, request)
 
@@ -112,9 +125,14 @@ def measure(request: Row) -> Row:
 
     first_loss = step(0).item()
     first = time.perf_counter() - began
-    for seed in range(1, WARM_UP):
+    recorded = method.startswith(GRAPHS)
+    warm_up = max(request.get("warm_up", WARM_UP), WARM + 1 if recorded else 0)
+    for seed in range(1, warm_up):
+        if recorded and seed == WARM:
+            begin_peak(device)  # this step is recorded, and takes what later ones use: a replay allocates next to nothing
         step(seed)
-    begin_peak(device)
+    if not recorded:
+        begin_peak(device)
     seconds, losses = [], []
     while len(seconds) < request["steps"] and sum(seconds) < request["seconds"]:
         clock = Clock(device)
@@ -132,6 +150,7 @@ def measure(request: Row) -> Row:
         "losses": [first_loss.hex(), *(loss.item().hex() for loss in losses[:3])],
         **peaks(device),
         **facts,
+        **({"extra": extra_bytes(called.forward.code)} if recorded else {}),
         **(flops_of(model, args, device) if method == "eager" else {}),
     }
 
@@ -144,8 +163,6 @@ def flops_of(model: torch.nn.Module, args: tuple[Any, ...], device: str) -> Row:
         model(*args).backward()
     rate = None
     with contextlib.suppress(Exception):
-        from ..planner.local import local_machine
-
         rates = local_machine(device).units[0].flops
         rate = rates.get(str(next(model.parameters()).dtype)[6:], rates["default"])
     return {"flops": counter.get_total_flops(), "rate": rate}
@@ -179,23 +196,35 @@ def begin_peak(device: str) -> None:
 
 
 def peaks(device: str) -> Row:
-    """What torch allocated and reserved at most, what the driver says is taken, and how often the allocator retried."""
+    """What torch was asked for, allocated and reserved at most, what the driver says is taken, and how often the allocator
+    retried; and what of it cuBLAS works in, which no plan counts."""
     if device != "cuda":
         return {"allocated": None, "reserved": None}
     free, total = torch.cuda.mem_get_info()
+    known = torch.cuda.memory_stats()
     return {
+        "requested": known.get("requested_bytes.all.peak"),
         "allocated": torch.cuda.max_memory_allocated(),
         "reserved": torch.cuda.max_memory_reserved(),
         "taken": total - free,
-        "retries": torch.cuda.memory_stats().get("num_alloc_retries", 0),
+        "retries": known.get("num_alloc_retries", 0),
+        "cublas": cublas_workspaces(),
     }
+
+
+def cublas_workspaces() -> int:
+    """Bytes that cuBLAS has got from torch to work in; they are given back."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch._C._cuda_clearCublasWorkspaces()
+    return before - torch.cuda.memory_allocated()
 
 
 # The command
 
 
 def budget_of(results: Results, name: str, method: str) -> int | str | None:
-    """The budget in a method's name; what checkpointing took for `@checkpoint`, and None for `none`.
+    """The budget in a method's name; what checkpointing took, but for cuBLAS, for `@checkpoint`; and None for `none`.
 
     Raises:
         LookupError: checkpointing was not measured.
@@ -205,12 +234,14 @@ def budget_of(results: Results, name: str, method: str) -> int | str | None:
         row = results.last(task="cuda", model=name, method="checkpoint")
         if row is None or not row.get("allocated"):
             raise LookupError
-        return row["allocated"]
+        return row["allocated"] - row.get("cublas", 0)
     return None if value == "none" or not method.startswith("memplan") else value
 
 
 def run(results: Results, options: argparse.Namespace) -> None:
     """Every method of every model that is missing, while there is time."""
+    if options.device == "cuda":
+        os.environ.update(cuda_environment())  # of the processes that measure, and of those that they start
     end = time.monotonic() + 60 * options.minutes
     for method in options.methods:
         for name in options.models:
@@ -251,10 +282,12 @@ def render(results: Results, path: Path) -> None:
     lines += [
         "Written by `python -m memplan.benchmarks.cuda --render`. Forward, backward and optimizer step; sizes are MiB.",
         "MFU counts the operations of an eager step against the peak rate of the device: what a method recomputes",
-        "counts as time, not as work.",
+        "counts as time, not as work. *Requested* is what was asked of the allocator, *allocated* that in its blocks, and",
+        "*reserved* what it took from the device. For CUDA graphs the step that is recorded counts as well. *Predicted* is",
+        "without cuBLAS's workspaces (`cublas` in the rows), which *allocated* has.",
         "",
     ]
-    heads = ("method", "budget", "predicted", "allocated", "reserved", "step", "p10-p90", "time / eager", "MFU",
+    heads = ("method", "budget", "predicted", "requested", "allocated", "reserved", "step", "p10-p90", "time / eager", "MFU",
              "first step", "losses equal")  # fmt: skip
     rows_of: dict[str, dict[str, Row]] = {}
     for row in results.rows:
@@ -271,13 +304,13 @@ def render(results: Results, path: Path) -> None:
 def cells(row: Row, eager: Row) -> tuple[str, ...]:
     """One row of the table."""
     if row["outcome"] != "ok":
-        return (row["method"], "", "", row["outcome"].replace("|", "/"), *[""] * 7)
+        return (row["method"], "", "", row["outcome"].replace("|", "/"), *[""] * 8)
     plan, base, rate = row.get("plan", {}), eager.get("seconds"), eager.get("rate")
     mfu = eager["flops"] / row["seconds"] / rate if rate and eager.get("flops") else None
     same = "-" if not eager.get("losses") else "yes" if row["losses"] == eager["losses"] else "no"
     return (
         row["method"], mib(plan.get("budget")) if plan else "", mib(plan.get("peak")) if plan else "",
-        mib(row["allocated"]), mib(row["reserved"]), f"{row['seconds'] * 1e3:.1f} ms",
+        mib(row.get("requested")), mib(row["allocated"]), mib(row["reserved"]), f"{row['seconds'] * 1e3:.1f} ms",
         f"{row['p10'] * 1e3:.1f}-{row['p90'] * 1e3:.1f}",
         ratio(row["seconds"] / base if base else None), percent(mfu), f"{row['first']:.1f} s", same,
     )  # fmt: skip

@@ -4,16 +4,21 @@
 
 One sequence through a Llama of 1B or 7B parameters in bfloat16: forward, backward and an AdamW step. For each method the length
 is doubled until a step fails and then searched between, each trial in a fresh process; a trial that runs out of memory, or for
-which there is no plan, is a row. Rows are kept as they come: a run that its time limit cut short goes on where it stopped.
-Methods are those of `cuda.py`.
+which there is no plan, is a row. One that fails otherwise ends the search of its method, for it says nothing of lengths. Rows
+are kept as they come: a run that its time limit cut short goes on where it stopped. Methods are those of `cuda.py`. Plans rest
+on the roofline: each length has ops of its own, and to measure those would take longer than the steps.
 """
 
 import argparse
+import os
 import resource
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from ..backends.meters import cuda_environment
+from ..planner.errors import BudgetError
+from ..planner.local import local_machine
 from . import cuda
 from .command import Command, without_cuda
 from .models import SHAPES
@@ -22,11 +27,16 @@ from .record import MIB, Results, Row, ask, header, markdown, mib, paragraph, pe
 METHODS = (
     "memplan:none", "checkpoint", "memplan-offload:none", "checkpoint-on-cpu", "compile-budget:0", "save-on-cpu", "eager"
 )  # fmt: skip
+# How the outcomes of sequences that are too long begin; the last is what a host does to a process that takes its memory.
+TOO_LONG = (cuda.OUT_OF_MEMORY, BudgetError.__name__, "killed by signal 9")
 CLOSE = 1 / 8  # a search is over when the shortest length that fails is this much longer than the longest that does not
 
 
 def serve(request: Row) -> Iterator[Row]:
-    """Answer one trial in this process, with only so much more address space if the request says how much."""
+    """Answer one trial in this process, with only so much more address space if the request says how much; or the peak rate."""
+    if request["task"] == "rate":
+        yield {"rate": rate_of(request["device"])}
+        return
     if request["room"] is not None:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + request["room"]
@@ -56,23 +66,30 @@ def next_length(tried: Mapping[int, bool], first: int, step: int) -> int | None:
 def search(results: Results, name: str, method: str, end: float, options: argparse.Namespace) -> bool:
     """Try lengths of one model with one method until the longest is found, and say whether there was time for that."""
     while True:
-        tried = {row["seq"]: row["outcome"] == "ok" for row in results.all(task="longest", model=name, method=method)}
-        length = next_length(tried, options.first, options.step)
+        rows = results.all(task="longest", model=name, method=method)
+        if not all(row["outcome"] == "ok" or is_too_long(row["outcome"]) for row in rows):
+            return True
+        length = next_length({row["seq"]: row["outcome"] == "ok" for row in rows}, options.first, options.step)
         left = end - time.monotonic()
         if length is None or left < 15:
             return length is None
         request: Row = {
-            "model": name, "method": method, "seq": length, "budget": options.room, "room": options.room, "scale": 1.0,
-            "device": options.device, "steps": options.steps, "seconds": 60.0, "time_limit": options.time_limit,
-            "optimizer": "adamw",
+            "task": "longest", "model": name, "method": method, "seq": length, "budget": options.room, "room": options.room,
+            "scale": 1.0, "device": options.device, "steps": options.steps, "seconds": 60.0, "time_limit": options.time_limit,
+            "optimizer": "adamw", "warm_up": 1, "roofline": True,
         }  # fmt: skip
         for row in ask("longest", request, timeout=min(left, options.timeout)):
             why = row.get("failed")
             if why is not None and left < options.timeout and why.startswith("took more than"):
                 return False
             row = row if why is None else {"outcome": why}
-            results.add({"task": "longest"} | request | row)
+            results.add(request | row)
             say(f"{name}: {method}: {length} tokens: {row['outcome']}")
+
+
+def is_too_long(outcome: str) -> bool:
+    """Whether a trial failed because its sequence was too long."""
+    return outcome.startswith(TOO_LONG)
 
 
 def flops_of(name: str, length: int) -> float:
@@ -111,15 +128,22 @@ def render(results: Results, path: Path) -> None:
 
 
 def note_rate(results: Results, device: str) -> None:
-    """Keep the device's peak rate in bfloat16."""
-    from ..planner.local import local_machine
+    """Keep the device's peak rate in bfloat16. A process of its own asks: what it takes of a GPU, each trial would miss."""
+    request = {"task": "rate", "device": device}
+    for row in ask("longest", request):
+        results.add(request | row)
 
+
+def rate_of(device: str) -> float:
+    """Operations a second, at most, in bfloat16."""
     rates = local_machine(device).units[0].flops
-    results.add({"task": "rate", "rate": rates.get("bfloat16", rates["default"])})
+    return rates.get("bfloat16", rates["default"])
 
 
 def run(results: Results, options: argparse.Namespace) -> Iterator[None]:
     """Every trial that is missing, while there is time."""
+    if options.device == "cuda":
+        os.environ.update(cuda_environment())  # of the trials
     if results.last(task="rate") is None:
         note_rate(results, options.device)
     end = time.monotonic() + 60 * options.minutes

@@ -162,7 +162,7 @@ def apply_costs(program: Program, machine: Machine, table: Table | None = None) 
         if figures is None:
             written = sum(program.buffers[buffer].bytes for buffer in op.writes)
             modelled = modelled_workspace(op.key, written, program.device)
-            figures = Figures(roofline(op, machine), max(modelled, op.workspace))  # an update's own is known from the start
+            figures = Figures(roofline(op, machine), modelled + op.workspace)  # an update's own, and unread results
         return msgspec.structs.replace(op, seconds=figures.seconds, workspace=figures.workspace)
 
     return msgspec.structs.replace(program, buffers=buffers, ops=tuple(cost(op) for op in program.ops))

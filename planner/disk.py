@@ -64,14 +64,9 @@ def offload_directory() -> Path:
     """
     directory = named_directory()
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        directory = directory.resolve()
-        device = directory.stat().st_dev
+        directory, kind = made_directory(directory)
     except OSError as error:
         raise MachineError(f"cannot offload to {directory}: {error.strerror}; set MEMPLAN_OFFLOAD") from None
-    kind = ""
-    with suppress(OSError):  # not Linux: there is no such list, and hardly such a file system
-        kind = file_system(device, Path("/proc/self/mountinfo").read_text())
     if kind in IN_MEMORY:
         raise MachineError(f"{directory} is {kind}, which is memory: set MEMPLAN_OFFLOAD to a directory on a disk")
     return directory
@@ -81,6 +76,29 @@ def named_directory() -> Path:
     """Where a step's files are to lie, there or not."""
     named = os.environ.get("MEMPLAN_OFFLOAD")
     return Path(named).absolute() if named else cache_directory() / "offload"
+
+
+def made_directory(directory: Path) -> tuple[Path, str]:
+    """A directory, made for this user alone where it is missing, without links; and the type of its file system.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    directory = directory.resolve()
+    return directory, system_of(directory)
+
+
+def system_of(directory: Path) -> str:
+    """The type of the file system that a directory lies on; "" where the system does not tell.
+
+    Raises:
+        OSError: there is no such directory.
+    """
+    device = directory.stat().st_dev
+    with suppress(OSError):  # not Linux: there is no such list, and hardly a file system that is memory
+        return file_system(device, Path("/proc/self/mountinfo").read_text(errors="replace"))
+    return ""
 
 
 def file_system(device: int, mounts: str) -> str:

@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 
 from .cache import cache_directory, file_name, write_atomically
-from .disk import DiskRates, free_bytes, offload_directory, probe_disk
+from .disk import RESERVE, DiskRates, free_bytes, offload_directory, probe_disk
 from .errors import MachineError
 from .machine import PRESETS, Link, Machine, Tier, Unit, load_machine
+from .units import show_bytes
+from .workspaces import cublas_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +30,14 @@ PAGE = 4096  # bytes
 DISK_LATENCY = 1e-4  # seconds: estimate of handing a copy to the thread that does it, while torch's threads are busy
 CUDA_LATENCY = 1e-5  # seconds: estimate of submitting an asynchronous copy and its event
 CPU_ALIGNMENT = 64  # bytes: c10::gAlignment
-CUDA_ROUNDING = 512  # bytes: kMinBlockSize of the caching allocator
+# Bytes: kMinBlockSize of the caching allocator. Above 1 MiB that holds with expandable segments alone, which
+# PYTORCH_ALLOC_CONF=expandable_segments:True sets: without, a block keeps a rest of up to 1 MiB (CUDACachingAllocator.cpp,
+# should_split).
+CUDA_ROUNDING = 512
+# What stays free of a GPU, for capacity is read before the step runs: modules are loaded and libraries set themselves up in the
+# first one, cuDNN and cuSOLVER among them, and what the allocator has cut up is not all of use again. Estimates.
+CUDA_RESERVE = 0.03  # of the GPU's memory
+CUDA_LATER = 1 << 30  # bytes
 TYPES = ("float32", "float64", "bfloat16", "float16")
 PRODUCT = {"cpu": 1024, "cuda": 8192}  # rows and columns of the matrices that the probe multiplies
 COPY = {"cpu": 64 << 20, "cuda": 512 << 20}  # bytes that it copies: more than any cache holds
@@ -114,13 +123,12 @@ def local_cpu(offload: bool = False) -> Machine:
 
 
 def local_cuda() -> Machine:
-    """The current GPU. What torch has reserved in this process counts as free: a step can use it again."""
+    """The current GPU, with this host's memory behind it."""
     import torch
 
     if not torch.cuda.is_available():
         raise MachineError("no GPU here that torch can use; name a preset instead, such as h100-80gb")
-    free, _ = torch.cuda.mem_get_info()
-    capacity = free + torch.cuda.memory_reserved()
+    capacity = gpu_room()
     name = torch.cuda.get_device_name()
     rates = known_rates("cuda")
     preset = next((preset for known, preset in KNOWN_GPUS.items() if known in name), None)
@@ -131,7 +139,7 @@ def local_cuda() -> Machine:
         bandwidth, unit = rates.bandwidth, Unit("sm", "device", rates.flops, launch=rates.launch)
     tiers = (
         Tier("device", capacity, bandwidth, rounding=CUDA_ROUNDING, alignment=CUDA_ROUNDING),
-        Tier("host", memory_limit(), known_rates("cpu").bandwidth, rounding=PAGE, alignment=PAGE),
+        Tier("host", host_room(), known_rates("cpu").bandwidth, rounding=PAGE, alignment=PAGE),
     )
     ways = ("device", "host", rates.link), ("host", "device", rates.back)
     links = tuple(Link(*way, latency=CUDA_LATENCY, duplex=rates.duplex) for way in ways)
@@ -167,6 +175,39 @@ def cpu_name() -> str:
 
 
 # Memory
+
+
+def gpu_room() -> int:
+    """Bytes of the current GPU that a step may use, beside what libraries take.
+
+    What torch has reserved in this process counts as free, for a step can use it again.
+
+    Raises:
+        MachineError: there are none.
+    """
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    kept = int(CUDA_RESERVE * total) + CUDA_LATER + cublas_bytes(torch.cuda.get_device_capability()[0])
+    room = free + torch.cuda.memory_reserved() - kept
+    if room <= 0:
+        raise MachineError(f"{show_bytes(free)} free on {torch.cuda.get_device_name()}, and {show_bytes(kept)} are left to "
+                           "libraries: end what else uses it, or name a preset, such as h100-80gb")  # fmt: skip
+    return room
+
+
+def host_room() -> int:
+    """Bytes of this host's memory that a GPU's step may lock: what is available now, less the reserve."""
+    return int((1 - RESERVE) * min(memory_limit(), memory_available()))
+
+
+def memory_available() -> float:
+    """Bytes that the host has left without swapping; infinity where the system does not say."""
+    with suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return float("inf")
 
 
 def memory_limit() -> int:

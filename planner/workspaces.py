@@ -6,7 +6,11 @@ from math import prod
 from .keys import ITEMSIZE, Call, Tensor, read_key
 
 MARGIN = 1.1  # modelled workspaces are multiplied by this: shapes round up to a kernel's blocks
-CUBLAS_WORKSPACE = 32 << 20  # torch's default on Hopper, at::cuda::getChosenWorkspaceSize; 8 MiB on older GPUs
+# What torch gives cuBLAS to work in (aten/src/ATen/cuda/CublasHandlePool.cpp, parseChosenWorkspaceSize), once for the handle
+# and the stream of each thread, at its first product.
+CUBLAS_WORKSPACE = 8 << 20 | 128 << 10  # bytes, ":4096:2:16:8"
+CUBLAS_WORKSPACE_HOPPER = 32 << 20  # bytes, from compute capability 9 on (of 12, only in newer versions of torch)
+CUBLAS_THREADS = 2  # the one that calls the model, and autograd's, which runs the backward pass
 
 Rule = Callable[[Call, int], float]  # the call and the bytes it writes -> workspace bytes
 
@@ -56,11 +60,6 @@ def scores(call: Call, written: int) -> float:
     return 2 * prod(query.shape[:-1]) * key.shape[-2] * ITEMSIZE.get(query.dtype, 4)
 
 
-def cublas(call: Call, written: int) -> float:
-    """The workspace that torch gives cuBLAS."""
-    return CUBLAS_WORKSPACE / MARGIN + scattered_inputs(call, written)
-
-
 def single_precision(first: int, last: int) -> Rule:
     """Accumulators in single precision of the shapes of tensors `first` to `last` (exclusive)."""
     return lambda call, written: sum(4 * tensor.count for tensor in call.tensors[first:last])
@@ -94,7 +93,7 @@ CPU_RULES: dict[str, Rule] = {
 }
 CUDA_RULES: dict[str, Rule] = {
     **COMPOSITES,
-    **dict.fromkeys(PRODUCTS, cublas),
+    **dict.fromkeys(PRODUCTS, scattered_inputs),  # cuBLAS's own: see `cublas_bytes`
     **dict.fromkeys(CONVOLUTIONS, inputs_and_outputs),  # cuDNN's transposes and workspace
     **dict.fromkeys(SORTS, inputs_times(4)),
     "_scaled_dot_product_flash_attention_backward": single_precision(1, 2),  # the query's gradient
@@ -103,6 +102,17 @@ CUDA_RULES: dict[str, Rule] = {
     "embedding_dense_backward": sorted_indices,
 }
 RULES = {"cpu": CPU_RULES, "cuda": CUDA_RULES}
+
+
+def cublas_bytes(major: int) -> int:
+    """Bytes that cuBLAS keeps for training steps, whatever they run: off a GPU's capacity, and no op's workspace.
+
+    Measured workspaces are without them too, for the call that warms up takes them.
+
+    Args:
+        major: of the GPU's compute capability.
+    """
+    return CUBLAS_THREADS * (CUBLAS_WORKSPACE_HOPPER if major >= 9 else CUBLAS_WORKSPACE)
 
 
 def modelled_workspace(key: str, written: int, device: str) -> int:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from memplan.backends import measure as measuring
 from memplan.backends import meters
-from memplan.backends.calls import Unmeasurable, build
-from memplan.backends.measure import calibrate, measure
-from memplan.backends.meters import allocator_extra, seconds_of
+from memplan.backends.calls import NoRoom, Unmeasurable, build, free_bytes
+from memplan.backends.measure import answer, calibrate, measure
+from memplan.backends.meters import allocator_extra, cuda_environment, seconds_of
 from memplan.planner.cost import Figures, Table
 from memplan.planner.errors import MemplanError
 from memplan.planner.machine import Machine, Tier, Unit
@@ -149,6 +149,11 @@ for line in sys.stdin:
     key = json.loads(line).get("key", "")
     if "crash" in key:
         os._exit(1)
+    if "killed" in key:
+        os.kill(os.getpid(), 9)
+    if "full" in key:
+        print(json.dumps({"error": "no memory", "passing": True}), flush=True)
+        continue
     if "hang" in key:
         time.sleep(60)
     print(json.dumps({"value": 4096.0}), flush=True)
@@ -162,9 +167,52 @@ def test_a_crash_loses_one_key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_hanging_kernel_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For good on a quiet machine; beside other work it may have been that."""
     monkeypatch.setattr(measuring, "worker_command", lambda *_: [sys.executable, "-c", FAKE])
-    monkeypatch.setattr(measuring, "KEY_LIMIT", 0.3)
+    monkeypatch.setattr(measuring, "KEY_LIMIT", 0.5)
+    monkeypatch.setattr(measuring, "is_quiet", lambda: True)
     assert measure(["hang", ADD], threads=1) == {"hang": None, ADD: Figures(4096.0, 4096)}
+    monkeypatch.setattr(measuring, "is_quiet", lambda: False)
+    assert measure(["hang", ADD], threads=1) == {ADD: Figures(4096.0, 4096)}
+
+
+@pytest.mark.parametrize("short", ["killed", "full"])
+def test_a_lack_of_memory_is_not_remembered(monkeypatch: pytest.MonkeyPatch, short: str) -> None:
+    """Whether the system ended the worker, or the worker said that its kernel had none."""
+    monkeypatch.setattr(measuring, "worker_command", lambda *_: [sys.executable, "-c", FAKE])
+    assert measure([ADD, short, SLOW], threads=1) == {ADD: Figures(4096.0, 4096), SLOW: Figures(4096.0, 4096)}
+
+
+def test_the_worker_says_what_passes() -> None:
+    """A kernel or its arguments that find no memory, in each of the ways to say so; not what is wrong with a key."""
+
+    def fails(error: Exception) -> bool:
+        def raising(_: object) -> tuple[float, bool]:
+            raise error
+
+        return answer({"key": ADD, "device": "cpu"}, raising)["passing"]
+
+    assert fails(torch.OutOfMemoryError("CUDA out of memory"))
+    assert fails(MemoryError())
+    assert fails(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"))
+    assert not fails(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    with pytest.raises(NoRoom):
+        build(key("clone.default", tensor(1 << 60)), "cpu")
+    assert not answer({"key": UNKNOWN, "device": "cpu"}, lambda _: (0.0, False))["passing"]
+
+
+def test_a_gpus_cache_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"mem_get_info": (7, 100), "memory_reserved": 50, "memory_allocated": 20}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    assert free_bytes("cuda") == 37
+
+
+def test_segments_grow_unless_the_user_has_said_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    assert cuda_environment() == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    assert cuda_environment() == {}
 
 
 def test_the_time_limit_leaves_keys_out(monkeypatch: pytest.MonkeyPatch) -> None:

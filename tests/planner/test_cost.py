@@ -9,7 +9,7 @@ from memplan.planner.keys import measurable
 from memplan.planner.local import control_group_limits, device_key, local_machine, memory_limit
 from memplan.planner.machine import Machine, Tier, Unit, load_machine, preset_names
 from memplan.planner.program import Buffer, Kind, Op, Phase, Program
-from memplan.planner.workspaces import modelled_workspace
+from memplan.planner.workspaces import cublas_bytes, modelled_workspace
 
 MACHINE = Machine(
     "toy",
@@ -81,13 +81,20 @@ def test_workspaces_are_modelled_for_the_device() -> None:
     sizes = 2 * 8 * 16 * 16 * 4, 8 * 8 * 9 * 4
     assert modelled_workspace(convolution, sizes[0], "cpu") == int(1.1 * (2 * sizes[0] + sizes[1]))
     assert modelled_workspace(MM, 256, "cpu") == 0
-    assert modelled_workspace(MM, 256, "cuda") >= 8 << 20
+    assert modelled_workspace(MM, 256, "cuda") == 0
     gaps = key("aten.mm.default", tensor(8, 8, strides=(32, 2)), tensor(8, 8))
     assert modelled_workspace(gaps, 256, "cpu") == int(1.1 * 256)
     mixed = key("aten.add.Tensor", tensor(64), tensor(64, dtype="bfloat16"))
     assert modelled_workspace(mixed, 256, "cpu") == int(1.1 * 256)
     assert modelled_workspace(mixed, 256, "cuda") == 0
     assert modelled_workspace("nonsense", 256, "cpu") == 0
+
+
+def test_what_cublas_keeps_is_no_ops_workspace() -> None:
+    """For a training step the workspaces of two threads, larger on Hopper; they are off the presets' capacities."""
+    assert (cublas_bytes(8), cublas_bytes(9)) == (2 * (8 << 20 | 128 << 10), 2 * (32 << 20))
+    assert load_machine("h100-80gb").tiers[0].capacity == 85017493504 - cublas_bytes(9)
+    assert load_machine("a100-80gb").tiers[0].capacity == 84500000000 - cublas_bytes(8)
 
 
 def test_a_table_survives_the_disk(tmp_path: Path) -> None:

@@ -6,10 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from memplan.planner import disk, local
 from memplan.planner.disk import DiskRates, each_chunk, file_system, offload_directory, probe_disk, usual_time
 from memplan.planner.errors import MachineError
-from memplan.planner.local import PAGE, Rates, local_machine
+from memplan.planner.local import PAGE, Rates, local_machine, memory_available
+from memplan.planner.workspaces import cublas_bytes
 
 GIB = 1 << 30
 MOUNTS = """\
@@ -127,6 +129,43 @@ def test_what_is_no_directory_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
         local_machine(offload=True)
     with pytest.raises(MachineError, match="cannot offload to"):
         probe_disk(tmp_path / "missing")
+
+
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch, free: int, total: int, reserved: int = 0) -> None:
+    """A GPU of the Hopper kind with so many bytes; probing it takes no time."""
+    facts = {
+        "is_available": True,
+        "mem_get_info": (free, total),
+        "memory_reserved": reserved,
+        "get_device_name": "a card",
+        "get_device_capability": (9, 0),
+    }
+    for name, value in facts.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    rates = Rates({"default": 1e12}, bandwidth=1e12, launch=1e-6, link=1e10, back=1e10)
+    monkeypatch.setattr(local, "known_rates", lambda device: rates)
+
+
+def test_a_gpu_is_not_filled_to_the_last_byte(monkeypatch: pytest.MonkeyPatch):
+    """3 % of it and 1 GiB are left to libraries and cuBLAS gets its own; what torch holds already may be used again."""
+    pretend_gpu(monkeypatch, free=60 * GIB, total=80 * GIB, reserved=10 * GIB)
+    monkeypatch.setattr(local, "memory_limit", lambda: 64 * GIB)
+    monkeypatch.setattr(local, "memory_available", lambda: 40 * GIB)
+
+    device, host = local_machine("cuda").tiers
+
+    assert device.capacity == 70 * GIB - int(0.03 * 80 * GIB) - GIB - cublas_bytes(9)
+    assert host.capacity == int(0.95 * 40 * GIB)  # not what others have, and not the last of the rest
+
+
+def test_a_gpu_that_is_full_is_refused(monkeypatch: pytest.MonkeyPatch):
+    pretend_gpu(monkeypatch, free=GIB // 2, total=80 * GIB)
+    with pytest.raises(MachineError, match=r"512 MiB free on a card, and .* are left to libraries: end what else uses it"):
+        local_machine("cuda")
+
+
+def test_what_the_host_has_left_is_known():
+    assert 0 < memory_available()
 
 
 def test_only_the_cpu_and_the_gpu_are_local():
