@@ -24,8 +24,8 @@ from ..planner.nodes import is_call, is_pick
 from ..planner.program import Kind, Program
 from ..planner.schedule import Run, Schedule
 from .codegen import Generated, Writer
-from .homes import bytes_needed
 from .into import SPECIAL, find_operator, is_half, out_form, out_names, results_of
+from .moving import storage_over
 from .turn import Token, Turn
 from .updates import Updates
 
@@ -71,11 +71,11 @@ class Arena:
 
     def lend(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """A gradient in the arena as a tensor with a storage of its own, so that one can tell when nobody holds it."""
-        begin = value.storage_offset() * value.element_size()
-        storage = torch.from_dlpack(self.tensor[begin : bytes_needed(value)]).untyped_storage()
+        place = value.untyped_storage()
+        storage = storage_over(self.tensor, place.data_ptr() - self.tensor.data_ptr(), place.nbytes())
         self.lent.append((name, StorageWeakRef(storage)))
         made = torch.empty(0, dtype=value.dtype, device=value.device)
-        return made.set_(storage, 0, value.shape, value.stride())
+        return made.set_(storage, value.storage_offset(), value.shape, value.stride())
 
     @property
     def bytes(self) -> int:
@@ -227,9 +227,8 @@ class ArenaWriter(Writer):
         """A tensor that stands for the bytes of a value's buffer: a piece of the arena, where it lies there."""
         if node not in self.static:
             return super().storage_of(node)
-        like = node.meta["val"]
-        begin = (self.static[node].storage_offset() - like.storage_offset()) * like.element_size()
-        return self.tensor_name(self.arena.tensor[begin : begin + like.untyped_storage().nbytes()])
+        made = torch.empty(0, dtype=torch.uint8, device=self.arena.tensor.device)
+        return self.tensor_name(made.set_(self.static[node].untyped_storage()))
 
     def results(self, step: Run, target: Any) -> int:
         """How many results a run can write into the arena by itself."""
@@ -263,9 +262,9 @@ class ArenaWriter(Writer):
     def placed(self, node: fx.Node) -> torch.Tensor:
         """A tensor over the address of the life that begins now, laid out as the node's value."""
         like, offset = node.meta["val"], self.places[self.traced.owner[node], self.at]
+        storage = storage_over(self.arena.tensor, offset, like.untyped_storage().nbytes())
         made = torch.empty(0, dtype=like.dtype, device=self.arena.tensor.device)
-        start = offset // like.element_size() + like.storage_offset()
-        return made.set_(self.arena.tensor.untyped_storage(), start, like.shape, like.stride())
+        return made.set_(storage, like.storage_offset(), like.shape, like.stride())
 
     def hold(self, node: fx.Node) -> None:
         """From here on the node's value lies at the address of the life that begins now."""
@@ -280,7 +279,8 @@ class ArenaWriter(Writer):
 
     def tensor_name(self, value: torch.Tensor) -> str:
         """The global that holds a tensor over the arena."""
-        key = (value.dtype, value.storage_offset(), tuple(value.shape), value.stride())
+        bits = value.is_conj(), value.is_neg()  # views of the same bytes that read otherwise
+        key = (value.dtype, value.data_ptr(), value.untyped_storage().nbytes(), tuple(value.shape), value.stride(), *bits)
         if key not in self.tensor_names:
             self.tensor_names[key] = f"a{len(self.tensor_names)}"
             self.constants[self.tensor_names[key]] = value

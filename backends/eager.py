@@ -8,6 +8,7 @@ inside one autograd node.
 import copy
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -26,8 +27,9 @@ from ..planner.capture import (
     rebuild_inputs,
 )
 from ..planner.cost import apply_costs
-from ..planner.errors import MemplanError, PlanMismatch
+from ..planner.errors import CaptureError, MemplanError, PlanMismatch
 from ..planner.graph import Source
+from ..planner.structure import Structure, hooks_of, settings_of
 from .arena import generate_static
 from .codegen import Generated, generate
 from .graphs import recorded
@@ -49,10 +51,10 @@ def apply(plan: "Plan", model: nn.Module, loss: Any = None, optimizer: Any = Non
         raise PlanMismatch(f"the plan was made for {plan.recipe.optimizer}, not for {type(optimizer).__name__}: plan again")
     if cuda_graphs:
         check_graphs(plan)
+    if not isinstance(model, nn.Module):
+        raise MemplanError(f"plan.apply takes the model that was planned, an nn.Module, not a {type(model).__name__}")
     bring_back(model.parameters())
-    captured = plan.captured
-    if captured is None:
-        captured = recapture(plan, model, loss, optimizer)
+    captured = captured_of(plan, model, loss, optimizer)
     check_parameters(model, captured)
     updates = None if optimizer is None else Updates(model, optimizer, captured.traced)
     traced, schedule, machine = captured.traced, plan.schedule, plan.machine
@@ -75,6 +77,21 @@ def check_graphs(plan: "Plan") -> None:
         raise MemplanError(f"cuda_graphs=True records a step on a GPU, and this plan is for {plan.machine.name}: leave it out")
 
 
+def captured_of(plan: "Plan", model: nn.Module, loss: Any, optimizer: Any) -> Captured:
+    """What was traced, if this is that model and nothing of it has changed; else it is traced anew.
+
+    Raises:
+        PlanMismatch: its structure is not the plan's.
+    """
+    known = plan.captured
+    if known is None:
+        return recapture(plan, model, loss, optimizer)
+    if known.model() is model and known.structure == Structure.of(model):
+        return known
+    check_parameters(model, known)
+    return recapture(plan, model, loss or known.loss, optimizer)
+
+
 def recapture(plan: "Plan", model: nn.Module, loss: Any, optimizer: Any = None) -> Captured:
     """Capture the model of a plan that was loaded from a file.
 
@@ -86,10 +103,13 @@ def recapture(plan: "Plan", model: nn.Module, loss: Any, optimizer: Any = None) 
                            "plan.apply(model, loss=...)")  # fmt: skip
     args, kwargs = rebuild_inputs(plan.recipe.inputs)
     recipe = plan.recipe
-    captured = capture(
-        model, args, kwargs, train=recipe.train, loss=loss, optimizer=optimizer or recipe.optimizer,
-        in_backward=recipe.in_backward, device=plan.program.device, runs_on=plan.machine.device,
-    )  # fmt: skip
+    try:
+        captured = capture(
+            model, args, kwargs, train=recipe.train, loss=loss, optimizer=optimizer or recipe.counted or recipe.optimizer,
+            in_backward=recipe.in_backward, device=plan.program.device, runs_on=plan.machine.device,
+        )  # fmt: skip
+    except CaptureError as error:
+        raise PlanMismatch(f"this {type(model).__name__} is not the model that the plan was made for: {error}") from error
     if apply_costs(captured.program, plan.machine).digest != plan.program.digest:
         raise PlanMismatch(f"this {type(model).__name__} does not trace to the program that the plan was made for "
                            "(other layers, shapes, modes or versions): plan it again")  # fmt: skip
@@ -112,7 +132,8 @@ def check_parameters(model: nn.Module, captured: Captured) -> None:
 def planned_module(model: nn.Module, captured: Captured, code: Generated) -> nn.Module:
     """A shallow copy of the model with a planned forward."""
     planned = copy.copy(model)
-    runner = _Runner(planned, type(model).forward, captured, code)
+    own = vars(model).get("forward")  # of this instance alone
+    runner = _Runner(planned, own or MethodType(type(model).forward, planned), captured, code)
     planned.forward = runner  # type: ignore[method-assign]
     return planned
 
@@ -129,7 +150,11 @@ class _Runner:
                   for kind, owner, key, name in slots(module)}  # fmt: skip
         self.slots = [places.get(source.name) for source in code.arguments]
         self.modules = [(name, module.get_submodule(name)) for name, _ in captured.signature.training]
-        self.children = [(owner._modules, key, child) for owner in module.modules() for key, child in owner._modules.items()]
+        self.children = [(owner._modules, dict(owner._modules)) for owner in module.modules()]
+        self.settings = [(name, part, key, value) for name, part in self.modules for key, value in settings_of(part)
+                         if type(part).__module__.startswith("torch.nn.")]  # fmt: skip
+        self.hooks = [(name, table, len(table)) for name, part in self.modules if name for table in hooks_of(part)]
+        self.tied = [(name, places[name], places[names[0]]) for names in captured.structure.tied for name in names[1:]]
         self.changing = {source.name for source, _ in captured.traced.mutations.values()}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -137,7 +162,7 @@ class _Runner:
         if self.captured.train and not torch.is_grad_enabled():
             if homes is not None:
                 homes.restore()
-            return self.original(self.module, *args, **kwargs)  # an evaluation: nothing is kept for a backward pass
+            return self.original(*args, **kwargs)  # an evaluation: nothing is kept for a backward pass
         leaves = self.check_call(args, kwargs)
         inputs = [self.fetch(source, slot, leaves) for source, slot in zip(self.code.arguments, self.slots, strict=True)]
         if self.captured.train:
@@ -150,6 +175,9 @@ class _Runner:
         flat = [results[leaf] if isinstance(leaf, int) else leaf[0] for leaf in self.captured.outputs]
         return pytree.tree_unflatten(flat, self.captured.output_spec)
 
+    def __reduce__(self) -> Any:
+        raise MemplanError("a planned module cannot be pickled: save its state_dict(), and the plan with plan.save()")
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Runner":
         """The runner of a copied module: on its parameters, with the same code, which names none of them.
 
@@ -161,7 +189,7 @@ class _Runner:
                                "apply the plan to the copy with an optimizer of its own")  # fmt: skip
         made = object.__new__(type(self))
         memo[id(self)] = made
-        shared = ("original", "captured", "code", "changing")
+        shared = ("captured", "code", "changing")
         for key, value in vars(self).items():
             setattr(made, key, value if key in shared else copy.deepcopy(value, memo))
         return made
@@ -185,9 +213,7 @@ class _Runner:
                 raise PlanMismatch(
                     f"input {index} was {known} when the plan was made and is {now} now: plan for it, or call the model itself"
                 )
-        for table, key, child in self.children:
-            if table.get(key) is not child:
-                raise PlanMismatch(f"submodule {key} has been replaced since the plan was applied: plan again")
+        self.check_structure()
         for (name, module), (_, training) in zip(self.modules, signature.training, strict=True):
             if module.training != training:
                 mode = "training" if training else "evaluation"
@@ -197,6 +223,31 @@ class _Runner:
         if autocast_state(self.captured.program.device) != signature.autocast:
             raise PlanMismatch("autocast was set otherwise when the plan was made: call under the same autocast, or plan again")
         return leaves
+
+    def check_structure(self) -> None:
+        """Refuse a model that does something else by now.
+
+        Raises:
+            PlanMismatch: what has changed.
+        """
+        for table, children in self.children:
+            for key in [*children, *table] if table != children else ():
+                if table.get(key) is not children.get(key):
+                    done = "added" if key not in children else "removed" if key not in table else "replaced"
+                    raise PlanMismatch(f"submodule {key} has been {done} since the plan was applied: plan again")
+        for name, part, key, value in self.settings:
+            now = vars(part).get(key)
+            if now is not value and now != value:
+                raise PlanMismatch(
+                    f"{name or 'the model'}.{key} was {value} when the plan was applied and is {now} now: plan again"
+                )
+        for name, table, count in self.hooks:
+            if len(table) > count:
+                raise PlanMismatch(f"module {name} has been given a hook since the plan was applied, and a planned step calls "
+                                   "none but the model's own: remove it, or hook the model itself")  # fmt: skip
+        for name, (table, key), (first, other) in self.tied:
+            if table.get(key) is not first.get(other):
+                raise PlanMismatch(f"{name} was tied to {other} when the plan was made and is not now: plan again")
 
     def fetch(self, source: Source, slot: Any, leaves: list[Any]) -> torch.Tensor:
         """A resident tensor, if it still is what was planned for.
@@ -262,9 +313,11 @@ class _Planned(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         runner, saved = ctx.runner, ctx.saved
+        if torch.is_grad_enabled():
+            raise MemplanError("a planned step's gradients cannot be differentiated again (create_graph=True): call the model "
+                               "that was planned for that, not the planned one")  # fmt: skip
         if saved is None:
             raise MemplanError("this planned step has run backward already and freed what it read: call the model again")
         for index, tangent in enumerate(tangents):

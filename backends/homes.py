@@ -42,6 +42,7 @@ class Absence(NamedTuple):
     stride: tuple[int, ...]
 
 
+HOOKED: Any = weakref.WeakKeyDictionary()  # model -> a weak reference to the `Homes` that its hooks are of
 ABSENT: Any = WeakIdKeyDictionary()  # tensor that is away, or was -> its `Absence`
 
 
@@ -85,6 +86,7 @@ class Homes:
         """From now on whoever saves or loads finds everything in its place, and the model keeps what has the contents."""
         if self.hooks:
             return
+        HOOKED[self.model] = weakref.ref(self)
         self.hooks.append(self.model.register_state_dict_pre_hook(lambda *_: self.restore()))
         # the public one dies with the unplanned model
         self.hooks.append(self.model._register_load_state_dict_pre_hook(lambda *_: self.restore()))
@@ -116,10 +118,10 @@ class Homes:
         """
         self.settle()
         tensors = {buffer: value for buffer in self.tier_of if (value := self.tensor(buffer)) is not None}
-        for other in {id(holder): holder for holder in map(holder_of, filter(is_away, tensors.values()))}.values():
-            if other is not self:
-                other.restore()
-                other.unhook()
+        before = HOOKED.get(self.model, lambda: None)()
+        for other in {*map(holder_of, filter(is_away, tensors.values())), *([before] if before else [])} - {self}:
+            other.restore()
+            other.unhook()
         self.hook()
         here = [buffer for buffer, value in tensors.items() if not is_away(value)]
         for buffer in here:
@@ -188,7 +190,7 @@ class Homes:
         """Free: take a tensor's memory."""
         value = self.tensor(buffer)
         if value is not None:
-            size, offset = value.untyped_storage().nbytes(), value.storage_offset()
+            size, offset = value.untyped_storage().nbytes(), int(value.storage_offset())
             ABSENT[value] = Absence(weakref.ref(self), size, offset, value.stride())
             self.leave(buffer)
 
@@ -251,9 +253,3 @@ def is_away(value: torch.Tensor) -> bool:
 def absence_of(value: torch.Tensor) -> Absence | None:
     """What is known of a tensor that is away; None of one that is here."""
     return ABSENT[value] if is_away(value) else None
-
-
-def bytes_needed(value: torch.Tensor) -> int:
-    """The size of a storage that just holds a tensor."""
-    last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
-    return int(value.storage_offset() + last + 1) * value.element_size()

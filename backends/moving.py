@@ -63,8 +63,17 @@ def blank(like: torch.Tensor, device: str) -> Any:
     return partial(new_tensor, device, *facts)
 
 
+def storage_over(pool: torch.Tensor, begin: int, size: int) -> torch.UntypedStorage:
+    """A storage of its own over some bytes of a flat tensor of bytes, which lives as long as it.
+
+    Operators that stride by absolute offsets (`as_strided`), or copy a storage from its beginning (`slice_scatter`), find there
+    what they would find in a storage that was allocated for the one buffer.
+    """
+    return torch.from_dlpack(pool[begin : begin + size]).untyped_storage()
+
+
 def new_tensor(
-    device: str, size: int, dtype: torch.dtype, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]
+    device: str | torch.device, size: int, dtype: torch.dtype, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]
 ) -> torch.Tensor:
     """A tensor of that layout over a new storage of `size` bytes."""
     storage = torch.empty(size, dtype=torch.uint8, device=device).untyped_storage()

@@ -25,6 +25,7 @@ from ..planner.errors import MemplanError
 from ..planner.mapping import Mapping
 from ..planner.nodes import is_pick
 from ..planner.schedule import Free, Placement, Run, Start, Wait
+from .moving import storage_over
 
 POISON = 0xFF  # in every floating-point type not a number
 
@@ -315,8 +316,8 @@ class _Machine:
 def typed(pool: torch.Tensor, address: int, node: fx.Node) -> torch.Tensor:
     """Bytes at an address as a node's tensor."""
     value = node.meta["val"]
-    place = torch.empty(0, dtype=value.dtype)
     begin = pool.storage_offset() + address
     if begin % value.element_size():
         raise MemplanError(f"{node.name} lies at {begin}, which is no multiple of its {value.element_size()} bytes an element")
-    return place.set_(pool.untyped_storage(), begin // value.element_size(), value.shape, value.stride())
+    storage = storage_over(pool, address, value.untyped_storage().nbytes())
+    return torch.empty(0, dtype=value.dtype).set_(storage, value.storage_offset(), value.shape, value.stride())

@@ -2,12 +2,14 @@
 
 import copy
 import gc
+import pickle
 import weakref
 
 import memplan
 import msgspec
 import pytest
 import torch
+from memplan.backends.codegen import drawing_from, get_state
 from memplan.planner.api import Session
 from memplan.planner.errors import BudgetError, MemplanError, PlanMismatch
 from memplan.planner.machine import load_machine
@@ -232,8 +234,42 @@ def resized(m, x):
     return torch.cat([F.interpolate(shaped[dim], **how).flatten(1) for dim, how in RESIZES], 1).tanh()
 
 
+def rotated(m, x):
+    """Rotary positions by complex numbers, with a conjugate: views of the same bytes that read otherwise."""
+    turn = torch.polar(torch.ones(WIDTH // 2), torch.arange(WIDTH // 2) * 0.1)
+    q, k = (torch.view_as_complex(part(x).unflatten(-1, (-1, 2))) for part in (m.a, m.b))
+    return torch.view_as_real(q * turn).flatten(-2) + torch.view_as_real(k * turn.conj() * q.conj()).flatten(-2)
+
+
+def windows(m, x):
+    """Overlapping windows by absolute strides, as sliding attention takes them, and pieces written into a larger tensor."""
+    y = m.a(x)
+    parts = y.as_strided((ROWS // 16 - 1, 32, WIDTH), (16 * WIDTH, WIDTH, 1), 0)
+    out = torch.zeros(ROWS, 2 * WIDTH)
+    out[:, 3 : WIDTH + 3] = m.b(y)
+    out[4:, -WIDTH:] += y[:-4]
+    return out.sin(), (parts @ parts.transpose(1, 2)).softmax(-1) @ parts
+
+
+def mixed_layouts(m, x):
+    """Gradients of pointwise functions whose operands lie in memory in different orders, and views of them."""
+    y = m.a(x).view(8, -1, WIDTH)
+    return tuple(m.b(f(y.transpose(1, 2)).transpose(1, 2).contiguous()) for f in (F.softplus, F.elu, F.hardswish, F.hardtanh))
+
+
 # name -> model, its inputs, how the scalar comes about (None: from the model itself)
 MODELS = {
+    "rotated by complex numbers": (
+        lambda: Lambda(rotated, a=layers(nn.GELU), b=layers(nn.Tanh)),
+        lambda: (rows(),),
+        total,
+    ),
+    "windows": (lambda: Lambda(windows, a=layers(nn.GELU), b=layers(nn.Tanh)), lambda: (rows(),), total),
+    "mixed layouts": (
+        lambda: Lambda(mixed_layouts, a=layers(nn.GELU), b=nn.Linear(WIDTH, WIDTH)),
+        lambda: (rows(),),
+        total,
+    ),
     "gelu": (lambda: layers(nn.GELU), lambda: (rows(),), total),
     "relu in place": (lambda: layers(nn.GELU, lambda: nn.ReLU(inplace=True)), lambda: (rows(),), total),
     "tied": (Tied, tokens, lambda out: out[0]),
@@ -604,10 +640,25 @@ def lose(model):
     model[2].bias = None
 
 
-@pytest.mark.parametrize("change", [unfreeze, reshape, retype, evaluate, lose])
+def append(model):
+    """Add a layer."""
+    model.append(nn.Linear(WIDTH, WIDTH))
+
+
+def set_again(model):
+    """Change a number that a module computes with."""
+    model[1].approximate = "tanh"
+
+
+def hook(model):
+    """Change what a module returns."""
+    model[1].register_forward_hook(lambda module, args, out: out * 0)
+
+
+@pytest.mark.parametrize("change", [unfreeze, reshape, retype, evaluate, lose, append, set_again, hook])
 @pytest.mark.parametrize("when", ["before apply", "after apply"])
 def test_a_model_that_has_changed_is_refused(change, when):
-    """A plan does not survive other shapes, types, modes, or other wishes for gradients."""
+    """A plan does not survive other layers, settings, shapes, types, modes, hooks, or other wishes for gradients."""
     torch.manual_seed(0)
     model = layers(nn.GELU)
     x = rows()
@@ -621,6 +672,85 @@ def test_a_model_that_has_changed_is_refused(change, when):
         change(model)
         with pytest.raises(PlanMismatch):
             fast(x)
+
+
+def test_another_model_of_the_same_parameters_is_traced_anew():
+    """It does something else, by its classes or by a function that it holds, and is refused; an equal one is not."""
+    x = rows()
+    model = layers(nn.GELU)
+    plan = planned(model, (x,), total, "free")
+    with pytest.raises(PlanMismatch, match="does not trace"):
+        plan.apply(layers(nn.Tanh))
+    same([plan.apply(layers(nn.GELU))(x).sum().detach() * 0], [x.sum() * 0])
+    squares, cubes = (Lambda(lambda m, x, power=power: m.a(x).pow(power), a=layers(nn.GELU)) for power in (2, 3))
+    plan = planned(squares, (x,), total, "free")
+    with pytest.raises(PlanMismatch, match="does not trace"):
+        plan.apply(cubes)
+    with pytest.raises(MemplanError, match=r"an nn\.Module, not a str"):
+        plan.apply("model")
+
+
+def test_weights_that_are_no_longer_tied_are_noticed():
+    """Before the plan is applied and after it; the head has weights of its own then, which the plan would pass by."""
+    model, _, args, loss = build("tied")
+    plan = planned(model, args, loss, "free")
+    fast = plan.apply(model)
+    model.head.weight = nn.Parameter(model.embed.weight.detach().clone())
+    with pytest.raises(PlanMismatch, match=r"head\.weight was tied"):
+        fast(*args)
+    with pytest.raises(PlanMismatch, match="does not trace"):
+        plan.apply(model)
+
+
+def test_gradients_that_shall_be_differentiated_again_are_refused():
+    """A penalty on gradients would count for nothing, without a word."""
+    model, fast, x = gelu_net()
+    with pytest.raises(MemplanError, match="create_graph=True"):
+        torch.autograd.grad(total(fast(x)), list(model.parameters()), create_graph=True)
+
+
+def test_a_forward_of_the_instance_alone_is_called_in_evaluations_too():
+    """Some libraries wrap a model so."""
+    torch.manual_seed(0)
+    model = layers(nn.GELU)
+    inner = model.forward
+    model.forward = lambda x: inner(x) * 2
+    x = rows()
+    fast = planned(model, (x,), total, "free").apply(model)
+    with torch.no_grad():
+        wanted = model(x)
+        assert torch.equal(fast(x), wanted)
+    assert torch.equal(fast(x).detach(), wanted)
+
+
+def test_a_planned_model_says_what_to_save_instead():
+    """Generated code names functions that cannot be pickled."""
+    with pytest.raises(MemplanError, match=r"save its state_dict\(\)"):
+        pickle.dumps(gelu_net()[1])
+
+
+def test_a_random_op_that_fails_when_it_is_repeated_leaves_the_generator_as_it_was():
+    """Whoever catches the error draws the numbers that come next."""
+
+    def repeated():
+        with drawing_from(saved):
+            assert torch.equal(torch.rand(3), drawn)
+            raise MemoryError
+
+    torch.manual_seed(3)
+    saved = get_state()
+    drawn = torch.rand(3)
+    before = torch.get_rng_state()
+    with pytest.raises(MemoryError):
+        repeated()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_attention_without_dropout_draws_nothing():
+    """So its repetition needs no generator's state, and its step can be recorded."""
+    model, _, args, loss = build("attention")
+    code = tight(model, args, loss).apply(model).forward.code
+    assert code.states == 0
 
 
 def test_a_submodule_replaced_after_planning_is_never_ignored():

@@ -837,14 +837,18 @@ class Runtime:
     """A stand-in for CUDA's runtime: what is page-locked."""
 
     def __init__(self, answer: int = 0):
-        self.answer, self.locked = answer, {}
+        self.answer, self.locked, self.idle = answer, {}, False
 
     def cudaHostRegister(self, pointer, size, flags):
         self.locked[pointer] = size
         return self.answer
 
     def cudaHostUnregister(self, pointer):
+        assert self.idle, "copies may be under way"
         del self.locked[pointer]
+
+    def synchronize(self):
+        self.idle = True
 
 
 @pytest.fixture
@@ -856,6 +860,7 @@ def runtime(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", found.synchronize)
     monkeypatch.setattr(pinnedtier, "cudart", lambda: found)
     monkeypatch.setattr(pinnedtier, "DEVICE", "cpu")
     return found
