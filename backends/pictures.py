@@ -15,6 +15,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
+from ..planner.errors import MemplanError
 from ..planner.machine import Machine
 from ..planner.program import Kind, Phase, Program
 from ..planner.schedule import Wait
@@ -317,11 +318,18 @@ def dress(ax: Axes, x: Callable[[float], str], y: Callable[[float], str]) -> Non
 
 
 def save(figure: Figure, path: str | Path) -> None:
-    """Write a figure as SVG where the name ends so, else in what its ending names (PNG, PDF)."""
-    if Path(path).suffix == ".svg":
+    """Write a figure as SVG where the name ends so, else in what its ending names (PNG, PDF).
+
+    Raises:
+        MemplanError: the ending names nothing that can be drawn.
+    """
+    kind = Path(path).suffix.removeprefix(".")
+    if kind == "svg":
         Path(path).write_text(svg(figure), encoding="utf-8")
-    else:
+    elif kind in figure.canvas.get_supported_filetypes():
         figure.savefig(path, dpi=150, facecolor="white")
+    else:
+        raise MemplanError(f"cannot draw {path}: the name must end in .png, .svg or .pdf")
 
 
 def svg(figure: Figure) -> str:

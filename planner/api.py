@@ -4,6 +4,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -13,19 +14,20 @@ from ..passes.homes import Homes
 from ..passes.outside import LeaveOutside
 from ..passes.transfers import routes_of
 from .cost import Table, apply_costs
-from .errors import BudgetError, MachineError, MemplanError
+from .errors import BudgetError, CaptureError, MachineError, MemplanError
 from .machine import Machine, named_machine
 from .pipeline import Answer, Planner
-from .plan import Plan, PlanBody, Recipe, Side, assemble, unlimited
+from .plan import Counted, Plan, PlanBody, Recipe, Side, assemble, unlimited
 from .referee import referee
-from .schedule import check_levers
-from .units import parse_bytes
+from .schedule import LEVERS, check_levers
+from .units import parse_bytes, shorten
 
 if TYPE_CHECKING:
     from torch import nn
 
     from .capture import Captured
 
+SEEDS = 2**31  # random generators take no larger ones, and some count on from the seed
 PLACINGS = 8  # plans made to find one that fits with its arena
 Progress = Callable[[str, float], None]
 
@@ -62,9 +64,9 @@ def plan(
         loss: from the model's output to a scalar, where the caller computes it; default: the output itself or its `.loss`.
         optimizer: None, "sgd", "adam", "adamw" or a torch optimizer: its state and its step's temporaries count.
         machine: a preset's name, a TOML path or a `Machine`; default: the one the model is on, found out and measured.
-        allow: which levers may be used, out of "recompute", "reorder" and "offload" (and, once it exists, "tile");
-            default: "recompute" and "reorder". Offload moves activations to the tiers behind the device: the host's memory
-            for a GPU, a file for a CPU (in `MEMPLAN_OFFLOAD`, or else beside the measurements).
+        allow: which levers may be used, out of "recompute", "reorder" and "offload"; default: "recompute" and "reorder".
+            Offload moves activations to the tiers behind the device: the host's memory for a GPU, a file for a CPU (in
+            `MEMPLAN_OFFLOAD`, or else beside the measurements).
         time_limit: seconds for measuring and planning together, at most.
         seed: of the search.
         arena: plan an address for every tensor that the step makes and keeps to itself: applied, the plan runs in one
@@ -88,6 +90,9 @@ def plan(
         BudgetError: no schedule fits; `.minimum` is the smallest budget known to work.
         CaptureError: the model cannot be traced.
         MachineError: no such machine.
+        MemplanError: an argument that makes no sense.
+
+    Several threads may plan at once: they trace one after the other, for tracing changes the model and torch for a while.
 
     Example:
         >>> import torch, memplan
@@ -95,13 +100,16 @@ def plan(
         >>> planned = memplan.plan(model, None, (torch.randn(8, 64),), loss=lambda out: out.sum()).apply(model)
         >>> planned(torch.randn(8, 64)).sum().backward()
     """
-    if strategy is not None and allow is None:
-        allow = ("reorder", "recompute", "offload")
     return Session(
-        model, args, kwargs, train=train, loss=loss, optimizer=optimizer, machine=machine, allow=allow,
+        model, args, kwargs, train=train, loss=loss, optimizer=optimizer, machine=machine, allow=levers_of(allow, strategy),
         time_limit=time_limit, seed=seed, lend_gradients=lend_gradients, host_budget=host_budget,
         optimizer_in_backward=optimizer_in_backward, progress=progress,
     ).plan(budget, arena, strategy)  # fmt: skip
+
+
+def levers_of(allow: Iterable[str] | None, strategy: str | None) -> Iterable[str] | None:
+    """The levers that may be used: all that there are for a strategy, where nothing is said."""
+    return LEVERS if strategy is not None and allow is None else allow
 
 
 def sweep(
@@ -114,18 +122,21 @@ def sweep(
         points: how many budgets, evenly spaced; or the budgets themselves, of which those that no schedule meets are left out.
         args: as in `plan`.
         kwargs: as in `plan`.
-        options: the other arguments of `plan`.
+        options: the other arguments of `plan`; `time_limit` is for each budget, the first of which pays for measuring.
     """
-    session = Session(model, args, kwargs, **options)
-    top, bottom = session.planner.unplanned.peak, session.planner.floor.peak
+    arena, strategy = options.pop("arena", False), options.pop("strategy", None)
+    session = Session(model, args, kwargs, **{**options, "allow": levers_of(options.get("allow"), strategy)})
     if isinstance(points, int):
+        session.begin(arena)
+        top = session.planner.unplanned.peak
+        bottom = (session.static_floor if arena else session.planner.floor).peak
         budgets: list[int | str] = [top - (top - bottom) * index // max(points - 1, 1) for index in range(points)]
     else:
         budgets = list(points)
     plans = []
     for budget in budgets:
         try:
-            plans.append(session.plan(budget))
+            plans.append(session.plan(budget, arena, strategy))
         except BudgetError as error:
             if error.minimum is None:
                 raise
@@ -153,8 +164,11 @@ class Session:
         optimizer_in_backward: bool = False,
         progress: Progress | None = None,
     ):
+        self.began: float | None = time.monotonic()
         levers = check_levers(allow)
         known = named_machine(machine)
+        check_numbers(time_limit, seed)
+        check_model(model, kwargs)
         from ..backends.homes import bring_back
         from .capture import capture, describe_inputs
 
@@ -162,7 +176,7 @@ class Session:
         if progress is not None:
             progress("tracing the model", 0.0)
         began = time.monotonic()
-        self.time_limit = time_limit
+        self.time_limit = float(time_limit)
         self.lend_gradients = lend_gradients
         self.captured: Captured = capture(
             model, args, dict(kwargs or {}), train=train, loss=loss, optimizer=optimizer, in_backward=optimizer_in_backward,
@@ -175,6 +189,7 @@ class Session:
             loss=loss is not None,
             optimizer=None if optimizer is None else optimizer if isinstance(optimizer, str) else type(optimizer).__name__,
             in_backward=optimizer_in_backward,
+            counted=counted(model, optimizer, self.captured.program.device if known is None else known.device),
         )
         real = known is None and all(value.device.type != "meta" for value in model.parameters())
         table = None
@@ -206,7 +221,17 @@ class Session:
             if progress is not None:
                 progress("measuring ops", done / max(total, 1))
 
-        calibrate(self.captured.program, machine, table, time_limit=self.time_limit, progress=tell)
+        calibrate(self.captured.program, machine, table, time_limit=self.left(), progress=tell)
+
+    def left(self) -> float:
+        """Seconds that are left: of the first plan's time limit what measuring has not taken, of a later one's all."""
+        return self.time_limit if self.began is None else max(0.0, self.began + self.time_limit - time.monotonic())
+
+    def begin(self, arena: bool = False) -> Planner:
+        """The planner, which is told when to end."""
+        planner = self.static_planner if arena else self.planner
+        planner.deadline = time.monotonic() + self.left()
+        return planner
 
     @cached_property
     def static_planner(self) -> Planner:
@@ -269,8 +294,7 @@ class Session:
         if self.lend_gradients and not arena:
             raise MemplanError("lend_gradients=True lends gradients that lie in an arena: plan with arena=True")
         began = time.monotonic()
-        planner = self.static_planner if arena else self.planner
-        planner.deadline = began + self.time_limit
+        planner, self.began = self.begin(arena), None
         unplanned = planner.unplanned
         capacity = self.machine.tiers[0].capacity
         asked = None if budget is None else parse_bytes(budget, of=unplanned.peak)
@@ -298,11 +322,53 @@ class Session:
         return assemble(body, answer.side, unplanned, self.captured)
 
 
+def check_numbers(time_limit: Any, seed: Any) -> None:
+    """Refuse a time limit or a seed that is none.
+
+    Raises:
+        MemplanError: which, and what it is to be.
+    """
+    if not isinstance(time_limit, Real) or isinstance(time_limit, bool) or not float(time_limit) >= 0:
+        raise MemplanError(f"time_limit={time_limit!r}: give seconds, 0 or more")
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= int(seed) < SEEDS:
+        raise MemplanError(f"seed={shorten(seed)}: give a whole number from 0 to 2^31 - 1")
+
+
+def check_model(model: Any, kwargs: Any) -> None:
+    """Refuse what is no model, or cannot be its keyword arguments.
+
+    Raises:
+        CaptureError: what it is instead.
+        MemplanError: likewise.
+    """
+    from torch import nn
+
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"plan needs an nn.Module, not a {type(model).__name__}")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise MemplanError(f"kwargs={shorten(kwargs)}: give a dict of the model's keyword arguments")
+
+
+def counted(model: "nn.Module", optimizer: Any, device: str) -> Counted | None:
+    """What a plan's file keeps of an optimizer that is more than a name."""
+    from .capture import trainable
+    from .optimizers import kept_by
+
+    if optimizer is None or isinstance(optimizer, str):
+        return None
+    return Counted(kept_by(optimizer, device), tuple(sorted(trainable(model, optimizer))))
+
+
+def host_bytes(budget: int | str, capacity: int) -> int:
+    """Bytes that may be used in a tier behind the device."""
+    return parse_bytes(budget, of=capacity, what="host budget", whole="tier")
+
+
 def limit_tiers(machine: Machine, budget: int | str | None) -> Machine:
     """The machine with no more than a number of bytes in each tier behind the first."""
     if budget is None:
         return machine
-    rest = [msgspec.structs.replace(tier, capacity=min(tier.capacity, parse_bytes(budget, of=tier.capacity)))
+    rest = [msgspec.structs.replace(tier, capacity=min(tier.capacity, host_bytes(budget, tier.capacity)))
             for tier in machine.tiers[1:]]  # fmt: skip
     return msgspec.structs.replace(machine, tiers=(machine.tiers[0], *rest))
 
@@ -318,6 +384,3 @@ def traced_device(machine: Machine | None) -> str | None:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-__all__ = ["MachineError", "Session", "plan", "sweep"]

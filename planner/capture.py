@@ -8,31 +8,36 @@ at their values takes the branch that it takes in eager mode.
 """
 
 import inspect
-import json
+import logging
 import sysconfig
+import threading
 import traceback
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
+from torch._functorch import config as functorch_config
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import _disable_current_modes
 
-from .errors import CaptureError, PlanMismatch
+from .asides import unasked
+from .casts import cached_casts
+from .constants import Constants, Refusal
+from .errors import CaptureError
 from .graph import Source, Traced, lower
+from .inputs import TensorFacts, describe_inputs, facts, rebuild_inputs
 from .native import native_kernels
-from .nodes import is_view
+from .plan import Counted
 from .program import Program
+from .structure import Structure
 
-CONSTANT_ELEMENTS = 1 << 20  # constants larger than this are not evaluated while tracing
-GROUPED = getattr(getattr(torch.ops.aten, "_grouped_mm", None), "default", None)
-FACTORIES = {"arange", "ones", "zeros", "full", "scalar_tensor", "eye"}
+PLAIN = bool | int | float | str | None
+TRACING = threading.RLock()  # tracing changes torch's tables and the model's
 
 
 @dataclass(frozen=True)
@@ -52,23 +57,6 @@ class Signature:
     autocast: tuple[bool, torch.dtype]
 
 
-class TensorFacts(msgspec.Struct, frozen=True):
-    """What is promised of an input tensor or a parameter."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: str
-    requires_grad: bool = False
-
-    @staticmethod
-    def of(tensor: torch.Tensor) -> "TensorFacts":
-        """The facts of a tensor."""
-        return TensorFacts(tuple(tensor.shape), tuple(tensor.stride()), str(tensor.dtype)[6:], tensor.requires_grad)
-
-    def __str__(self) -> str:
-        return f"{self.dtype}{list(self.shape)}" + (" requiring grad" if self.requires_grad else "")
-
-
 @dataclass(frozen=True)
 class Captured:
     """A program with what a backend needs to run it.
@@ -83,6 +71,9 @@ class Captured:
         loss_leaf: which leaf of the output is the loss; None where the caller computes it.
         train: whether there is a backward pass.
         plain: indices of traced outputs through which the model itself lets no gradient pass.
+        model: a weak reference to the model that was traced.
+        structure: what it was like.
+        loss: the caller's loss function, if there is one.
     """
 
     program: Program
@@ -94,67 +85,35 @@ class Captured:
     loss_leaf: int | None
     train: bool
     plain: frozenset[int]
-
-
-class _Constants(FakeTensorMode):
-    """Fake tensors, except that small constants keep their values."""
-
-    def may_turn_const(self, t: torch.Tensor) -> bool:
-        return t.numel() <= CONSTANT_ELEMENTS and not isinstance(t, FakeTensor) and t.device.type != "meta"
-
-    def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is GROUPED and args[0].dtype != torch.bfloat16:
-            return self.grouped_product(*args, **(kwargs or {}))
-        if args and isinstance(args[0], FakeTensor) and args[0].constant is not None and is_view(func):
-            return self.view_of_constant(func, types, args, kwargs or {})
-        out = super().dispatch(func, types, args, kwargs or {})
-        if getattr(func, "namespace", "") == "aten" and func._opname in FACTORIES and isinstance(out, FakeTensor):
-            plain = not any(isinstance(arg, torch.Tensor) for arg in args)
-            if plain and out.numel() <= CONSTANT_ELEMENTS:
-                with _disable_current_modes():
-                    out.constant = func(*args, **{**(kwargs or {}), "device": "cpu", "pin_memory": False})
-        return out
-
-    def view_of_constant(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        """A view with its value, which shares its base's storage as other views do: torch's own way makes a copy of it."""
-        base, known = args[0], args[0].constant
-        base.constant = None
-        try:
-            out = super().dispatch(func, types, args, kwargs)
-        finally:
-            base.constant = known
-        with _disable_current_modes():
-            values = func(known, *args[1:], **kwargs)
-        for made, value in zip(pytree.tree_leaves(out), pytree.tree_leaves(values), strict=True):
-            made.constant = value
-        return out
-
-    def grouped_product(self, one: Any, two: Any, offsets: Any = None, bias: Any = None, out_dtype: Any = None) -> Any:
-        """A fake result of the experts' product, which torch's own fake kernel only knows for bfloat16."""
-        from torch._meta_registrations import _create_grouped_mm_output_tensor as make
-
-        with self:
-            return make(one, two, offsets, out_dtype)
+    model: weakref.ref[nn.Module]
+    structure: Structure
+    loss: Callable[[Any], torch.Tensor] | None
 
 
 class _Step(nn.Module):
     """Wraps the model so that its inputs and outputs are flat, and only the loss carries a gradient."""
 
-    def __init__(self, model: nn.Module, spec: pytree.TreeSpec, fixed: dict[int, Any], train: bool, own_loss: bool):
+    def __init__(
+        self, model: nn.Module, mode: Constants, spec: pytree.TreeSpec, fixed: dict[int, Any], train: bool, own_loss: bool
+    ):
         super().__init__()
         self.model = model
+        self.mode = mode
         self.call = (spec, fixed, train, own_loss)
+        self.caches = train and torch.is_autocast_cache_enabled()
         self.outputs: tuple[Any, ...] = ()
         self.output_spec: pytree.TreeSpec | None = None
         self.loss_leaf: int | None = None
         self.plain: frozenset[int] = frozenset()
+        self.replaced: list[tuple[str, torch.Tensor]] = []
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         spec, fixed, train, own_loss = self.call
         rest = iter(tensors)
         leaves = [fixed[index] if index in fixed else next(rest) for index in range(spec.num_leaves)]
         args, kwargs = pytree.tree_unflatten(leaves, spec)
-        output = self.model.forward(*args, **kwargs)  # not its hooks: they run around the planned forward
+        with cached_casts(self.mode, self.caches), kept_tensors(self.model) as self.replaced:
+            output = self.model.forward(*args, **kwargs)  # not its hooks: they run around the planned forward
         flat, self.output_spec = pytree.tree_flatten(output)
         found: list[torch.Tensor] = []
         kept, plain = [], set()
@@ -216,12 +175,11 @@ def flatten_call(model: nn.Module, args: tuple, kwargs: dict | None) -> tuple[li
         TypeError: the arguments do not fit the model's forward.
     """
     bound = inspect.signature(type(model).forward).bind(model, *args, **(kwargs or {}))
+    for name, known in bound.signature.parameters.items():  # f(x) and f(x, mask=None) are one call: the first
+        given = bound.arguments.get(name)
+        if isinstance(known.default, PLAIN) and type(given) is type(known.default) and given == known.default:
+            bound.arguments.pop(name, None)
     return pytree.tree_flatten((bound.args[1:], bound.kwargs))
-
-
-def facts(leaf: Any) -> Any:
-    """What a call promises of one leaf: a tensor's facts, or the value itself."""
-    return TensorFacts.of(leaf) if isinstance(leaf, torch.Tensor) else leaf
 
 
 def capture(
@@ -244,7 +202,8 @@ def capture(
         kwargs: likewise.
         train: trace the backward pass too.
         loss: from the output to a scalar, where the caller computes it; it is measured, not captured into the program.
-        optimizer: None, `sgd`, `adam`, `adamw` or a torch optimizer, whose state and temporaries are counted.
+        optimizer: None, `sgd`, `adam`, `adamw`, a torch optimizer or what was `Counted` of one, whose state and temporaries
+            are counted.
         in_backward: its updates are part of the step: each parameter's runs as soon as its gradient is complete.
         device: the device type to trace for; by default where the model is, and cpu for a model on meta.
         runs_on: the device type that the step is for, where it cannot be traced for here; default: `device`.
@@ -262,16 +221,21 @@ def capture(
     if in_backward and (optimizer is None or not train):
         raise CaptureError("optimizer_in_backward wants an optimizer and a training step: pass optimizer=, and train=True")
     fixed = {index: leaf for index, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor)}
-    mode = _Constants(allow_non_fake_inputs=True)
+    mode = Constants()
     inputs = [fake(mode, leaf, device) for leaf in leaves if isinstance(leaf, torch.Tensor)]
     tensor_leaves = [index for index in range(len(leaves)) if index not in fixed]
     parameters = {name: TensorFacts.of(value) for name, value in named_tensors(model)}
-    step = _Step(model, spec, fixed, train, loss is not None)
+    structure = Structure.of(model)
+    step = _Step(model, mode, spec, fixed, train, loss is not None)
     step.training = model.training  # without `train()`, which would reach into the model
     updated = trainable(model, optimizer)
-    with fake_parameters(model, mode, device) as names, ExitStack() as stack:
+    with TRACING, fake_parameters(model, mode, device) as names, ExitStack() as stack:
         joint = trace(step, inputs, mode, train, stack)
         loss_cost = trace_loss(step, joint.graph_module, loss, mode) if train and loss is not None else None
+        check_replaced(joint.graph_module, step.replaced)
+        if loss_cost is not None:
+            check_reached(joint.graph_module, loss_cost, step.plain)
+        stack.enter_context(in_words("plan what was traced"))
         traced = lower(
             joint.graph_module,
             name=type(model).__name__,
@@ -284,6 +248,7 @@ def capture(
             in_backward=in_backward,
             trainable=updated,
             runs_on=runs_on or device,
+            region_of=mode.region_of,
         )
     assert step.output_spec is not None
     return Captured(
@@ -301,12 +266,71 @@ def capture(
         loss_leaf=step.loss_leaf,
         train=train,
         plain=step.plain,
+        model=weakref.ref(model),
+        structure=structure,
+        loss=loss,
     )
+
+
+@contextmanager
+def kept_tensors(model: nn.Module) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Put back what a traced call leaves in the attributes of modules: the fake tensors that it stores there.
+
+    Yields:
+        A list, filled at the end: tensors, neither parameters nor buffers, in whose place the call has put others, by name.
+    """
+    before = [(vars(module), dict(vars(module))) for module in model.modules()]
+    replaced: list[tuple[str, torch.Tensor]] = []
+    try:
+        yield replaced
+    finally:
+        for own, was in before:
+            for key in [key for key, value in own.items() if isinstance(value, torch.Tensor) and was.get(key) is not value]:
+                if isinstance(was.get(key), torch.Tensor):
+                    replaced.append((key, was[key]))
+                if key in was:
+                    own[key] = was[key]
+                else:
+                    del own[key]
+
+
+def check_replaced(graph: fx.GraphModule, replaced: list[tuple[str, torch.Tensor]]) -> None:
+    """Refuse a model that reads a plain tensor and puts another in its place: a plan would read the old one ever after.
+
+    Raises:
+        CaptureError: which.
+    """
+    found = [getattr(graph, str(node.target)) for node in graph.graph.find_nodes(op="get_attr")]
+    for key, value in replaced:
+        if any(value is constant for constant in found):
+            raise CaptureError(f"the model changes {key}, a tensor that is no buffer: use register_buffer")
+
+
+def check_reached(graph: fx.GraphModule, loss: fx.GraphModule, plain: frozenset[int]) -> None:
+    """Refuse a loss that is to send a gradient through an output to which none can come: it is the view of another.
+
+    Args:
+        graph: the model's joint graph.
+        loss: the loss function's.
+        plain: outputs through which the model itself lets no gradient pass.
+
+    Raises:
+        CaptureError: which output.
+    """
+    inputs = [node.meta["desc"] for node in graph.graph.find_nodes(op="placeholder")]
+    fed = {getattr(desc.output, "idx", -1) for desc in inputs if type(desc).__name__ == "TangentAOTInput"}
+    output = next(node for node in loss.graph.nodes if node.op == "output")
+    for node, desc in zip(output.args[0], output.meta["desc"], strict=True):
+        if node is not None and type(desc).__name__ == "GradAOTOutput" and desc.grad_of.idx not in fed | plain:
+            raise CaptureError(f"the loss reads output {desc.grad_of.idx} of the model, which is a view of another output, or "
+                               "a parameter: return a clone of it")  # fmt: skip
 
 
 def trainable(model: nn.Module, optimizer: Any) -> set[str]:
     """Names of the parameters that an optimizer updates: those that a torch optimizer holds, else all that want gradients."""
     wanted = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    if isinstance(optimizer, Counted):
+        return set(optimizer.trainable)
     if optimizer is None or isinstance(optimizer, str):
         return set(wanted)
     held = {id(value) for group in getattr(optimizer, "param_groups", ()) for value in group["params"]}
@@ -315,16 +339,39 @@ def trainable(model: nn.Module, optimizer: Any) -> set[str]:
 
 def trace(step: nn.Module, inputs: list[torch.Tensor], mode: FakeTensorMode, train: bool, stack: ExitStack) -> Any:
     """AOTAutograd's joint graph with descriptors, or a `CaptureError` that names the model's line."""
-    try:
+    with in_words("trace the model"):
+        stack.enter_context(quiet("torch._subclasses.fake_tensor"))  # what goes wrong is told in one line
         stack.enter_context(mode)
         stack.enter_context(native_kernels())
+        stack.enter_context(unasked())
+        stack.enter_context(functorch_config.patch(backward_pass_autocast="off"))  # where `backward()` should be called
         stack.enter_context(torch.enable_grad() if train else torch.no_grad())
         return aot_export_joint_with_descriptors(stack, step, tuple(inputs), decompositions={})
+
+
+@contextmanager
+def quiet(name: str) -> Iterator[None]:
+    """Let a logger say nothing."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def in_words(doing: str) -> Iterator[None]:
+    """Turn whatever goes wrong into a `CaptureError` of one line, with the model's own where that is known."""
+    try:
+        yield
     except CaptureError:
         raise
-    except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CaptureError(f"cannot trace the model{model_line(error)}: {type(error).__name__}: {reason[0][:300]}") from error
+    except (Exception, SystemExit) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        kind = "" if isinstance(error, Refusal) else f"{type(error).__name__}: "
+        raise CaptureError(f"cannot {doing}{model_line(error)}: {kind}{reason}") from error
 
 
 def model_line(error: BaseException) -> str:
@@ -357,6 +404,9 @@ def trace_loss(
             if not isinstance(value, torch.Tensor) or value.dim() != 0:
                 shape = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
                 raise CaptureError(f"the loss function returns {shape}, not a scalar tensor: reduce it, as with .mean()")
+            if not value.requires_grad:
+                raise CaptureError("the loss function's result does not depend on what requires a gradient: leave out "
+                                   ".detach() or no_grad(), or plan with train=False")  # fmt: skip
             return value
 
     inputs = []
@@ -440,40 +490,6 @@ def device_of(model: nn.Module, leaves: list[Any]) -> str:
 def autocast_state(device: str) -> tuple[bool, torch.dtype]:
     """Whether autocast is on for the device type, and to which type."""
     return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-
-
-def describe_inputs(captured: Captured) -> str:
-    """The example inputs as JSON, for a plan file; empty where they hold something that JSON cannot."""
-    try:
-        leaves = [{"tensor": msgspec.to_builtins(leaf)} if isinstance(leaf, TensorFacts) else {"value": leaf}
-                  for leaf in captured.signature.inputs]  # fmt: skip
-        return json.dumps({"leaves": leaves, "spec": pytree.treespec_dumps(captured.signature.spec)})
-    except (TypeError, NotImplementedError):
-        return ""
-
-
-def rebuild_inputs(text: str) -> tuple[tuple, dict]:
-    """Inputs on meta as `describe_inputs` wrote them down.
-
-    Raises:
-        PlanMismatch: the description is missing or broken.
-    """
-    if not text:
-        raise PlanMismatch("the plan file does not say what its inputs were: plan again in this process")
-    try:
-        data = json.loads(text)
-        leaves = []
-        for leaf in data["leaves"]:
-            if "tensor" in leaf:
-                known = msgspec.convert(leaf["tensor"], TensorFacts)
-                made = torch.empty_strided(known.shape, known.stride, dtype=getattr(torch, known.dtype), device="meta")
-                leaves.append(made.requires_grad_(known.requires_grad))
-            else:
-                leaves.append(leaf["value"])
-        args, kwargs = pytree.tree_unflatten(leaves, pytree.treespec_loads(data["spec"]))
-    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
-        raise PlanMismatch(f"the plan file's description of its inputs is broken: {error}") from None
-    return args, kwargs
 
 
 __all__ = ["Captured", "Signature", "Source", "TensorFacts", "capture", "describe_inputs", "rebuild_inputs"]

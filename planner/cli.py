@@ -37,6 +37,7 @@ from .options import (
     Strategy,
     TimeLimit,
     output,
+    picture,
     planning,
     readable_capacity,
 )
@@ -94,8 +95,8 @@ def plan(
 @app.command()
 def show(
     file: PlanFile,
-    png: Annotated[Path | None, output("The memory timeline as a picture.")] = None,
-    svg: Annotated[Path | None, output("The same, scalable.")] = None,
+    png: Annotated[Path | None, picture("The memory timeline as a picture.")] = None,
+    svg: Annotated[Path | None, picture("The same, scalable.")] = None,
     trace: Annotated[Path | None, output("A Chrome trace, for ui.perfetto.dev.")] = None,
     snapshot: Annotated[Path | None, output("A memory snapshot, for pytorch.org/memory_viz.")] = None,
     html: Annotated[Path | None, output("A self-contained report.")] = None,
@@ -195,8 +196,8 @@ def sweep(
     in_backward: InBackward = False,
     time_limit: TimeLimit = 60.0,
     seed: Seed = 0,
-    png: Annotated[Path | None, output("The curve as a picture.")] = None,
-    svg: Annotated[Path | None, output("The same, scalable.")] = None,
+    png: Annotated[Path | None, picture("The curve as a picture.")] = None,
+    svg: Annotated[Path | None, picture("The same, scalable.")] = None,
     table_file: Annotated[Path | None, output("The table as CSV.", "--csv")] = None,
     as_json: Json = False,
 ) -> None:
@@ -209,6 +210,8 @@ def sweep(
     with progress("building the model") as report:
         module, args, kwargs = load_model(model, meta=True)
         plans = api.sweep(module, points, args, kwargs, **options, progress=report)
+        if not plans:
+            raise MemplanError("no budget between the unplanned peak and the floor was met: give a longer --time-limit")
     facts = [
         {
             "budget": made.budget,
@@ -331,10 +334,10 @@ def alloc(
             help="Bytes to fit into, or fast=1MiB,slow=4GiB by pool; left out: the smallest peak.", callback=readable_capacity
         ),
     ] = None,
-    align: Annotated[int, typer.Option(help="Every offset is a multiple of it.", min=1)] = 1,
+    align: Annotated[int, typer.Option(help="Every offset is a multiple of it.", min=1, max=2**40)] = 1,
     out: Annotated[Path | None, output("Write the file again, with offsets.", "-o", "--output")] = None,
-    png: Annotated[Path | None, output("The packing as a picture.")] = None,
-    svg: Annotated[Path | None, output("The same, scalable.")] = None,
+    png: Annotated[Path | None, picture("The packing as a picture.")] = None,
+    svg: Annotated[Path | None, picture("The same, scalable.")] = None,
     time_limit: Annotated[float, typer.Option(help="Seconds to search for, at most.", min=0.0)] = 10.0,
     method: Annotated[Method, typer.Option(help="auto, or a solver to compare it with.")] = Method.AUTO,
     seed: Seed = 0,
@@ -367,8 +370,8 @@ def map_(
     time_limit: Annotated[float, typer.Option(help="Seconds to search for, at most.", min=0.0)] = 60.0,
     seed: Seed = 0,
     out: Annotated[Path | None, output("Write the program: .json, or text.", "-o", "--output")] = None,
-    png: Annotated[Path | None, output("Addresses over time as a picture.")] = None,
-    svg: Annotated[Path | None, output("The same, scalable.")] = None,
+    png: Annotated[Path | None, picture("Addresses over time as a picture.")] = None,
+    svg: Annotated[Path | None, picture("The same, scalable.")] = None,
     save: Annotated[Path | None, output("Write a plan, for `memplan show` and `memplan check`.")] = None,
     as_json: Json = False,
 ) -> None:

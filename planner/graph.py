@@ -15,10 +15,10 @@ from torch import fx
 
 from .errors import CaptureError
 from .in_place import InPlace, in_place_form
-from .nodes import call_key, closure, cost_of_graph, count_flops, encode, is_call, is_random, is_tensor, results, span
+from .nodes import call_key, closure, cost_of_graph, count_flops, encode, is_call, is_random, is_tensor, results, span, unpicked
 from .optimizers import rows_of, update_op, update_ops
 from .program import Buffer, Kind, Op, Phase, Program
-from .restore import restore_dropout, sum_tied
+from .restore import merge_casts, restore_dropout, sum_tied
 
 # BatchNorm in training mode reads the running statistics only to update them: its other results do not depend on them.
 STATISTICS = {"aten._native_batch_norm_legit_functional.default": (3, 4)}
@@ -89,6 +89,7 @@ def lower(
     in_backward: bool,
     trainable: set[str],
     runs_on: str,
+    region_of: Callable[[fx.Node], int | None] = lambda cast: None,
 ) -> Traced:
     """Build the program of a joint graph with descriptors.
 
@@ -105,8 +106,10 @@ def lower(
         trainable: names of the parameters that the optimizer updates.
         runs_on: the type of device that the step is for: it decides the optimizer's temporaries, and on the CPU dropout
             is spelled out as eager computes it.
+        region_of: as for `planner.restore.merge_casts`.
     """
     sum_tied(graph, parameter_name)
+    merge_casts(graph, parameter_name, region_of)
     if device == runs_on == "cpu":
         restore_dropout(graph)
     lowering = _Lowering(graph, device, parameter_name, input_leaf)
@@ -130,6 +133,7 @@ class _Lowering:
         self.owner: dict[fx.Node, int] = {}
         self.by_storage: dict[int, int] = {}
         self.sources: dict[fx.Node, Source] = {}
+        self.resident: set[int] = set()  # buffers of sources, tangents among them
         self.in_place: dict[tuple[int, int], InPlace] = {}
         self.mutations: dict[int, tuple[Source, fx.Node]] = {}
         self.updates: dict[int, tuple[tuple[str, fx.Node], ...]] = {}
@@ -152,7 +156,7 @@ class _Lowering:
                                "is a view of another output or of an input; return a clone of it")  # fmt: skip
         for node in self.graph.graph.nodes:
             if node.op in ("placeholder", "get_attr"):
-                self.add_source(node)
+                self.add_source(node, train)
         tangents = [node for node, source in self.sources.items() if source.kind == "tangent"]
         early, late = split(self.graph.graph, [*outputs, *(node for node, _ in changes)])
         changed = {self.owner[self.find(desc)] for _, desc in changes}
@@ -201,11 +205,14 @@ class _Lowering:
         """The placeholder that a descriptor of an input describes."""
         return next(node for node in self.sources if node.meta.get("desc") == desc)
 
-    def add_source(self, node: fx.Node) -> None:
+    def add_source(self, node: fx.Node, train: bool) -> None:
         """A resident buffer, or a tangent."""
         value = node.meta.get("val")
         if node.op == "get_attr":
             constant = getattr(self.graph, str(node.target))
+            if train and getattr(constant, "requires_grad", False):
+                raise CaptureError("the model uses a tensor that wants a gradient and is not one of its parameters: register "
+                                   "it (nn.Parameter, nn.ParameterList)")  # fmt: skip
             constant = getattr(constant, "constant", None) if hasattr(constant, "fake_mode") else constant
             if not isinstance(constant, torch.Tensor):
                 raise CaptureError(f"the model holds {node.target}, whose value is not known while tracing")
@@ -222,13 +229,16 @@ class _Lowering:
                     source, kind = Source("buffer", self.parameter_name(desc.target)), Kind.CONSTANT
                 case "PlainAOTInput":
                     source, kind = Source("input", f"input {desc.idx}", self.input_leaf(desc.idx)), Kind.INPUT
+                case "TangentAOTInput" if not hasattr(desc.output, "idx"):
+                    raise CaptureError("the model changes a parameter or an input in its forward pass, and differentiates it, "
+                                       "as an embedding with max_norm does: change it outside")  # fmt: skip
                 case "TangentAOTInput":
                     source, kind = Source("tangent", "tangent", desc.output.idx), Kind.TEMPORARY
                 case other:
                     raise CaptureError(f"the model takes an input that memplan cannot wire ({other})")
         self.sources[node] = source
         if isinstance(value, torch.Tensor):
-            self.define(node, value, source.name or node.name, kind)
+            self.resident.add(self.define(node, value, source.name or node.name, kind))
 
     def define(self, node: fx.Node, value: torch.Tensor, name: str, kind: Kind) -> int:
         """The buffer of a node's storage, new unless another node shares it."""
@@ -256,6 +266,9 @@ class _Lowering:
         if not parts and value is not None and not is_tensor(value):
             raise CaptureError(f"the model takes a number out of a tensor ({node.target}): memplan needs shapes and "
                                "branches that do not depend on data")  # fmt: skip
+        if any(item.layout is not torch.strided for _, item in parts):
+            raise CaptureError(f"the model makes a sparse tensor ({node.target}), and memplan plans dense ones: leave out "
+                               "sparse=True")  # fmt: skip
         known = {part for part, item in parts if item.untyped_storage()._cdata in self.by_storage}
         if parts and all(part in known for part, _ in parts):
             for part, item in parts:
@@ -273,10 +286,10 @@ class _Lowering:
         reuse = []
         for operand in tensors:
             form = in_place_form(node, operand, tensors, self.owner) if len(parts) == 1 else None
-            if form is not None and operand not in self.sources and (writes[0], self.owner[operand]) not in reuse:
-                if self.owner[operand] not in {self.owner[source] for source in self.sources if source in self.owner}:
-                    reuse.append((writes[0], self.owner[operand]))
-                    self.in_place[index, self.owner[operand]] = form
+            buffer = self.owner[operand]
+            if form is not None and buffer not in self.resident and (writes[0], buffer) not in reuse:
+                reuse.append((writes[0], buffer))
+                self.in_place[index, buffer] = form
         self.ops.append(
             Op(
                 name=node.name,
@@ -289,6 +302,7 @@ class _Lowering:
                 repeatable=not (set(reads) & changed) and not node.target._schema.is_mutable and bool(writes),
                 random=is_random(node),
                 flops=count_flops(node),
+                workspace=unpicked(node, parts),
                 traffic=sum(span(arg.meta["val"]) for arg in tensors) + sum(span(item) for _, item in parts),
                 where=self.where,
             )

@@ -64,8 +64,8 @@ def is_rowwise(node: fx.Node) -> bool:
 
 
 def layout(value: torch.Tensor) -> tuple:
-    """Shape, strides, offset and type."""
-    return tuple(value.shape), tuple(value.stride()), value.storage_offset(), value.dtype
+    """Shape, strides, offset, type, and whether what is stored is the conjugate or the negative."""
+    return tuple(value.shape), tuple(value.stride()), value.storage_offset(), value.dtype, value.is_conj(), value.is_neg()
 
 
 def out_overload(target: torch._ops.OpOverload) -> Any:

@@ -130,21 +130,32 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True
         """
         if not self.tiers or not self.units:
             raise MachineError(f"machine {self.name} needs at least one tier and one unit")
+        names = [tier.name for tier in self.tiers]
         for tier in self.tiers:
-            if min(tier.capacity, tier.bandwidth, tier.rounding, tier.alignment) <= 0:
+            if names.count(tier.name) > 1:
+                raise MachineError(f"machine {self.name} has two tiers called {tier.name!r}")
+            if not all(map(positive, (tier.capacity, tier.bandwidth, tier.rounding, tier.alignment))):
                 raise MachineError(f"tier {tier.name} of {self.name}: every figure must be positive")
         for unit in self.units:
             self.tier_index(unit.tier)
-            if "default" not in unit.flops or min(unit.flops.values()) <= 0 or not 0 < unit.efficiency <= 1:
+            if "default" not in unit.flops or not all(map(positive, unit.flops.values())) or not 0 < unit.efficiency <= 1:
                 raise MachineError(f"unit {unit.name} of {self.name}: needs positive flops with a 'default'")
+            if not 0 <= unit.launch < float("inf"):
+                raise MachineError(f"unit {unit.name} of {self.name}: launch must be at least 0")
         for link in self.links:
             self.tier_index(link.source)
             self.tier_index(link.target)
-            if link.bandwidth <= 0 or link.latency < 0 or link.load < 0 or not 0 < link.duplex <= 1:
+            costs = all(0 <= figure < float("inf") for figure in (link.latency, link.load))
+            if not positive(link.bandwidth) or not costs or not 0 < link.duplex <= 1:
                 raise MachineError(
                     f"link {link.source}->{link.target} of {self.name}: bandwidth must be positive, latency and load at least "
                     "0, duplex above 0 and at most 1"
                 )
+
+
+def positive(figure: float) -> bool:
+    """Whether it is above 0 and a number at all."""
+    return 0 < figure < float("inf")
 
 
 def preset_names() -> list[str]:

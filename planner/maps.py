@@ -59,7 +59,7 @@ class MappedModel:
     def plan(self) -> Plan:
         """The same as a plan, which `memplan show` and `memplan check` read; unplanned, everything is in the scratchpad.
 
-        Its gap and bound are of its time, not of its bytes: the ops alone are its bound.
+        Its gap and status are of the bytes that it moves; its bound is of its time, and is what the ops alone take.
         """
         from .capture import describe_inputs
 
@@ -68,7 +68,9 @@ class MappedModel:
         body = PlanBody(
             program=program,
             machine=found.machine,
-            recipe=Recipe(describe_inputs(self.captured), train=False, loss=False, optimizer=None, mapped=True),
+            recipe=Recipe(
+                describe_inputs(self.captured), train=False, loss=False, optimizer=None, mapped=True, gap=max(0.0, found.gap)
+            ),
             budget=found.capacity,
             planned=found.schedule,
             unplanned=unplanned.schedule,
@@ -228,7 +230,7 @@ def map_model(
 def readable(scratchpad: int | str) -> None:
     """Refuse what is no size of a scratchpad, before anything is traced."""
     try:
-        parse_bytes(scratchpad)
+        parse_bytes(scratchpad, what="scratchpad")
     except BudgetError:
         raise BudgetError(
             f"scratchpad={scratchpad!r}: give bytes, as 1048576 or '1MiB', or one of {', '.join(SIZES)}"

@@ -53,6 +53,7 @@ def load_model(spec: str, *, meta: bool) -> Loaded:
         known = "path/to/file.py:factory, package.module:factory or hf:gpt2?n_layer=2"
         raise ModelError(f"cannot read the model {spec!r}: write {known}")
     factory = find_factory(place, name)
+    check_factory(spec, factory)
     torch.manual_seed(0)
     with one_line(spec):
         result = factory()
@@ -64,6 +65,20 @@ def load_model(spec: str, *, meta: bool) -> Loaded:
         found = ", ".join(type(part).__name__ for part in (result if isinstance(result, tuple) else (result,)))
         raise ModelError(f"{spec} must return (model, args) or (model, args, kwargs) with args a tuple, not ({found})")
     return model, tuple(args), kwargs
+
+
+def check_factory(spec: str, factory: Callable[..., Any]) -> None:
+    """Refuse a factory that cannot be called without arguments.
+
+    Raises:
+        ModelError: what it asks for.
+    """
+    try:
+        inspect.signature(factory).bind()
+    except TypeError as error:
+        raise ModelError(f"{spec}: {error}; a factory takes no arguments, and returns (model, args)") from None
+    except ValueError:  # no signature is known of some built-in ones
+        pass
 
 
 def find_factory(place: str, name: str) -> Callable[[], Any]:
@@ -113,7 +128,9 @@ def one_line(what: str) -> Iterator[None]:
         yield
     except (MemplanError, MemoryError):
         raise
-    except Exception as error:
+    except SyntaxError as error:
+        raise ModelError(f"{error.filename}:{error.lineno}: SyntaxError: {error.msg}") from error
+    except (Exception, SystemExit) as error:  # a file that ends its process must not end this one
         last = traceback.extract_tb(error.__traceback__)[-1]
         message = " ".join(str(error).split())
         raise ModelError(f"{what} failed at {last.filename}:{last.lineno}: {type(error).__name__}: {message}") from error
@@ -265,7 +282,10 @@ def configured(config: Any, name: str, overrides: dict[str, str]) -> Any:
         if key not in known:
             names = known if nests else [*known, *vars(Ours())]
             raise ModelError(f"hf:{name} has no setting {path!r}{suggestion(key, names)}")
-        setattr(part, key, converted(path, text, known[key], annotation(part, key)))
+        value = converted(path, text, known[key], annotation(part, key))
+        if is_negative(key, value, known[key]):
+            raise ModelError(f"{path}={text} does not fit: it must be 0 or more, as in {path}={known[key]}")
+        setattr(part, key, value)
     for part in (config, text_part(config)):
         if hasattr(part, "use_cache"):
             part.use_cache = False
@@ -275,6 +295,12 @@ def configured(config: Any, name: str, overrides: dict[str, str]) -> Any:
         if index is None or not 0 <= index < text_part(config).vocab_size:
             setattr(config, token, 0)
     return config
+
+
+def is_negative(key: str, value: Any, default: Any) -> bool:
+    """Whether a size is below 0. Tokens may be, where there are none, and so may windows that are everything."""
+    sizes = isinstance(value, int) and isinstance(default, int) and not isinstance(default, bool)
+    return sizes and value < 0 < default and not re.search("token|window|attention", key)
 
 
 def settings_of(config: Any) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 import json
 import math
+from contextlib import suppress
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import fx
 from torch.utils.flop_counter import flop_registry
 
@@ -59,7 +61,7 @@ def is_tensor(value: Any) -> bool:
 def results(node: fx.Node) -> list[tuple[fx.Node, torch.Tensor]]:
     """The nodes that stand for a call's tensors: itself, or the picks of its results.
 
-    A result that nobody picks still exists while the call runs; it is counted as workspace by the cost model.
+    A result that nobody picks still exists while the call runs: `unpicked` counts it.
     """
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor):
@@ -71,6 +73,15 @@ def results(node: fx.Node) -> list[tuple[fx.Node, torch.Tensor]]:
     return [(pick, pick.meta["val"]) for pick in first.values()]
 
 
+def unpicked(node: fx.Node, parts: list[tuple[fx.Node, torch.Tensor]]) -> int:
+    """Bytes of a call's results that nobody picks, where they share no storage with those that are picked, or an operand's."""
+    known = [item for _, item in parts] + [arg.meta["val"] for arg in node.all_input_nodes]
+    taken = {item.untyped_storage()._cdata for item in known if isinstance(item, torch.Tensor)}
+    values = [item for item in pytree.tree_leaves(node.meta.get("val")) if isinstance(item, torch.Tensor)]
+    left = {item.untyped_storage()._cdata: item.untyped_storage().nbytes() for item in values}
+    return sum(size for storage, size in left.items() if storage not in taken)
+
+
 def span(value: Any) -> int:
     """Bytes of a tensor's elements that are stored: expanded dimensions count once."""
     if not isinstance(value, torch.Tensor):
@@ -80,7 +91,7 @@ def span(value: Any) -> int:
 
 
 def count_flops(node: fx.Node) -> float:
-    """Floating-point operations by torch's own counter; one per element written where it knows none."""
+    """Floating-point operations by torch's own counter; one per element written where it knows none, or fails."""
     packet = node.target._overloadpacket  # type: ignore[union-attr]
     value = node.meta.get("val")
     name = str(packet)
@@ -91,7 +102,8 @@ def count_flops(node: fx.Node) -> float:
     if packet in flop_registry:
         args = fx.map_arg(node.args, lambda arg: arg.meta["val"])
         kwargs = fx.map_arg(node.kwargs, lambda arg: arg.meta["val"])
-        return float(flop_registry[packet](*args, **kwargs, out_val=value))
+        with suppress(Exception):  # torch's counters know the usual arguments alone
+            return float(flop_registry[packet](*args, **kwargs, out_val=value))
     return float(sum(item.numel() for _, item in results(node)))
 
 

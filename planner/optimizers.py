@@ -7,53 +7,37 @@ never pile up. Small parameters share ops: what a call of an optimizer costs bes
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .errors import CaptureError
+from .plan import Counted, Kept
 from .program import Buffer, Kind, Op, Phase
 
-# name -> (state tensors per parameter, temporaries per parameter of the for-loop step, of the multi-tensor step, times
-# that the for-loop step reads or writes a tensor of the parameter's size). Read in torch/optim: Adam's step makes
-# `exp_avg_sq.sqrt()` and the denominator derived from it.
 SMALL = 1 << 16  # bytes of a parameter that is updated together with others
 ROW = 32  # of them at a time, at most
 PART = 64  # and no more than this part of the bytes of all parameters: their gradients wait for one another
+# name -> (state tensors per parameter, temporaries per parameter of the for-loop step, of the multi-tensor step, times
+# that the for-loop step reads or writes a tensor of the parameter's size). Read in torch/optim: Adam's step makes
+# `exp_avg_sq.sqrt()` and the denominator derived from it. What options add is in `temporaries_of`.
 KNOWN = {"sgd": (0, 0, 0, 3), "adam": (2, 2, 1, 18), "adamw": (2, 2, 1, 20)}
-
-
-@dataclass(frozen=True)
-class Kept:
-    """An optimizer's figures.
-
-    Attributes:
-        name: `sgd`, `adam` or `adamw`.
-        states: tensors of the parameter's size that it keeps for each.
-        temporaries: such tensors that a step makes and frees again.
-        together: whether a step makes those of all parameters at once.
-        passes: how often a step reads or writes such a tensor.
-    """
-
-    name: str
-    states: int
-    temporaries: int
-    together: bool
-    passes: int
 
 
 def kept_by(optimizer: Any, device: str) -> Kept:
     """The figures of an optimizer.
 
     Args:
-        optimizer: `sgd`, `adam`, `adamw`, or a torch optimizer of one of these classes. A name alone stands, on cuda, for
-            one made with `fused=True`: the multi-tensor step, the default there, makes temporaries of all parameters' size.
+        optimizer: `sgd`, `adam`, `adamw`, a torch optimizer of one of these classes, or what was `Counted` of one. A name
+            alone stands, on cuda, for one made with `fused=True`: the multi-tensor step, the default there, makes temporaries
+            of all parameters' size.
         device: cuda takes the multi-tensor step by default, cpu the for-loop one.
 
     Raises:
         CaptureError: an optimizer that memplan does not know.
     """
+    if isinstance(optimizer, Counted):
+        return optimizer.kept
     name = (optimizer if isinstance(optimizer, str) else type(optimizer).__name__).lower()
     if name not in KNOWN:
         raise CaptureError(f"unknown optimizer {name!r}: memplan counts the state of {', '.join(KNOWN)}")
@@ -64,7 +48,30 @@ def kept_by(optimizer: Any, device: str) -> Kept:
     states += any(group.get("amsgrad") for group in groups)
     if any(group.get("fused") for group in groups) or (isinstance(optimizer, str) and device == "cuda"):
         return Kept(name, states, 0, False, 3 + 2 * states)
-    return Kept(name, states, multi if device == "cuda" else each, device == "cuda", passes)
+    together = any(device == "cuda" if group.get("foreach") is None else group["foreach"] for group in groups)
+    most = [temporaries_of(name, multi if together else each, group, together) for group in groups or [{}]]
+    return Kept(name, states, max(one for one, _ in most), together, passes, max(left for _, left in most))
+
+
+def temporaries_of(name: str, plain: int, group: Mapping[str, Any], together: bool) -> tuple[int, int]:
+    """Temporaries of a parameter's size with a group's options: while one is updated, and those left until the next.
+
+    Read in torch/optim and measured in tests/planner/test_optimizers.py. The loop's step negates and decays a gradient into new
+    tensors and drops the old; the multi-tensor one does each into the same, and Nesterov's step in the gradients themselves.
+
+    Args:
+        name: a key of `KNOWN`.
+        plain: temporaries without options.
+        group: a parameter group.
+        together: whether the step is the multi-tensor one.
+    """
+    maximize = bool(group.get("maximize"))
+    decay = bool(group.get("weight_decay")) and name != "adamw" and not group.get("decoupled_weight_decay")
+    if together:
+        return max(plain, int(maximize or decay)), 0
+    later = plain + bool(group.get("nesterov"))
+    left = name != "sgd" or (maximize and not decay and not group.get("momentum"))
+    return max(maximize + decay, (maximize or decay) + later), int(left)
 
 
 def state_buffers(states: int, sizes: Mapping[int, int]) -> list[Buffer]:
@@ -94,8 +101,7 @@ def update_op(
     known = kept_by(optimizer, device)
     sizes = {buffer: tensor.untyped_storage().nbytes() for buffer, tensor in parameters.items()}
     buffers = state_buffers(known.states, sizes)
-    total = sum(sizes.values())
-    workspace = known.temporaries * (total if known.together else max(sizes.values(), default=0))
+    total, workspace = sum(sizes.values()), known.workspace(sizes.values())
     mutates = [*parameters, *range(first, first + len(buffers))]
     return buffers, make_op(f"{known.name} step", known, Phase.UPDATE, gradients, mutates, total, workspace)
 
@@ -141,9 +147,8 @@ def update_ops(
         states = [first + number * len(parameters) + place[buffer] for number in range(known.states) for buffer in row]
         own, sizes = [*row, *states], [parameters[buffer] for buffer in row]
         reads = sorted({*own, *(gradient for buffer in row for gradient in gradients[buffer])})
-        workspace = known.temporaries * (sum(sizes) if known.together else max(sizes))
         name = f"{known.name} of {names[row[0]]}" + (f" and {len(row) - 1} more" if len(row) > 1 else "")
-        ops.append(make_op(name, known, Phase.BACKWARD, reads, own, sum(sizes), workspace))
+        ops.append(make_op(name, known, Phase.BACKWARD, reads, own, sum(sizes), known.workspace(sizes)))
     return buffers, ops
 
 

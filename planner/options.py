@@ -10,6 +10,8 @@ from .errors import BudgetError
 from .schedule import LEVERS
 from .units import parse_bytes
 
+PICTURES = (".png", ".svg", ".pdf")
+
 
 class Method(StrEnum):
     """Solvers of storage allocation."""
@@ -39,7 +41,14 @@ def planning(allow: str | None, optimizer: Optimizer | None, time_limit: float, 
 def readable(budget: str | None) -> str | None:
     """A budget that can be read, known before the model is loaded. A percentage is of a peak that is not known yet."""
     if budget is not None:
-        parse_bytes(budget, of=2**62)
+        parse_bytes(budget, of=2**40)
+    return budget
+
+
+def readable_host(budget: str | None) -> str | None:
+    """The same of the tiers behind the device."""
+    if budget is not None:
+        parse_bytes(budget, of=2**40, what="host budget", whole="tier")
     return budget
 
 
@@ -51,7 +60,7 @@ def readable_capacity(text: str | None) -> str | None:
             raise BudgetError(
                 f"cannot read the capacity {text!r}: write bytes, as in '16MiB', or by pool, 'fast=1MiB,slow=4GiB'"
             )
-        parse_bytes(size.strip())
+        parse_bytes(size.strip(), what="capacity")
     return text
 
 
@@ -61,6 +70,18 @@ def writable(path: Path | None) -> Path | None:
         why = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
         raise typer.BadParameter(f"cannot write {path}: {why}")
     return path
+
+
+def drawable(path: Path | None) -> Path | None:
+    """The same of a picture, whose kind its name says."""
+    if path is not None and path.suffix not in PICTURES:
+        raise typer.BadParameter(f"cannot draw {path}: the name must end in {', '.join(PICTURES[:-1])} or {PICTURES[-1]}")
+    return writable(path)
+
+
+def picture(help: str, *flags: str) -> Any:
+    """An option that names a picture to write."""
+    return typer.Option(*flags, help=help, metavar="FILE", callback=drawable)
 
 
 def output(help: str, *flags: str) -> Any:
@@ -85,11 +106,11 @@ InBackward = Annotated[
     bool, typer.Option("--optimizer-in-backward", help="Update each parameter as soon as its gradient is complete.")
 ]
 TimeLimit = Annotated[float, typer.Option(help="Seconds that planning may take.", min=0.0)]
-Seed = Annotated[int, typer.Option(help="Of the search.")]
+Seed = Annotated[int, typer.Option(help="Of the search.", min=0, max=2**31 - 1)]
 Strategy = Annotated[str | None, typer.Option(help="memo: MEMO's own rule of offload, to compare with; left out: the fastest.")]
 HostBudget = Annotated[
     str | None,
-    typer.Option(help="Bytes that may be used in each tier behind the device: 64GiB, or 50% of it.", callback=readable),
+    typer.Option(help="Bytes that may be used in each tier behind the device: 64GiB, or 50% of it.", callback=readable_host),
 ]
 Placed = Annotated[bool, typer.Option("--arena", help="Plan addresses too: the step runs in one arena, made once.")]
 Lent = Annotated[bool, typer.Option("--lend-gradients", help="With --arena: gradients lie in it until the next forward pass.")]

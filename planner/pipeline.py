@@ -31,7 +31,7 @@ from .machine import Machine
 from .plan import Side, as_eager, unlimited
 from .program import Program
 from .referee import Report, referee
-from .schedule import Free, Run, Schedule, Start
+from .schedule import Free, Run, Start
 from .units import show_bytes
 
 Progress = Callable[[str, float], None]
@@ -170,11 +170,11 @@ class Planner:
         """A solution as a schedule that the referee has accepted."""
         found = events_of(self.flat.problem, solution)
         runs, ops, buffers = found.order >= 0, self.flat.ops, self.flat.buffers
-        events = np.where(runs, ops[np.maximum(found.order, 0)], -1 - buffers[np.maximum(-1 - found.order, 0)])
         machine = self.machine if budget is not None else unlimited(self.machine)
         if runs.all():
-            schedule = Liveness()(self.program, events.tolist())
+            schedule = Liveness()(self.program, ops[found.order].tolist())
             return Side(self.program, schedule, referee(self.program, machine, schedule, budget))
+        events = np.where(runs, ops[np.maximum(found.order, 0)], -1 - buffers[np.maximum(-1 - found.order, 0)])
         tier = dict(zip(buffers.tolist(), found.tier.tolist(), strict=True))
         limit = budget if budget is not None else score(self.flat.problem, solution, 0).peak
         return self.moved(machine, events.tolist(), tier, limit)
@@ -307,6 +307,3 @@ def at_peak(program: Program, side: Side) -> list[tuple[str, int]]:
             live.discard(step.buffer)
     rows = [(program.buffers[buffer].name, program.buffers[buffer].bytes) for buffer in live]
     return sorted([*rows, ("workspace", extra)], key=lambda row: -row[1])
-
-
-__all__ = ["Answer", "InvalidSchedule", "Planner", "Schedule"]

@@ -1,6 +1,7 @@
 """`Plan`: what `plan()` returns. A schedule the referee has accepted, with the program and machine it was made for."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +23,40 @@ if TYPE_CHECKING:
 FORMAT = 1
 
 
+class Kept(msgspec.Struct, frozen=True):
+    """An optimizer's figures.
+
+    Attributes:
+        name: `sgd`, `adam` or `adamw`.
+        states: tensors of the parameter's size that it keeps for each.
+        temporaries: such tensors that a step makes and frees again.
+        together: whether a step makes those of all parameters at once.
+        passes: how often a step reads or writes such a tensor.
+        left: such tensors of a parameter that are there until those of the next one are made.
+    """
+
+    name: str
+    states: int
+    temporaries: int
+    together: bool
+    passes: int
+    left: int = 0
+
+    def workspace(self, sizes: Iterable[int]) -> int:
+        """Bytes that a step allocates and frees for parameters of these sizes."""
+        largest = sorted(sizes, reverse=True)
+        if self.together or not largest:
+            return self.temporaries * sum(largest)
+        return self.temporaries * largest[0] + sum(self.left * size for size in largest[1:2])
+
+
+class Counted(msgspec.Struct, frozen=True):
+    """What a plan keeps of a torch optimizer: its figures, and the names of the parameters that it updates."""
+
+    kept: Kept
+    trainable: tuple[str, ...]
+
+
 class Recipe(msgspec.Struct, frozen=True):
     """How the program was captured, so that a loaded plan can be applied: see `planner.capture.recapture`.
 
@@ -30,6 +65,8 @@ class Recipe(msgspec.Struct, frozen=True):
         train: whether the program holds a backward pass.
         loss: the loss was the caller's own function, which a file cannot carry.
         optimizer: the name of the optimizer counted in, or None.
+        counted: what was counted of it, where it was an optimizer and not only its name.
+        gap: of a mapping, how far the bytes that it moves are above a bound on them, as a share.
         in_backward: the step runs the optimizer's updates itself.
         mapped: ops are joined for a scratchpad, whose machine runs the schedule (`planner/maps.py`).
     """
@@ -40,10 +77,12 @@ class Recipe(msgspec.Struct, frozen=True):
     optimizer: str | None
     in_backward: bool = False
     mapped: bool = False
+    counted: Counted | None = None
+    gap: float | None = None
 
 
 class Counts(msgspec.Struct, frozen=True):
-    """Activations by what the plan does with them. The sum is the number of activations the backward pass reads."""
+    """What the backward pass reads of the forward pass, by what the plan does with it; the sum is how many buffers that is."""
 
     keep: int
     recompute: int
@@ -86,7 +125,8 @@ class Plan:
         planned: the schedule and what the referee says of it.
         unplanned: the same for the step as eager PyTorch runs it.
         status: `optimal` when `gap` is zero, else `feasible`.
-        gap: how much faster than this plan the best schedule can be at most: `(time - bound) / time`.
+        gap: how much faster than this plan the best schedule can be at most: `(time - bound) / time`; of a mapping onto a
+            scratchpad, how many fewer bytes it can move.
         bound: a lower bound on the time of any schedule within the budget.
         minimum: the smallest budget known to work.
         capture_seconds: time spent tracing.
@@ -124,7 +164,7 @@ class Plan:
 
     @property
     def counts(self) -> Counts:
-        """How many activations are kept, recomputed, offloaded."""
+        """How many activations are kept, recomputed, offloaded: moved, for a value that is both."""
         again, seen, moved = set(), set(), set()
         for step in self.schedule.instructions:
             if isinstance(step, Start) and self.program.producer[step.buffer] >= 0:
@@ -135,6 +175,7 @@ class Plan:
         program = self.program
         late = [op for op in program.ops[program.boundary :]]
         used = {buffer for op in late for buffer in op.reads if 0 <= program.producer[buffer] < program.boundary}
+        again, moved = again & used, moved & used
         return Counts(keep=len(used - again - moved), recompute=len(again - moved), offload=len(moved))
 
     @property
@@ -156,7 +197,7 @@ class Plan:
         asked = "none" if self.budget is None else show_bytes(self.budget)
         lines += [
             f"budget {asked} on {self.machine.name}; smallest known to work {show_bytes(self.minimum)}",
-            f"{self.status}, within {self.gap:.1%} of the fastest possible; "
+            f"{self.status}, within {self.gap:.1%} of the {'fewest bytes' if mapped else 'fastest'} possible; "
             + (f"{counts.keep} activations kept, {counts.recompute} recomputed, " if not mapped else "")
             + f"{counts.offload} moved",
             f"traced in {self.capture_seconds:.1f} s, solved in {self.solve_seconds:.1f} s; "
@@ -264,12 +305,32 @@ def load(path: str | Path) -> Plan:
     eager = as_eager(body.program)
     planned = Side(body.program, body.planned, referee(body.program, body.machine, body.planned, body.budget))
     unplanned = Side(eager, body.unplanned, referee(eager, unlimited(body.machine), body.unplanned))
+    check_figures(path, body, planned)
     return assemble(body, planned, unplanned)
 
 
+def check_figures(path: str | Path, body: PlanBody, planned: Side) -> None:
+    """Refuse figures that cannot be, of those that the referee does not look at.
+
+    Raises:
+        PlanMismatch: which.
+    """
+    gap = body.recipe.gap
+    wrong = {
+        "bound": not 0 <= body.bound <= planned.time * (1 + 1e-9),
+        "minimum": not 0 <= body.minimum <= planned.peak,
+        "gap": gap is not None and not 0 <= gap <= 1,
+        "capture_seconds": not 0 <= body.capture_seconds < float("inf"),
+        "solve_seconds": not 0 <= body.solve_seconds < float("inf"),
+    }
+    for name in [name for name, is_wrong in wrong.items() if is_wrong]:
+        raise PlanMismatch(f"{path} has a {name} that its schedule contradicts: plan again")
+
+
 def assemble(body: PlanBody, planned: Side, unplanned: Side, captured: "Captured | None" = None) -> Plan:
-    """A plan from its parts; status and gap follow from time and bound."""
+    """A plan from its parts; status and gap follow from time and bound, or are those of a mapping's bytes."""
     gap = max(0.0, (planned.time - body.bound) / planned.time) if planned.time > 0 else 0.0
+    gap = gap if body.recipe.gap is None else body.recipe.gap
     return Plan(
         program=body.program,
         machine=body.machine,

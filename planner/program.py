@@ -144,13 +144,23 @@ class Program(msgspec.Struct, frozen=True, dict=True):
         """Check what every pass may rely on.
 
         Raises:
-            ValueError: an index out of range, a buffer written twice or read before it is written.
+            ValueError: an index out of range, a figure that cannot be, a buffer written twice, read before it is written, or
+                written in place of one that the op does not read.
         """
         count = len(self.buffers)
+        for buffer in self.buffers:
+            if buffer.bytes < 0:
+                raise ValueError(f"{buffer.name} has {buffer.bytes} bytes")
         for op in self.ops:
             for buffer in (*op.reads, *op.writes, *op.mutates, *(b for pair in op.reuse for b in pair)):
                 if not 0 <= buffer < count:
                     raise ValueError(f"{op.name} names buffer {buffer} of {count}")
+            figures = {"workspace": op.workspace, "seconds": op.seconds, "flops": op.flops, "traffic": op.traffic}
+            for what, figure in figures.items():
+                if not 0 <= figure < float("inf"):
+                    raise ValueError(f"{op.name} has {what} {figure}")
+            if any(new not in op.writes or old not in op.reads for new, old in op.reuse):
+                raise ValueError(f"{op.name} cannot write in place what it does not write, or of what it does not read")
         known = {index for index, op in enumerate(self.producer) if op < 0}
         for op in self.ops:
             missing = set(op.reads) - known

@@ -18,7 +18,7 @@ from .schedule import Free, Placement, Run, Schedule, Start
 RULES = {
     "bound": "the schedule carries the digest of this program",
     "range": "every op, buffer, unit, tier and link named exists",
-    "read": "what an op reads lies, complete, in the tier its unit reads",
+    "read": "what an op reads or changes lies, complete, in the tier its unit reads, and what it changes is not being copied",
     "fresh": "a buffer that is live is not made a second time",
     "written": "an op keeps only buffers that it writes",
     "once": "an op that may not be repeated runs once",
@@ -181,10 +181,12 @@ def referee(program: Program, machine: Machine, schedule: Schedule, budget: int 
             live[tier] -= taken
             live[tier] |= set(step.keep)
             used[tier] += counted(step.keep, tier) - counted(taken, tier)
-            for buffer in home.keys() & set(op.mutates):
-                if buffer not in live[0] or buffer in landing or tier or any(buffer == other for other, _ in flying):
-                    refuse("home", f"{op.name} changes {name[buffer]}, which is not on the device, or being copied", at)
-                outdated.add(buffer)
+            for buffer in op.mutates:
+                away = buffer not in live[tier] or (buffer in home and tier)
+                if away or any(buffer == other for other, _ in flying):
+                    rule = "home" if buffer in home else "read"
+                    refuse(rule, f"{op.name} changes {name[buffer]}, which is not there, or being copied", at)
+            outdated |= home.keys() & set(op.mutates)
             changed |= set(op.mutates)
             recompute += op.seconds if runs[step.op] else 0.0
             runs[step.op] += 1

@@ -7,6 +7,9 @@ noise is rounded after its division, and they are not. Where everything is dropp
 
 *Tied parameters.* A parameter with several names is an input for each, with a gradient for each. Eager's engine adds them
 up in the order in which they are made, which with three or more decides the last bit, and keeps one sum.
+
+*Casts by autocast.* Eager's autocast keeps the cast of a parameter for its other uses, so that their gradients are added up in
+16 bits and cast back once. The tracer forbids that cache: it casts at each use, and adds up in 32 bits.
 """
 
 from collections.abc import Callable
@@ -16,9 +19,11 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
+from .errors import CaptureError
 from .nodes import is_pick, is_view
 
 aten = torch.ops.aten
+HALF = (torch.float16, torch.bfloat16)
 
 
 def sum_tied(graph: fx.GraphModule, parameter_name: Callable[[str], str]) -> None:
@@ -36,11 +41,7 @@ def sum_tied(graph: fx.GraphModule, parameter_name: Callable[[str], str]) -> Non
             if type(desc.grad_of).__name__ == "ParamAOTInput":
                 groups.setdefault(parameter_name(desc.grad_of.target), []).append(index)
     for indices in groups.values():
-        parts = sorted((values[index] for index in indices), key=place.__getitem__)
-        total = parts[0]
-        for part in parts[1:]:
-            with graph.graph.inserting_after(part):
-                total = filled_in(graph.graph.call_function(aten.add.Tensor, (total, part)), part)
+        total = summed(sorted((values[index] for index in indices), key=place.__getitem__))
         for index in indices:
             values[index] = None
         values[indices[0]] = total
@@ -48,12 +49,105 @@ def sum_tied(graph: fx.GraphModule, parameter_name: Callable[[str], str]) -> Non
     graph.recompile()
 
 
+def merge_casts(
+    graph: fx.GraphModule, parameter_name: Callable[[str], str], region_of: Callable[[fx.Node], int | None]
+) -> None:
+    """Cast each parameter once for all its uses under autocast, and add up their gradients before they are cast back.
+
+    Args:
+        graph: a joint graph with descriptors, each parameter's gradients already one sum.
+        parameter_name: from a descriptor's target to the name in the model; tied names map to the first.
+        region_of: the region of autocast whose cache holds a cast; None for a cast that is in no cache.
+
+    Raises:
+        CaptureError: a parameter has casts in several regions, or in one and in none.
+    """
+    casts: dict[str, list[fx.Node]] = {}
+    for node in graph.graph.find_nodes(op="call_function", target=aten._to_copy.default):
+        desc = node.args[0].meta.get("desc")
+        if type(desc).__name__ == "ParamAOTInput" and node.meta["val"].dtype != node.args[0].meta["val"].dtype:
+            casts.setdefault(parameter_name(desc.target), []).append(node)
+    ends = next(node for node in graph.graph.nodes if node.op == "output")
+    for value, desc in zip(list(ends.args[0]), ends.meta["desc"], strict=True):
+        if isinstance(value, fx.Node) and type(desc).__name__ == "GradAOTOutput":
+            if type(desc.grad_of).__name__ == "ParamAOTInput":
+                name = parameter_name(desc.grad_of.target)
+                cast_back_once(value, name, {region_of(node) for node in casts.get(name, ())})
+    for group in casts.values():
+        regions = {region_of(node) for node in group}
+        for node in group[1:] if len(regions - {None}) == len(regions) == 1 else ():
+            node.replace_all_uses_with(group[0])
+            graph.graph.erase_node(node)
+    graph.recompile()
+
+
+def cast_back_once(total: fx.Node, name: str, regions: set[int | None]) -> None:
+    """Rewrite a parameter's gradient: those of its casts are added up first, in their order.
+
+    Args:
+        total: the gradient, a chain of sums.
+        name: of the parameter.
+        regions: of all its casts.
+
+    Raises:
+        CaptureError: the casts are not all in one region.
+    """
+    terms, sums = terms_of(total)
+    back = [term for term in terms if is_cast_back(term)]
+    if len(back) < 2 or regions <= {None}:
+        return
+    if len(regions) > 1:
+        raise CaptureError(f"{name} is cast more than once, not each time by one region of autocast: plan and call the model "
+                           "under torch.autocast(..., cache_enabled=False), or under one region in which it casts nothing "
+                           "itself")  # fmt: skip
+    inner = summed([term.args[0] for term in back])  # type: ignore[misc]
+    with total.graph.inserting_after(inner):
+        once = total.graph.call_function(aten._to_copy.default, (inner,), back[-1].kwargs)
+    filled_in(once, back[-1])
+    rest = [once if term is back[-1] else term for term in terms if term is back[-1] or term not in back]
+    total.replace_all_uses_with(summed(rest))
+    for node in (*sums, *back):
+        total.graph.erase_node(node)
+
+
+def is_cast_back(node: fx.Node) -> bool:
+    """Whether a gradient is one in 16 bits, cast."""
+    return node.target == aten._to_copy.default and node.args[0].meta["val"].dtype in HALF  # type: ignore[union-attr]
+
+
+def terms_of(total: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
+    """What a chain of sums adds up, in its order, and the sums, outermost first."""
+    terms, sums, stack = [], [], [total]
+    while stack:
+        node = stack.pop()
+        added = node.target == aten.add.Tensor and not node.kwargs and all(isinstance(arg, fx.Node) for arg in node.args)
+        if added and (node is total or len(node.users) == 1):
+            sums.append(node)
+            stack += reversed(node.args)  # type: ignore[arg-type]
+        else:
+            terms.append(node)
+    return terms, sums
+
+
+def summed(terms: list[fx.Node]) -> fx.Node:
+    """The sum of nodes, added up in the order given, each as soon as it is there."""
+    place = {node: index for index, node in enumerate(terms[0].graph.nodes)}
+    total = terms[0]
+    for term in terms[1:]:
+        later = max(total, term, key=place.__getitem__)
+        with total.graph.inserting_after(later):
+            made = filled_in(total.graph.call_function(aten.add.Tensor, (total, term)), later)
+        place[made] = place[later]
+        total = made
+    return total
+
+
 def restore_dropout(graph: fx.GraphModule) -> None:
     """Write eager's operators over the dropouts of a joint graph traced for the CPU, where their bits differ."""
     changed: set[fx.Node] = set()
     for node in graph.graph.find_nodes(op="call_function", target=aten.native_dropout.default):
         value, p, train = node.args
-        half = value.meta["val"].dtype in (torch.float16, torch.bfloat16)
+        half = value.meta["val"].dtype in HALF
         if train is not False and p > 0.0 and (half or p == 1.0):
             changed |= spell_out(node)
     if changed:

@@ -14,7 +14,7 @@ import msgspec
 
 from .errors import MemplanError
 
-LEVERS = ("reorder", "recompute", "offload", "tile")  # what a plan may do to a step
+LEVERS = ("reorder", "recompute", "offload")  # what a plan may do to a step
 DEFAULT = ("reorder", "recompute")  # unless somebody asks for others
 
 
@@ -22,11 +22,13 @@ def check_levers(allow: Iterable[str] | None) -> set[str]:
     """The levers that may be used.
 
     Raises:
-        MemplanError: a name that is no lever. Those that do not exist yet change nothing.
+        MemplanError: a name that is no lever, or that of one that does not exist yet.
     """
     if allow is None:
         return set(DEFAULT)
     levers = {allow} if isinstance(allow, str) else set(allow)
+    if "tile" in levers:
+        raise MemplanError(f"allow='tile' does not exist yet: the levers are {', '.join(LEVERS)}")
     unknown = levers - set(LEVERS)
     if unknown:
         raise MemplanError(f"allow={sorted(unknown)[0]!r}: the levers are {', '.join(LEVERS)}")

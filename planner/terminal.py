@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any, NoReturn
 
 from rich.console import Console, RenderableType
@@ -26,12 +26,16 @@ def answer(as_json: bool, facts: dict[str, Any], shown: RenderableType) -> None:
 
 @contextmanager
 def progress(stage: str) -> Iterator[Report]:
-    """A spinner with elapsed time while standard error is a terminal. Yields what to call with (stage, share done)."""
+    """A spinner with elapsed time while standard error is a terminal. Yields what to call with (stage, share done).
+
+    What is printed meanwhile goes to standard error: a user's model may print, and standard output is for the answer.
+    """
     if not console.is_terminal:
-        yield lambda stage, done: None
+        with redirect_stdout(sys.stderr):
+            yield lambda stage, done: None
         return
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True) as bars:
+    with redirect_stdout(sys.stderr), Progress(*columns, console=console, transient=True) as bars:
         task = bars.add_task(stage, total=None)
         yield lambda stage, done: bars.update(task, description=stage, completed=done, total=1.0 if done > 0 else None)
 

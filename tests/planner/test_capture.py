@@ -1,12 +1,15 @@
 """What capture refuses, in which words; what it leaves alone; and which budgets are budgets."""
 
 import copy
+import sys
+import threading
 
 import memplan
 import pytest
 import torch
+from memplan.planner.api import Session, sweep
 from memplan.planner.capture import capture
-from memplan.planner.errors import BudgetError, CaptureError, MachineError, MemplanError
+from memplan.planner.errors import BudgetError, CaptureError, MachineError, MemplanError, PlanMismatch
 from memplan.planner.program import Kind, Phase
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -103,6 +106,160 @@ def test_what_makes_no_sense_is_refused_in_words(model, args, options, words):
     """One CaptureError each, that says what is wrong."""
     with pytest.raises(CaptureError, match=words):
         make(None, model, args, **options)
+
+
+class Holds(nn.Module):
+    """A model with an unregistered parameter, a plain tensor and an embedding, whose forward is a function."""
+
+    def __init__(self, function, **options):
+        super().__init__()
+        self.function = function
+        self.layer, self.embed = nn.Linear(32, 32), nn.Embedding(50, 32, **options)
+        self.weights, self.count = [nn.Parameter(torch.ones(32))], torch.zeros(1)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def counting(model, x):
+    """In place."""
+    model.count += 1
+    return model.layer(x) * model.count
+
+
+def replacing(model, x):
+    """With a new tensor."""
+    model.count = model.count + 1
+    return model.layer(x) * model.count
+
+
+def shrinking(model, x):
+    """A parameter changed on the way."""
+    with torch.no_grad():
+        model.layer.weight.mul_(0.9)
+    return model.layer(x)
+
+
+TOKENS = torch.zeros(4, 8, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "words"),
+    [
+        (Holds(lambda m, x: m.layer(x) * m.weights[0]), X[0], r"not one of its parameters: register it \(nn.Parameter"),
+        (Holds(counting), X[0], r"test_capture.py:\d+ \(model.count \+= 1\): .* is no buffer: use register_buffer"),
+        (Holds(replacing), X[0], "changes count, a tensor that is no buffer: use register_buffer"),
+        (Holds(shrinking), X[0], "changes a parameter or an input in its forward pass"),
+        (Holds(lambda m, x: m.embed(x), max_norm=1.0), TOKENS, "as an embedding with max_norm does"),
+        (Holds(lambda m, x: m.embed(x), sparse=True), TOKENS, "sparse tensor.*leave out sparse=True"),
+        (Says(lambda m, x: (y := m.layer(x), y.view(-1))), X[0], "output 1 .* is a view.*return a clone of it"),
+        (Says(lambda m, x: (m.layer(x), m.layer.weight)), X[0], "output 1 of the model.*return a clone of it"),
+        (Says(lambda m, x: sys.exit(0)), X[0], r"test_capture.py:\d+ .*SystemExit"),
+    ],
+)  # fmt: skip
+def test_what_would_run_with_other_numbers_is_refused_in_words(model, x, words):
+    """Tensors that are no state of the model's, changed parameters, sparse gradients, outputs that share memory."""
+    with pytest.raises(CaptureError, match=words):
+        make(None, model, (x,), loss=lambda out: sum(leaf.sum() for leaf in (out if isinstance(out, tuple) else (out,))))
+    if isinstance(model, Holds):
+        assert torch.equal(model.count, torch.zeros(1))
+
+
+def test_a_view_that_the_loss_does_not_read_is_no_matter():
+    """It comes back as a value."""
+    make(None, Says(lambda m, x: (y := m.layer(x), y.view(-1))), loss=lambda out: out[0].sum())
+
+
+def test_a_loss_without_a_gradient_is_refused():
+    """As one of the model's own is."""
+    with pytest.raises(CaptureError, match="does not depend on what requires a gradient"):
+        make(None, loss=lambda out: out.mean().detach())
+
+
+def test_what_a_model_stores_is_not_left_fake():
+    """An attribute that keeps the last output is as it was."""
+
+    def storing(model, x):
+        model.last = model.layer(x)
+        model.count = model.last.detach().sum()
+        return model.last
+
+    model = Holds(storing)
+    make(None, model)
+    assert torch.equal(model.count, torch.zeros(1))
+    assert not hasattr(model, "last")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"time_limit": "5"}, "time_limit='5'"), ({"time_limit": -1.0}, "time_limit=-1.0"), ({"seed": "a"}, "seed='a'"),
+        ({"time_limit": float("nan")}, "time_limit=nan"), ({"seed": -1}, "seed=-1"), ({"seed": 10**30}, "2\\^31"),
+        ({"kwargs": 5}, "kwargs=5"), ({"allow": ("tile",)}, "tile"),
+        ({"host_budget": "50 parsecs"}, "host budget.*of the tier"),
+    ],
+)  # fmt: skip
+def test_arguments_that_make_no_sense_are_refused(options, words):
+    """One line each."""
+    with pytest.raises(MemplanError, match=words):
+        make(None, **options)
+
+
+def test_a_default_that_is_spelled_out_is_the_same_call():
+    """And strides that differ are told."""
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(32, 32)
+
+        def forward(self, x, mask=None, *, scale=1.0):
+            return self.layer(x) * scale
+
+    model = Masked()
+    planned = make(None, model).apply(model)
+    assert torch.equal(planned(*X), planned(X[0], None, scale=1.0))
+    with pytest.raises(PlanMismatch, match=r"float32\[64, 32\] with strides \[1, 64\] now"):
+        planned(torch.randn(32, 64).t())
+
+
+def test_several_threads_may_plan():
+    """Tracing changes torch and the model for a while; each thread waits for the others."""
+    found: list[memplan.Plan] = []
+    model = nn.Sequential(nn.Linear(32, 32), nn.Upsample(scale_factor=2), nn.Linear(64, 8))
+    x = (torch.randn(4, 2, 32),)
+    threads = [threading.Thread(target=lambda: found.append(make(None, model, x, allow=()))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({plan.program.digest for plan in found}) == 1
+    assert len(found) == 4
+
+
+def test_a_result_that_nobody_reads_is_counted():
+    """The indices of a pooling, eight bytes for each element of four, are there while it runs."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.MaxPool2d(2))
+    program = make(None, model, (torch.empty(4, 3, 66, 66),), train=False, loss=None, allow=()).program
+    (pool,) = [op for op in program.ops if "max_pool2d" in op.target]
+    assert pool.workspace >= 8 * 4 * 8 * 32 * 32
+
+
+def test_time_is_spent_once():
+    """What tracing and measuring take of the first plan's limit is not there for its search; a later budget has it all."""
+    session = Session(net(), X, loss=total, machine="h100-80gb", time_limit=50.0)
+    session.began -= 40.0
+    assert session.left() < 10.0
+    session.plan(None)
+    assert session.left() == 50.0
+
+
+def test_a_sweep_takes_plans_other_arguments():
+    """Arena and strategy."""
+    plans = sweep(net(), 2, X, loss=total, machine="h100-80gb", time_limit=2.0, arena=True)
+    assert all(plan.arena for plan in plans)
+    with pytest.raises(MemplanError, match="memo"):
+        sweep(net(), 2, X, loss=total, machine="h100-80gb", time_limit=2.0, strategy="other")
 
 
 def test_a_cache_that_a_model_returns_is_refused_saying_which_switch():
@@ -230,6 +387,16 @@ def test_views_are_no_ops():
     # the gradient of `view` is a reshape, which copies or not as the layout that the torch version gives it demands
     assert [op.target for op in plain.ops] == [op.target for op in viewed.ops if op.target != "aten.clone.default"]
     assert not [op for op in viewed.ops if op.target == "aten.clone.default" and op.phase == Phase.FORWARD]
+
+
+def test_a_model_that_does_nothing_is_planned():
+    """Its loss is a parameter: there is nothing to run, to keep or to free."""
+    model = Says(lambda m, x: m.scale)
+    model.scale = nn.Parameter(torch.ones(()))
+    plan = make(None, model, X, loss=None)
+
+    assert plan.status == "optimal"
+    assert plan.peak == plan.unplanned.peak
 
 
 def test_programs_and_schedules_read_well(golden):

@@ -297,3 +297,109 @@ def test_a_trial_that_fails_says_why(capsys, monkeypatch):
     trial.main()
 
     assert json.loads(capsys.readouterr().out)["error"].startswith("no file no.py")
+
+
+USERS = """
+import sys
+import torch
+from torch import nn
+
+print("imported")
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        print("called")
+        return self.layer(x).sum()
+
+def good():
+    print("made")
+    return Model(), (torch.randn(2, 4),)
+
+def misfit():
+    return Model(), (torch.randn(2, 5),)
+
+def leaving():
+    sys.exit(0)
+
+def wanting(width):
+    return Model(), ()
+"""
+
+
+@pytest.fixture
+def users(tmp_path: Path) -> str:
+    """A user's file."""
+    (tmp_path / "users.py").write_text(USERS)
+    return str(tmp_path / "users.py")
+
+
+@pytest.mark.parametrize("words", [("plan",), ("sweep", "--points", "2")])
+def test_what_a_model_prints_is_beside_the_answer(capsys, users, words):
+    """Standard output is one object."""
+    command, *rest = words
+    status, out, err = call(capsys, command, f"{users}:good", "--machine", "h100-80gb", *rest, "--json")
+    assert status == 0
+    assert json.loads(out)["machine"] == "h100-80gb"
+    assert {"imported", "made", "called"} <= set(err.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("misfit", "cannot trace the model at"), ("leaving", "SystemExit: 0"), ("wanting", "a factory takes no arguments")],
+)
+def test_a_users_mistake_is_one_line(capsys, users, name, words):
+    """And ends with 1, whatever the file wants."""
+    status, out, err = call(capsys, "plan", f"{users}:{name}", "--machine", "h100-80gb")
+    told = [line for line in err.splitlines() if line not in ("imported", "made", "called")]
+    assert (status, out, len(told)) == (1, "", 1)
+    assert words in told[0]
+
+
+def test_a_syntax_error_begins_with_its_place(capsys, tmp_path):
+    """File and line."""
+    path = tmp_path / "broken.py"
+    path.write_text("x = 1\ndef f(:\n    pass\n")
+    status, _, err = call(capsys, "plan", f"{path}:f")
+    assert status == 1
+    assert err.startswith(f"memplan: {path}:2: SyntaxError")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("plan", MODEL, "--seed", "99999999999999999999"), ("plan", MODEL, "--allow", "tile"),
+        ("alloc", "in.csv", "--align", "9" * 30), ("sweep", MODEL, "--png", "a.bogus"), ("show", "p.json", "--png", "noext"),
+    ],
+)  # fmt: skip
+def test_options_are_refused_before_anything_is_loaded(capsys, words):
+    """With status 2, and no traceback."""
+    status, out, err = call(capsys, *words)
+    assert (status, out) == (2, "")
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:99", "cuda:x", "meta"])
+def test_a_device_that_is_not_there_is_one_line(capsys, users, device):
+    """Of `run`."""
+    status, out, err = call(capsys, "run", f"{users}:good", "--device", device)
+    assert (status, out) == (1, "")
+    assert err.splitlines()[-1].startswith(f"memplan: no device {device!r}")
+
+
+def test_a_negative_size_is_refused(capsys):
+    """Of a transformers configuration."""
+    status, _, err = call(capsys, "plan", "hf:gpt2?n_layer=-1")
+    assert status == 1
+    assert "n_layer=-1 does not fit" in err
+
+
+def test_a_mapping_is_as_optimal_from_its_file(capsys, users, tmp_path):
+    """Its status is of the bytes that it moves."""
+    words = ("--scratchpad", "1MiB", "--save", tmp_path / "p.json", "--json")
+    mapped = json.loads(call(capsys, "map", f"{users}:good", *words)[1])
+    shown = json.loads(call(capsys, "show", tmp_path / "p.json", "--json")[1])
+    assert (shown["status"], shown["gap"]) == (mapped["status"], mapped["gap"]) == ("optimal", 0.0)

@@ -1,0 +1,113 @@
+"""Fake tensors as a model is traced with them, except that small constants keep their values.
+
+Code that looks at the values of positions or masks, which depend on nothing but constants, then takes eager's branch.
+"""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, disable_fake_tensor_cache
+from torch.utils._python_dispatch import _disable_current_modes
+
+from .layouts import UNCACHED, real_stride
+from .nodes import is_view
+
+CONSTANT_ELEMENTS = 1 << 20  # constants larger than this are not evaluated while tracing
+CONSTANT_ROW = 1 << 23  # but positions, which lie along one dimension, are up to this size
+GROUPED = getattr(getattr(torch.ops.aten, "_grouped_mm", None), "default", None)
+FACTORIES = {"arange", "ones", "zeros", "full", "scalar_tensor", "eye"}
+
+
+class Refusal(Exception):
+    """What the model may not do, found at the line where it does it."""
+
+
+def is_small(constant: torch.Tensor) -> bool:
+    """Whether a constant is evaluated while tracing."""
+    return constant.numel() <= (CONSTANT_ROW if constant.numel() == max(constant.shape, default=1) else CONSTANT_ELEMENTS)
+
+
+def written(func: Any, args: tuple) -> Iterator[torch.Tensor]:
+    """The operands that a call changes."""
+    for known, value in zip(func._schema.arguments, args, strict=False):
+        if known.is_write and isinstance(value, torch.Tensor):
+            yield value
+
+
+class Constants(FakeTensorMode):
+    """Fake tensors, except that small constants keep their values.
+
+    Attributes:
+        casts: of tensors that autocast has cast while its cache was on, by the identity of their storage: the storage, and
+            which region of autocast this was in.
+        region: the region that the model is called in; None where it is in none.
+        asked: whether the model itself is asking for a cast.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self.casts: dict[int, tuple[torch.UntypedStorage, int]] = {}
+        self.region = 0 if autocast_depth() else None
+        self.asked = False
+
+    def may_turn_const(self, t: torch.Tensor) -> bool:
+        return is_small(t) and not isinstance(t, FakeTensor) and t.device.type != "meta"
+
+    def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is GROUPED and args[0].dtype != torch.bfloat16:
+            return self.grouped_product(*args, **(kwargs or {}))
+        if any(not isinstance(value, FakeTensor) for value in written(func, args)):
+            raise Refusal("the model changes a tensor that is no buffer: use register_buffer")
+        if args and isinstance(args[0], FakeTensor) and args[0].constant is not None and is_view(func):
+            return self.view_of_constant(func, types, args, kwargs or {})
+        with disable_fake_tensor_cache(self) if func in UNCACHED else nullcontext():
+            out: Any = super().dispatch(func, types, args, kwargs or {})
+        stride = real_stride(func, args, out)
+        if stride is not None:
+            facts = {"dtype": out.dtype, "device": out.device}
+            out = super().dispatch(torch.ops.aten.empty_strided.default, types, (out.shape, stride), facts)
+        if getattr(func, "namespace", "") == "aten" and func._opname in FACTORIES and isinstance(out, FakeTensor):
+            plain = not any(isinstance(arg, torch.Tensor) for arg in args)
+            if plain and is_small(out):
+                with _disable_current_modes():
+                    out.constant = func(*args, **{**(kwargs or {}), "device": "cpu", "pin_memory": False})
+        cast = func is torch.ops.aten._to_copy.default and not self.asked
+        if cast and torch.is_autocast_cache_enabled() and autocast_depth():
+            storage = out.untyped_storage()  # regions inside the model cannot be told apart: each cast has its own
+            self.casts[storage._cdata] = storage, len(self.casts) + 1 if self.region is None else self.region
+        return out
+
+    def region_of(self, node: fx.Node) -> int | None:
+        """The region of autocast whose cache holds a cast; None for a cast that is in no cache."""
+        return self.casts.get(node.meta["val"].untyped_storage()._cdata, (None, None))[1]
+
+    def view_of_constant(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        """A view with its value, which shares its base's storage as other views do: torch's own way makes a copy of it."""
+        base, known = args[0], args[0].constant
+        base.constant = None
+        try:
+            out = super().dispatch(func, types, args, kwargs)
+        finally:
+            base.constant = known
+        with _disable_current_modes():
+            values = func(known, *args[1:], **kwargs)
+        for made, value in zip(pytree.tree_leaves(out), pytree.tree_leaves(values), strict=True):
+            made.constant = value
+        return out
+
+    def grouped_product(self, one: Any, two: Any, offsets: Any = None, bias: Any = None, out_dtype: Any = None) -> Any:
+        """A fake result of the experts' product, which torch's own fake kernel only knows for bfloat16."""
+        from torch._meta_registrations import _create_grouped_mm_output_tensor as make
+
+        with self:
+            return make(one, two, offsets, out_dtype)
+
+
+def autocast_depth() -> int:
+    """How many regions of autocast this is in."""
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
