@@ -42,7 +42,7 @@ class Absence(NamedTuple):
     stride: tuple[int, ...]
 
 
-HOOKED: Any = weakref.WeakKeyDictionary()  # model -> a weak reference to the `Homes` that its hooks are of
+HOOKED: Any = WeakIdKeyDictionary()  # model -> a weak reference to the `Homes` that its hooks are of
 ABSENT: Any = WeakIdKeyDictionary()  # tensor that is away, or was -> its `Absence`
 
 

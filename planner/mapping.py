@@ -150,7 +150,7 @@ class Mapper:
 
     def capacity_of(self, asked: int | str) -> int:
         """Bytes asked for: a size, or the name of one."""
-        return self.landmarks[asked] if asked in SIZES else parse_bytes(asked)  # type: ignore[index]
+        return self.landmarks[asked] if asked in SIZES else parse_bytes(asked, what="scratchpad")  # type: ignore[index]
 
     @cached_property
     def homes(self) -> dict[int, int]:

@@ -153,13 +153,13 @@ def find_places(
 def capacities(text: str | None, file: Path, names: list[str]) -> dict[str, int | None]:
     """The bytes of each pool: of all alike, or of those named."""
     if text is None or "=" not in text:
-        return dict.fromkeys(names, None if text is None else parse_bytes(text))
+        return dict.fromkeys(names, None if text is None else parse_bytes(text, what="capacity"))
     named = {name.strip(): size for name, _, size in (word.partition("=") for word in text.split(","))}
     for name in named:
         if name not in names:
             pools = ", ".join(map(repr, names)) if names != [""] else "none"
             raise MemplanError(f"--capacity names the pool {name!r}, and the pools of {file} are: {pools}")
-    return {name: parse_bytes(named[name]) if name in named else None for name in names}
+    return {name: parse_bytes(named[name], what="capacity") if name in named else None for name in names}
 
 
 def write_places(places: Places, out: Path | None, pictures: list[Path]) -> None:
