@@ -247,7 +247,7 @@ def holder_of(value: torch.Tensor) -> Homes:
 
 def is_away(value: torch.Tensor) -> bool:
     """Whether a tensor has no memory of its own now, for its contents are elsewhere."""
-    return value in ABSENT and value.numel() > 1 and not any(value.stride())
+    return value.numel() > 1 and not any(value.stride()) and value in ABSENT  # the cheap question first: every call asks it
 
 
 def absence_of(value: torch.Tensor) -> Absence | None:
