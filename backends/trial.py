@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ..planner.errors import MemplanError
-from .meters import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, cuda_environment, highest, reset_peak, resident
+from .meters import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, cuda_environment, fill_heap, highest, reset_peak, resident
 
 if TYPE_CHECKING:
     import torch
@@ -246,6 +246,7 @@ class Meter:
             torch.cuda.reset_peak_memory_stats()
             return
         try:
+            fill_heap()
             self.before = resident()
             reset_peak()
         except OSError:  # not Linux, or a container that forbids it

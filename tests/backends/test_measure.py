@@ -313,3 +313,30 @@ def test_calibrate_measures_what_the_table_lacks(monkeypatch: pytest.MonkeyPatch
     assert asked == [([SLOW, CRASH, ADD], "cpu")]
     assert calibrate(program, MACHINE, Table("a device", tmp_path)) == 0
     assert len(asked) == 1
+
+
+HOLES = """
+import ctypes
+import torch
+from memplan.backends.trial import Meter
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+pieces = [libc.malloc(60_000) for _ in range(600)]  # below what is mapped singly: they lie in the heap
+for piece in pieces:
+    ctypes.memset(piece, 1, 60_000)
+for piece in pieces[:500]:
+    libc.free(piece)  # and leave a resident hole of 28 MiB in it
+meter = Meter("cpu")
+meter.reset()
+tensors = [torch.ones(1 << 18) for _ in range(20)]
+print(meter.peak(0))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the resident set is Linux's")
+def test_tensors_that_find_room_in_the_heap_count_in_a_peak():
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+    done = subprocess.run([sys.executable, "-c", HOLES], env=environment, capture_output=True, text=True, check=True)
+
+    assert 20 << 20 <= int(done.stdout) <= 23 << 20
