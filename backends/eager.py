@@ -16,19 +16,12 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
-from ..planner.capture import (
-    Captured,
-    TensorFacts,
-    autocast_state,
-    capture,
-    facts,
-    flatten_call,
-    named_tensors,
-    rebuild_inputs,
-)
+from ..planner.capture import Captured, autocast_state, capture, flatten_call
 from ..planner.cost import apply_costs
 from ..planner.errors import CaptureError, MemplanError, PlanMismatch
 from ..planner.graph import Source
+from ..planner.inputs import TensorFacts, facts, rebuild_inputs
+from ..planner.standins import named_tensors
 from ..planner.structure import Structure, hooks_of, settings_of
 from .arena import generate_static
 from .codegen import Generated, generate

@@ -170,7 +170,8 @@ class Session:
         check_numbers(time_limit, seed)
         check_model(model, kwargs)
         from ..backends.homes import bring_back
-        from .capture import capture, describe_inputs
+        from .capture import capture
+        from .inputs import describe_inputs
 
         bring_back(model.parameters())
         if progress is not None:

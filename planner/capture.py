@@ -8,33 +8,28 @@ at their values takes the branch that it takes in eager mode.
 """
 
 import inspect
-import logging
-import sysconfig
 import threading
-import traceback
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
-from torch._functorch import config as functorch_config
-from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .asides import unasked
 from .casts import cached_casts
-from .constants import Constants, Refusal
+from .constants import Constants
 from .errors import CaptureError
-from .graph import Source, Traced, lower
-from .inputs import TensorFacts, describe_inputs, facts, rebuild_inputs
-from .native import native_kernels
+from .graph import Traced, lower
+from .inputs import TensorFacts, facts
 from .plan import Counted
 from .program import Program
+from .standins import fake, fake_parameters, kept_tensors, named_tensors
 from .structure import Structure
+from .tracing import in_words, trace
 
 PLAIN = bool | int | float | str | None
 TRACING = threading.RLock()  # tracing changes torch's tables and the model's
@@ -272,28 +267,6 @@ def capture(
     )
 
 
-@contextmanager
-def kept_tensors(model: nn.Module) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """Put back what a traced call leaves in the attributes of modules: the fake tensors that it stores there.
-
-    Yields:
-        A list, filled at the end: tensors, neither parameters nor buffers, in whose place the call has put others, by name.
-    """
-    before = [(vars(module), dict(vars(module))) for module in model.modules()]
-    replaced: list[tuple[str, torch.Tensor]] = []
-    try:
-        yield replaced
-    finally:
-        for own, was in before:
-            for key in [key for key, value in own.items() if isinstance(value, torch.Tensor) and was.get(key) is not value]:
-                if isinstance(was.get(key), torch.Tensor):
-                    replaced.append((key, was[key]))
-                if key in was:
-                    own[key] = was[key]
-                else:
-                    del own[key]
-
-
 def check_replaced(graph: fx.GraphModule, replaced: list[tuple[str, torch.Tensor]]) -> None:
     """Refuse a model that reads a plain tensor and puts another in its place: a plan would read the old one ever after.
 
@@ -337,59 +310,6 @@ def trainable(model: nn.Module, optimizer: Any) -> set[str]:
     return {name for name, value in wanted.items() if id(value) in held}
 
 
-def trace(step: nn.Module, inputs: list[torch.Tensor], mode: FakeTensorMode, train: bool, stack: ExitStack) -> Any:
-    """AOTAutograd's joint graph with descriptors, or a `CaptureError` that names the model's line."""
-    with in_words("trace the model"):
-        stack.enter_context(quiet("torch._subclasses.fake_tensor"))  # what goes wrong is told in one line
-        stack.enter_context(mode)
-        stack.enter_context(native_kernels())
-        stack.enter_context(unasked())
-        stack.enter_context(functorch_config.patch(backward_pass_autocast="off"))  # where `backward()` should be called
-        stack.enter_context(torch.enable_grad() if train else torch.no_grad())
-        return aot_export_joint_with_descriptors(stack, step, tuple(inputs), decompositions={})
-
-
-@contextmanager
-def quiet(name: str) -> Iterator[None]:
-    """Let a logger say nothing."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextmanager
-def in_words(doing: str) -> Iterator[None]:
-    """Turn whatever goes wrong into a `CaptureError` of one line, with the model's own where that is known."""
-    try:
-        yield
-    except CaptureError:
-        raise
-    except (Exception, SystemExit) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        kind = "" if isinstance(error, Refusal) else f"{type(error).__name__}: "
-        raise CaptureError(f"cannot {doing}{model_line(error)}: {kind}{reason}") from error
-
-
-def model_line(error: BaseException) -> str:
-    """` at file:line (code)` of the innermost frame that is the user's, else of torch's own modules, else nothing."""
-    here = __file__.rsplit("/", 1)[0]
-    library = sysconfig.get_paths()["stdlib"]
-    theirs, modules = [], []
-    for frame in traceback.extract_tb(error.__traceback__):
-        if "/torch/nn/modules/" in frame.filename and not frame.filename.endswith("/module.py"):
-            modules.append(frame)
-        standard = frame.filename.startswith((library, "<")) and "site-packages" not in frame.filename
-        if not standard and "/torch/" not in frame.filename and not frame.filename.startswith(here):
-            theirs.append(frame)
-    for frame in (theirs or modules)[-1:]:
-        return f" at {frame.filename}:{frame.lineno} ({(frame.line or '').strip()[:120]})"
-    return ""
-
-
 def trace_loss(
     step: "_Step", graph: fx.GraphModule, loss: Callable[[Any], torch.Tensor], mode: FakeTensorMode
 ) -> "fx.GraphModule":
@@ -425,55 +345,6 @@ def output_nodes(graph: fx.GraphModule, kind: str) -> list[fx.Node]:
     return [node for node, desc in pairs if type(desc).__name__ == kind and isinstance(node, fx.Node)]
 
 
-def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter and buffer under every name it has."""
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
-
-
-@contextmanager
-def fake_parameters(model: nn.Module, mode: FakeTensorMode, device: str) -> Iterator[dict[str, str]]:
-    """Put fake tensors in place of the model's parameters and buffers, and the real ones back at the end.
-
-    Yields:
-        For a parameter with several names, each later name and the first one.
-    """
-    first: dict[int, tuple[str, torch.Tensor]] = {}
-    alias: dict[str, str] = {}
-    undo: list[tuple[dict[str, Any], str, Any]] = []
-    try:
-        for prefix, module in model.named_modules(remove_duplicate=False):
-            tables: Any = (module._parameters, module._buffers)
-            for table in tables:
-                for key, value in list(table.items()):
-                    if value is None or isinstance(value, FakeTensor):
-                        continue
-                    name = f"{prefix}.{key}" if prefix else key
-                    if id(value) in first:
-                        alias[name] = first[id(value)][0]
-                    else:
-                        copy = fake(mode, value.detach(), device)
-                        if isinstance(value, nn.Parameter):
-                            copy = nn.Parameter(copy, requires_grad=value.requires_grad)
-                        first[id(value)] = (name, copy)
-                        first[id(copy)] = (name, copy)  # a module met twice holds the copy already
-                    undo.append((table, key, value))
-                    table[key] = first[id(value)][1]
-        yield alias
-    finally:
-        for table, key, value in reversed(undo):
-            table[key] = value
-
-
-def fake(mode: FakeTensorMode, tensor: torch.Tensor, device: str) -> torch.Tensor:
-    """A fake tensor of the same facts, on the device traced for where the tensor is on meta or fake itself."""
-    if tensor.device.type != "meta" and tensor.device.type == device and not isinstance(tensor, FakeTensor):
-        return mode.from_tensor(tensor, static_shapes=True)
-    with mode:
-        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-    return made.requires_grad_(tensor.requires_grad) if tensor.is_floating_point() else made
-
-
 def device_of(model: nn.Module, leaves: list[Any]) -> str:
     """The device type of the model, else of its inputs, else cpu.
 
@@ -490,6 +361,3 @@ def device_of(model: nn.Module, leaves: list[Any]) -> str:
 def autocast_state(device: str) -> tuple[bool, torch.dtype]:
     """Whether autocast is on for the device type, and to which type."""
     return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-
-
-__all__ = ["Captured", "Signature", "Source", "TensorFacts", "capture", "describe_inputs", "rebuild_inputs"]

@@ -1,0 +1,80 @@
+"""What stands in for a model's tensors while it is traced, and the model put back as it was."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter and buffer under every name it has."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+@contextmanager
+def fake_parameters(model: nn.Module, mode: FakeTensorMode, device: str) -> Iterator[dict[str, str]]:
+    """Put fake tensors in place of the model's parameters and buffers, and the real ones back at the end.
+
+    Yields:
+        For a parameter with several names, each later name and the first one.
+    """
+    first: dict[int, tuple[str, torch.Tensor]] = {}
+    alias: dict[str, str] = {}
+    undo: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for prefix, module in model.named_modules(remove_duplicate=False):
+            tables: Any = (module._parameters, module._buffers)
+            for table in tables:
+                for key, value in list(table.items()):
+                    if value is None or isinstance(value, FakeTensor):
+                        continue
+                    name = f"{prefix}.{key}" if prefix else key
+                    if id(value) in first:
+                        alias[name] = first[id(value)][0]
+                    else:
+                        copy = fake(mode, value.detach(), device)
+                        if isinstance(value, nn.Parameter):
+                            copy = nn.Parameter(copy, requires_grad=value.requires_grad)
+                        first[id(value)] = (name, copy)
+                        first[id(copy)] = (name, copy)  # a module met twice holds the copy already
+                    undo.append((table, key, value))
+                    table[key] = first[id(value)][1]
+        yield alias
+    finally:
+        for table, key, value in reversed(undo):
+            table[key] = value
+
+
+def fake(mode: FakeTensorMode, tensor: torch.Tensor, device: str) -> torch.Tensor:
+    """A fake tensor of the same facts, on the device traced for where the tensor is on meta or fake itself."""
+    if tensor.device.type != "meta" and tensor.device.type == device and not isinstance(tensor, FakeTensor):
+        return mode.from_tensor(tensor, static_shapes=True)
+    with mode:
+        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    return made.requires_grad_(tensor.requires_grad) if tensor.is_floating_point() else made
+
+
+@contextmanager
+def kept_tensors(model: nn.Module) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Put back what a traced call leaves in the attributes of modules: the fake tensors that it stores there.
+
+    Yields:
+        A list, filled at the end: tensors, neither parameters nor buffers, in whose place the call has put others, by name.
+    """
+    before = [(vars(module), dict(vars(module))) for module in model.modules()]
+    replaced: list[tuple[str, torch.Tensor]] = []
+    try:
+        yield replaced
+    finally:
+        for own, was in before:
+            for key in [key for key, value in own.items() if isinstance(value, torch.Tensor) and was.get(key) is not value]:
+                if isinstance(was.get(key), torch.Tensor):
+                    replaced.append((key, was[key]))
+                if key in was:
+                    own[key] = was[key]
+                else:
+                    del own[key]

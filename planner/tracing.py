@@ -1,0 +1,72 @@
+"""AOTAutograd's joint graph of a module, or an error in one line that names the line of the model."""
+
+import logging
+import sysconfig
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch._functorch import config as functorch_config
+from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from .asides import unasked
+from .constants import Refusal
+from .errors import CaptureError
+from .native import native_kernels
+
+
+def trace(step: nn.Module, inputs: list[torch.Tensor], mode: FakeTensorMode, train: bool, stack: ExitStack) -> Any:
+    """AOTAutograd's joint graph with descriptors, or a `CaptureError` that names the model's line."""
+    with in_words("trace the model"):
+        stack.enter_context(quiet("torch._subclasses.fake_tensor"))  # what goes wrong is told in one line
+        stack.enter_context(mode)
+        stack.enter_context(native_kernels())
+        stack.enter_context(unasked())
+        stack.enter_context(functorch_config.patch(backward_pass_autocast="off"))  # where `backward()` should be called
+        stack.enter_context(torch.enable_grad() if train else torch.no_grad())
+        return aot_export_joint_with_descriptors(stack, step, tuple(inputs), decompositions={})
+
+
+@contextmanager
+def quiet(name: str) -> Iterator[None]:
+    """Let a logger say nothing."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def in_words(doing: str) -> Iterator[None]:
+    """Turn whatever goes wrong into a `CaptureError` of one line, with the model's own where that is known."""
+    try:
+        yield
+    except CaptureError:
+        raise
+    except (Exception, SystemExit) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        kind = "" if isinstance(error, Refusal) else f"{type(error).__name__}: "
+        raise CaptureError(f"cannot {doing}{model_line(error)}: {kind}{reason}") from error
+
+
+def model_line(error: BaseException) -> str:
+    """` at file:line (code)` of the innermost frame that is the user's, else of torch's own modules, else nothing."""
+    here = __file__.rsplit("/", 1)[0]
+    library = sysconfig.get_paths()["stdlib"]
+    theirs, modules = [], []
+    for frame in traceback.extract_tb(error.__traceback__):
+        if "/torch/nn/modules/" in frame.filename and not frame.filename.endswith("/module.py"):
+            modules.append(frame)
+        standard = frame.filename.startswith((library, "<")) and "site-packages" not in frame.filename
+        if not standard and "/torch/" not in frame.filename and not frame.filename.startswith(here):
+            theirs.append(frame)
+    for frame in (theirs or modules)[-1:]:
+        return f" at {frame.filename}:{frame.lineno} ({(frame.line or '').strip()[:120]})"
+    return ""
