@@ -301,6 +301,7 @@ def calibrate(
     from ..backends.measure import calibrate as measure
     from .capture import capture
     from .cost import Table as Costs
+    from .cost import apply_costs, coverage
     from .local import device_key, local_machine
     from .models import load_model
 
@@ -317,9 +318,10 @@ def calibrate(
             time_limit=time_limit,
             progress=lambda done, total: report("measuring", done / max(total, 1)),
         )
-    facts = {"machine": machine.name, "measured": count, "ops": len(program.ops), "file": str(costs.path),
-             "links": msgspec.to_builtins(machine.links)}  # fmt: skip
-    lines = [f"{count} operators measured on {machine.name}; the table is {costs.path}"]
+    known = coverage(apply_costs(program, machine, costs), costs)
+    facts = {"machine": machine.name, "measured": count, "ops": len(program.ops), "coverage": msgspec.to_builtins(known),
+             "file": str(costs.path), "links": msgspec.to_builtins(machine.links)}  # fmt: skip
+    lines = [f"{count} operators measured on {machine.name}; the table is {costs.path}", f"of the step: {known}"]
     lines += [f"{link.source} to {link.target}: {link.bandwidth / 1e9:.2f} GB/s, {link.duplex:.0%} of it while copies go both "
               f"ways; computing loses {link.load:.0%} of the time" for link in machine.links]  # fmt: skip
     answer(as_json, facts, Text("\n".join(lines)))
