@@ -310,13 +310,21 @@ class Worker:
 
 
 def answer(request: dict[str, str], figure: Callable[[Call], tuple[float, bool]]) -> dict[str, Any]:
-    """The figure that a request asks for, or the error that stood against it."""
+    """The figure that a request asks for, or the error that stood against it.
+
+    Raises:
+        RuntimeError: the error has broken the GPU's context, in which every later call would fail too: this process has to end.
+    """
     if "key" not in request:
         return {"ready": True}
     try:
         value, disturbed = figure(build(request["key"], request["device"]))
         return {"value": value, "disturbed": disturbed}
     except Exception as error:  # kernels raise whatever they like; only this key is lost
+        if request["device"] == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
         return {"error": f"{type(error).__name__}: {error}"[:400], "passing": is_lack_of_memory(error)}
 
 

@@ -315,6 +315,21 @@ def test_calibrate_measures_what_the_table_lacks(monkeypatch: pytest.MonkeyPatch
     assert len(asked) == 1
 
 
+def test_a_worker_ends_with_its_gpus_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def figure(call: object) -> tuple[float, bool]:
+        raise RuntimeError("some kernel's own error")
+
+    monkeypatch.setattr(measuring, "build", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert "own error" in answer({"key": ADD, "device": "cuda"}, figure)["error"]
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        answer({"key": ADD, "device": "cuda"}, figure)
+
+
 HOLES = """
 import ctypes
 import torch

@@ -262,7 +262,8 @@ def test_calibrate_says_what_is_known_of_the_step(capsys):
     status, out, _ = call(capsys, "calibrate", MODEL, "--json")
 
     facts = json.loads(out)
-    assert status == 0 and 0 < facts["measured"] < facts["ops"]  # equal operators once
+    assert status == 0
+    assert 0 < facts["measured"] < facts["ops"]  # equal operators once
     assert facts["coverage"]["measured"] == facts["ops"] - 1  # all but the caller's loss
     assert Path(facts["file"]).is_file()
 
