@@ -13,7 +13,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, disable_fake_tensor_cache
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .layouts import UNCACHED, real_stride
+from .layouts import IN_32_BITS, UNCACHED, real_stride
 from .nodes import is_view
 
 CONSTANT_ELEMENTS = 1 << 20  # constants larger than this are not evaluated while tracing
@@ -68,8 +68,10 @@ class Constants(FakeTensorMode):
             out: Any = super().dispatch(func, types, args, kwargs or {})
         stride = real_stride(func, args, out)
         if stride is not None:
-            facts = {"dtype": out.dtype, "device": out.device}
-            out = super().dispatch(torch.ops.aten.empty_strided.default, types, (out.shape, stride), facts)
+            out = self.empty(types, out, stride, out.dtype)
+        if func in IN_32_BITS:
+            wide = {id(item): self.empty(types, item, item.stride(), torch.float32) for item in out}
+            out = tuple(wide[id(item)] for item in out)  # one of them is there twice
         if getattr(func, "namespace", "") == "aten" and func._opname in FACTORIES and isinstance(out, FakeTensor):
             plain = not any(isinstance(arg, torch.Tensor) for arg in args)
             if plain and is_small(out):
@@ -80,6 +82,11 @@ class Constants(FakeTensorMode):
             storage = out.untyped_storage()  # regions inside the model cannot be told apart: each cast has its own
             self.casts[storage._cdata] = storage, len(self.casts) + 1 if self.region is None else self.region
         return out
+
+    def empty(self, types: Any, like: torch.Tensor, stride: tuple[int, ...], dtype: torch.dtype) -> Any:
+        """A fake tensor of another's shape and device, in new memory."""
+        facts = {"dtype": dtype, "device": like.device}
+        return super().dispatch(torch.ops.aten.empty_strided.default, types, (like.shape, stride), facts)
 
     def region_of(self, node: fx.Node) -> int | None:
         """The region of autocast whose cache holds a cast; None for a cast that is in no cache."""

@@ -1,7 +1,8 @@
-"""Layouts that torch's fake kernels get wrong. What tracing sees has to be what the device's kernel makes, for views follow it.
+"""Layouts, and a type, that torch's fake kernels get wrong.
 
-Found by running torch's pointwise operators and their gradients on operands of different layouts, real and fake; the real ones
-lay their result out as their operands lie, in the order of the schema.
+What tracing sees has to be what the device's kernel makes, for views follow it. Layouts were found by running torch's pointwise
+operators and their gradients on operands of different layouts, real and fake; the real ones lay their result out as their
+operands lie, in the order of the schema.
 """
 
 from typing import Any
@@ -19,6 +20,9 @@ UNCACHED = {
     torch.ops.aten.slice_scatter.default, torch.ops.aten.select_scatter.default, torch.ops.aten.diagonal_scatter.default,
     torch.ops.aten.as_strided_scatter.default, torch.ops.aten.copy.default,
 }  # fmt: skip
+
+# Its gradients are in 32 bits, whatever its operands are in: torch 2.11 takes them for 16 under autocast.
+IN_32_BITS = {torch.ops.aten.mkldnn_rnn_layer_backward.default}
 
 
 def real_stride(func: Any, args: tuple[Any, ...], found: Any) -> tuple[int, ...] | None:
