@@ -6,6 +6,7 @@ inside one autograd node.
 """
 
 import copy
+import inspect
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from types import MethodType
@@ -16,7 +17,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
-from ..planner.capture import Captured, autocast_state, capture, flatten_call
+from ..planner.capture import Captured, autocast_state, capture, flatten_call, leaf_names
 from ..planner.cost import apply_costs
 from ..planner.errors import CaptureError, MemplanError, PlanMismatch
 from ..planner.graph import Source
@@ -137,6 +138,7 @@ class _Runner:
     def __init__(self, module: nn.Module, original: Any, captured: Captured, code: Generated):
         self.module = module
         self.original = original
+        self.__signature__ = inspect.signature(original)  # transformers' Trainer passes the arguments that it finds there
         self.captured = captured
         self.code = code
         places = {name: (owner._parameters if kind == "parameter" else owner._buffers, key)
@@ -182,7 +184,7 @@ class _Runner:
                                "apply the plan to the copy with an optimizer of its own")  # fmt: skip
         made = object.__new__(type(self))
         memo[id(self)] = made
-        shared = ("captured", "code", "changing")
+        shared = ("captured", "code", "changing", "__signature__")
         for key, value in vars(self).items():
             setattr(made, key, value if key in shared else copy.deepcopy(value, memo))
         return made
@@ -199,12 +201,16 @@ class _Runner:
         except TypeError as error:
             raise PlanMismatch(f"the arguments do not fit the model's forward: {error}") from None
         if spec != signature.spec:
-            raise PlanMismatch(f"the plan was made for a call of the form {signature.spec}, this one is {spec}")
+            was, now = (", ".join(leaf_names(self.module, each)) or "nothing" for each in (signature.spec, spec))
+            now += ", nested otherwise" * (was == now)
+            raise PlanMismatch(f"the plan was made for a call with {was}, and this one has {now}: plan for it, or call the "
+                               "model itself")  # fmt: skip
         for index, (leaf, known) in enumerate(zip(leaves, signature.inputs, strict=True)):
             now = facts(leaf)
             if type(now) is not type(known) or now != known:
+                name = leaf_names(self.module, spec)[index]
                 raise PlanMismatch(
-                    f"input {index} was {known} when the plan was made and is {now} now: plan for it, or call the model itself"
+                    f"{name} was {known} when the plan was made and is {now} now: plan for it, or call the model itself"
                 )
         self.check_structure()
         for (name, module), (_, training) in zip(self.modules, signature.training, strict=True):

@@ -177,6 +177,15 @@ def flatten_call(model: nn.Module, args: tuple, kwargs: dict | None) -> tuple[li
     return pytree.tree_flatten((bound.args[1:], bound.kwargs))
 
 
+def leaf_names(model: nn.Module, spec: pytree.TreeSpec) -> list[str]:
+    """What to call the leaves of a call: the parameter's name, and the place in it where it holds several."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    known = [name for name, each in inspect.signature(type(model).forward).parameters.items() if each.kind in kinds][1:]
+    args, kwargs = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    named = [(known[min(place, len(known) - 1)], value) for place, value in enumerate(args)] + list(kwargs.items())
+    return [name + pytree.keystr(path) for name, value in named for path, _ in pytree.tree_flatten_with_path(value)[0]]
+
+
 def capture(
     model: nn.Module,
     args: tuple = (),

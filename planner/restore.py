@@ -36,16 +36,24 @@ def sum_tied(graph: fx.GraphModule, parameter_name: Callable[[str], str]) -> Non
     ends = next(node for node in graph.graph.nodes if node.op == "output")
     values, place = list(ends.args[0]), {node: index for index, node in enumerate(graph.graph.nodes)}
     groups: dict[str, list[int]] = {}
+    old: list[fx.Node] = []
     for index, (value, desc) in enumerate(zip(values, ends.meta["desc"], strict=True)):
         if isinstance(value, fx.Node) and type(desc).__name__ == "GradAOTOutput":
             if type(desc.grad_of).__name__ == "ParamAOTInput":
                 groups.setdefault(parameter_name(desc.grad_of.target), []).append(index)
     for indices in groups.values():
-        total = summed(sorted((values[index] for index in indices), key=place.__getitem__))
+        if len(indices) == 1:
+            continue
+        found = [terms_of(values[index]) for index in indices]  # of a name that is used several times it is a sum
+        total = summed(sorted((term for terms, _ in found for term in terms), key=place.__getitem__))
+        old += [node for _, sums in found for node in sums]
         for index in indices:
             values[index] = None
         values[indices[0]] = total
     ends.args = (tuple(values),)
+    for node in old:
+        if not node.users:
+            graph.graph.erase_node(node)
     graph.recompile()
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 import pickle
 import weakref
 
@@ -94,6 +95,18 @@ class TiedThrice(nn.Module):
     def forward(self, source, target):
         hidden = self.two(self.second(target) + self.one(self.first(source)).mean(1, keepdim=True))
         return F.cross_entropy(self.head(hidden).flatten(0, 1), target.flatten())
+
+
+class TiedTwice(nn.Module):
+    """Two layers of one weight, the first of them used before and after the second: gradients come in turn."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.other = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.other.weight = self.layer.weight
+
+    def forward(self, x):
+        return self.layer(torch.tanh(self.other(torch.tanh(self.layer(torch.tanh(self.other(x))))))).square().mean()
 
 
 class Attention(nn.Module):
@@ -274,6 +287,7 @@ MODELS = {
     "relu in place": (lambda: layers(nn.GELU, lambda: nn.ReLU(inplace=True)), lambda: (rows(),), total),
     "tied": (Tied, tokens, lambda out: out[0]),
     "tied three times": (TiedThrice, tokens, None),
+    "tied and used twice": (TiedTwice, lambda: (rows(),), None),
     "frozen": (lambda: frozen(layers(nn.GELU)), lambda: (rows(),), total),
     "first layers frozen": (
         lambda: nn.Sequential(layers(nn.GELU).requires_grad_(False), layers(nn.GELU)),
@@ -578,12 +592,23 @@ def test_keyword_and_positional_arguments_are_one_call():
 
     wanted = model(x, scale=2.0)["loss"]
     same([fast(x, scale=2.0)["loss"].detach(), fast(x=x, scale=2.0)["loss"].detach()], [wanted.detach()] * 2)
-    with pytest.raises(PlanMismatch):
+    with pytest.raises(PlanMismatch, match=r"^scale was 2\.0 .* is 3\.0 now"):
         fast(x, scale=3.0)
-    with pytest.raises(PlanMismatch):
+    with pytest.raises(PlanMismatch, match="a call with x, scale, and this one has x: "):
         fast(x)
+    with pytest.raises(PlanMismatch, match=r"this one has x, pair\['left'\], pair\['right'\]\[0\], scale: "):
+        fast(x, {"left": x, "right": [x]}, scale=2.0)
     with pytest.raises(PlanMismatch, match="arguments do not fit"):
         fast(x, nonsense=1)
+
+
+def test_a_planned_forward_shows_the_models_arguments():
+    """transformers' Trainer drops what of a batch is not among them."""
+    model = Keywords()
+    fast = planned(model, (rows(),), None, "free").apply(model)
+
+    assert inspect.signature(fast.forward) == inspect.signature(model.forward)
+    assert inspect.signature(copy.deepcopy(fast).forward) == inspect.signature(model.forward)
 
 
 def gelu_net() -> tuple:
