@@ -17,8 +17,10 @@ from torch import nn
 
 CLOSE = 1.01
 MOST = 41  # ops, the loss among them
-# Where the planner finds nothing though something fits: the exact schedule holds a value twice between two of its uses.
-KNOWN = {("random 5 x1", -0.02)}
+KNOWN = {
+    ("random 5 x1", -0.02),  # nothing is found though something fits: a value is held twice between two of its uses
+    ("random 11 x3", 0.1),  # 1.9 % slower, whatever the seed; seven times the effort finds the fastest
+}
 
 
 @dataclass(frozen=True)
