@@ -335,6 +335,7 @@ def checkpointing(model: nn.Module, on: bool) -> None:
             inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         else:
             inner.gradient_checkpointing_disable()
+            inner.disable_input_require_grads()  # the hook that transformers leaves on the embedding
         return
     for block in blocks(model):
         block.__dict__.pop("forward", None)
