@@ -61,6 +61,6 @@ def callers(graph: fx.Graph) -> dict[fx.Node, str]:
         elif operands and (number is None or meta.get("is_gradient_acc")):
             found[node] = found[max(operands, key=order.__getitem__)]
         elif is_call(node):
-            origin = forward.get(number or 0, node) if meta.get("autograd_backward") else node
+            origin = forward[number] if number in forward and meta.get("autograd_backward") else node
             found[node] = origin.meta.get("custom", {}).get(KEY, "")
     return found
