@@ -22,7 +22,7 @@ from .commands.run import run
 from .commands.sweep import sweep
 from .errors import MemplanError
 from .flags import in_flags
-from .terminal import BROKEN_PIPE, INTERRUPTED, end, fail, say, warn
+from .terminal import INTERRUPTED, end, fail, put, say, warn
 
 ClickException: Any = typer.BadParameter.__mro__[2]  # typer has click inside, or beside it, by its version
 EXAMPLE = 'To begin with: memplan run "hf:gpt2?n_layer=2&batch=2&seq=64" --budget 50%'
@@ -43,9 +43,9 @@ app.command(name="map")(map_)
 def print_version(wanted: bool) -> None:
     """Print the version, and end."""
     if wanted:
-        from memplan import __version__
+        from .. import __version__
 
-        print(f"memplan {__version__}")
+        put(f"memplan {__version__}")
         raise typer.Exit
 
 
@@ -71,22 +71,11 @@ def main(arguments: list[str] | None = None) -> None:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: warn(message)
             status = app(words, prog_name="memplan", standalone_mode=False)
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        drop_output()
-        raise SystemExit(BROKEN_PIPE) from None
     except (KeyboardInterrupt, typer.Abort):
         interrupted()
     except ClickException as error:
         usage(error, as_json)
-    except OSError as error:
-        if error.filename is None and not can_print():
-            drop_output()
-            say(f"cannot write the answer to standard output: {error.strerror}", "red")
-            raise SystemExit(1) from None
-        fail(error, as_json)
-    except (MemplanError, MemoryError) as error:
+    except (MemplanError, OSError, MemoryError) as error:
         fail(error, as_json)
     else:
         if status == INTERRUPTED:  # typer's own way to say it
@@ -112,21 +101,6 @@ def interrupted() -> NoReturn:
     """End the process after Ctrl-C."""
     say("interrupted")
     raise SystemExit(INTERRUPTED)
-
-
-def can_print() -> bool:
-    """Whether standard output still takes what is written to it."""
-    try:
-        sys.stdout.flush()
-    except (OSError, ValueError, AttributeError):
-        return False
-    return True
-
-
-def drop_output() -> None:
-    """Let the interpreter's last flush go nowhere, instead of ending in a traceback."""
-    with suppress(OSError, ValueError, AttributeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

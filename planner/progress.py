@@ -91,8 +91,6 @@ class Lines:
 class Elapsed(ProgressColumn):
     """The time since the command began, which runs whatever a stage says of itself."""
 
-    max_refresh = 0.5
-
     def __init__(self) -> None:
         super().__init__()
         self.began = time.monotonic()

@@ -61,7 +61,7 @@ def budget(plan: "Plan") -> str:
     if plan.recipe.mapped:
         return f"scratchpad: {room} of {what}"
     asked = f"none asked for; {what} has {room}" if plan.budget is None else f"{show_bytes(plan.budget)} on {what}"
-    return f"budget: {asked}; the smallest known to work: {show_bytes(plan.minimum)}"
+    return f"budget: {asked}; smallest budget known to work: {show_bytes(plan.minimum)}"
 
 
 def quality(plan: "Plan") -> str:

@@ -1,7 +1,10 @@
 """What a command shows in the end: its answer on standard output, or the error that ended it, and its exit status."""
 
 import json
+import os
 import sys
+from contextlib import suppress
+from io import StringIO
 from typing import Any, NoReturn
 
 from rich.console import Console, RenderableType
@@ -18,18 +21,40 @@ def answer(as_json: bool, facts: dict[str, Any], *shown: RenderableType) -> None
     """The command's result on standard output: `facts` as one object for programs, or what is `shown`, for people.
 
     Raises:
-        MemplanError: there is no standard output.
+        MemplanError: standard output is closed, or full.
+    """
+    if as_json:
+        put(json.dumps(facts))
+        return
+    text = StringIO()
+    console = Console(file=text, force_terminal=Console().is_terminal, highlight=False, width=WIDE)
+    for part in shown:
+        console.print(part)
+    put("\n".join(line.rstrip() for line in text.getvalue().splitlines()))
+
+
+def put(text: str) -> None:
+    """Print on standard output, at once. Where its reader has gone, the process ends as if by the signal of a broken pipe.
+
+    Raises:
+        MemplanError: standard output is closed, or full.
     """
     if sys.stdout is None:
         raise MemplanError("standard output is closed: there is nowhere to print the answer")
-    if as_json:
-        print(json.dumps(facts))
-        return
-    console = Console(highlight=False, width=WIDE)
-    for part in shown:
-        with console.capture() as text:
-            console.print(part)
-        print("\n".join(line.rstrip() for line in text.get().splitlines()))
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        drop_output()
+        raise SystemExit(BROKEN_PIPE) from None
+    except OSError as error:
+        drop_output()
+        raise MemplanError(f"cannot write the answer to standard output: {error.strerror}") from None
+
+
+def drop_output() -> None:
+    """Let what is left for standard output go nowhere: the interpreter's last flush would end in a traceback."""
+    with suppress(OSError, ValueError):  # not a file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def warn(message: object) -> None:
@@ -62,8 +87,9 @@ def fail(error: Exception, as_json: bool) -> NoReturn:
 
 def end(facts: dict[str, Any], line: str, status: int, as_json: bool) -> NoReturn:
     """End the process with a line on standard error, and with `facts` on standard output for programs."""
-    if as_json and sys.stdout is not None:
-        print(json.dumps(facts), flush=True)
+    if as_json:
+        with suppress(MemplanError):  # the line below still tells
+            put(json.dumps(facts))
     say(line, "red")
     raise SystemExit(status)
 
