@@ -20,6 +20,7 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from .callers import noting_callers
 from .casts import cached_casts
 from .constants import Constants
 from .errors import CaptureError
@@ -107,7 +108,7 @@ class _Step(nn.Module):
         rest = iter(tensors)
         leaves = [fixed[index] if index in fixed else next(rest) for index in range(spec.num_leaves)]
         args, kwargs = pytree.tree_unflatten(leaves, spec)
-        with cached_casts(self.mode, self.caches), kept_tensors(self.model) as self.replaced:
+        with noting_callers(self.model), cached_casts(self.mode, self.caches), kept_tensors(self.model) as self.replaced:
             output = self.model.forward(*args, **kwargs)  # not its hooks: they run around the planned forward
         flat, self.output_spec = pytree.tree_flatten(output)
         found: list[torch.Tensor] = []

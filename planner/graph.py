@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .callers import callers
 from .errors import CaptureError
 from .in_place import InPlace, in_place_form
 from .nodes import call_key, closure, cost_of_graph, count_flops, encode, is_call, is_random, is_tensor, results, span, unpicked
@@ -138,7 +139,7 @@ class _Lowering:
         self.mutations: dict[int, tuple[Source, fx.Node]] = {}
         self.updates: dict[int, tuple[tuple[str, fx.Node], ...]] = {}
         self.states: dict[int, tuple[str, int]] = {}
-        self.where = ""
+        self.where: dict[fx.Node, str] = {}
 
     def run(
         self, name: str, train: bool, loss: Any, optimizer: Any, in_backward: bool, trainable: set[str], runs_on: str
@@ -158,6 +159,7 @@ class _Lowering:
             if node.op in ("placeholder", "get_attr"):
                 self.add_source(node, train)
         tangents = [node for node, source in self.sources.items() if source.kind == "tangent"]
+        self.where = callers(self.graph.graph)
         early, late = split(self.graph.graph, [*outputs, *(node for node, _ in changes)])
         changed = {self.owner[self.find(desc)] for _, desc in changes}
         for node in early:
@@ -258,9 +260,6 @@ class _Lowering:
         parts = results(node)
         tensors = [arg for arg in node.all_input_nodes if arg in self.owner]
         shared = {self.owner[arg] for arg in tensors}
-        for parameter in (self.sources[arg] for arg in tensors if arg in self.sources):
-            if parameter.kind == "parameter":
-                self.where = parameter.name.rpartition(".")[0]
         if not isinstance(node.target, torch._ops.OpOverload):
             raise CaptureError(f"the model calls {node.target}, which memplan cannot plan; move it out of the model")
         if not parts and value is not None and not is_tensor(value):
@@ -304,7 +303,7 @@ class _Lowering:
                 flops=count_flops(node),
                 workspace=unpicked(node, parts),
                 traffic=sum(span(arg.meta["val"]) for arg in tensors) + sum(span(item) for _, item in parts),
-                where=self.where,
+                where=self.where[node],
             )
         )
         self.nodes.append(node)

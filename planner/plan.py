@@ -13,7 +13,8 @@ from .machine import Machine
 from .program import Program
 from .referee import Report, referee
 from .schedule import Run, Schedule, Start
-from .units import show_bytes, show_seconds
+from .summary import one_line, summary
+from .units import show_bytes, show_count, show_seconds
 
 if TYPE_CHECKING:
     from torch import nn
@@ -89,7 +90,7 @@ class Counts(msgspec.Struct, frozen=True):
     offload: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Side:
     """One schedule's figures: peak bytes and seconds, as the referee predicts them.
 
@@ -103,6 +104,10 @@ class Side:
     schedule: Schedule
     report: Report
 
+    def __repr__(self) -> str:
+        what = f"{show_count(len(self.schedule.instructions), 'instruction')} for {self.program.name}"
+        return f"<memplan.Side: {what}, peak {show_bytes(self.peak)}, {show_seconds(self.time)}>"
+
     @property
     def peak(self) -> int:
         """Largest number of bytes live on the device."""
@@ -114,7 +119,7 @@ class Side:
         return self.report.time
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """A schedule that fits a budget.
 
@@ -124,7 +129,7 @@ class Plan:
         budget: bytes allowed; None where none was asked for.
         planned: the schedule and what the referee says of it.
         unplanned: the same for the step as eager PyTorch runs it.
-        status: `optimal` when `gap` is zero, else `feasible`.
+        status: `optimal` when `gap` is zero: nothing better is possible; else `feasible`: it fits, and may not be the best.
         gap: how much faster than this plan the best schedule can be at most: `(time - bound) / time`; of a mapping onto a
             scratchpad, how many fewer bytes it can move.
         bound: a lower bound on the time of any schedule within the budget.
@@ -185,39 +190,14 @@ class Plan:
         return {f"{link.source} to {link.target}": size for link, size in links if size}
 
     def summary(self) -> str:
-        """A few lines for people."""
-        rows = [
-            ("", "planned", "unplanned"),
-            ("peak", show_bytes(self.peak), show_bytes(self.unplanned.peak)),
-            ("step time (predicted)", show_seconds(self.time), show_seconds(self.unplanned.time)),
-        ]
-        widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        counts, mapped = self.counts, self.recipe.mapped
-        asked = "none" if self.budget is None else show_bytes(self.budget)
-        lines += [
-            f"budget {asked} on {self.machine.name}; smallest known to work {show_bytes(self.minimum)}",
-            f"{self.status}, within {self.gap:.1%} of the {'fewest bytes' if mapped else 'fastest'} possible; "
-            + (f"{counts.keep} activations kept, {counts.recompute} recomputed, " if not mapped else "")
-            + f"{counts.offload} moved",
-            f"traced in {self.capture_seconds:.1f} s, solved in {self.solve_seconds:.1f} s; "
-            f"{len(self.program.ops)} ops, {len(self.program.buffers)} buffers",
-        ]
-        if self.moved:
-            lines.append("moved in a step: " + ", ".join(f"{show_bytes(size)} {link}" for link, size in self.moved.items()))
-        if self.schedule.homes:
-            away = sum(self.program.buffers[buffer].bytes for buffer, _ in self.schedule.homes)
-            where = " and ".join(sorted({self.machine.tiers[tier].name for _, tier in self.schedule.homes}))
-            what = "inputs and outputs" if mapped else "parameters and optimizer state"
-            lines.append(f"between their uses {show_bytes(away)} of {what} are on {where}")
-        if self.arena:
-            beside = f" and {len(self.schedule.outside)} short-lived results" if self.schedule.outside else ""
-            most = "other gradients, outputs" if self.schedule.lent else "gradients, outputs"
-            rest = "" if mapped else f"; {most}{beside} lie outside it"
-            lines.append(f"addresses planned: one arena of {show_bytes(self.arena)}{rest}")
-        if self.schedule.lent:
-            lines.append(f"{len(self.schedule.lent)} gradients lie in the arena: drop them before the next forward pass")
-        return "\n".join(lines)
+        """Some lines for people: peak and time beside the unplanned ones, the budget, and how good the plan is."""
+        return summary(self)
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def __repr__(self) -> str:
+        return one_line(self)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON: program, machine, schedule, and how to capture the model again."""

@@ -1,6 +1,8 @@
 """What commands answer: a plan's and a run's figures, for programs and for people."""
 
 import math
+from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -8,11 +10,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .units import show_bytes, show_seconds
+from .summary import figures, headings, remarks
+from .units import show_bytes, show_change, show_seconds
 
 if TYPE_CHECKING:
     from ..backends.trial import Trial
     from .plan import Plan
+
+WAYS = {"out": "out of the device", "in": "back to it"}  # what a trial calls the ways of copies
 
 
 def overhead(made: "Plan") -> float:
@@ -43,14 +48,18 @@ def plan_facts(made: "Plan") -> dict[str, Any]:
 
 
 def plan_table(made: "Plan") -> RenderableType:
-    """A plan's figures for people."""
-    saved = made.peak / made.unplanned.peak - 1 if made.unplanned.peak else 0.0
-    rows = [
-        ("peak", show_bytes(made.peak), show_bytes(made.unplanned.peak), f"{saved:+.1%}"),
-        ("step time (predicted)", show_seconds(made.time), show_seconds(made.unplanned.time), f"{overhead(made):+.1%}"),
-    ]
-    words = made.summary().splitlines()[len(rows) + 1 :]
-    return Group(table((made.program.name, "planned", "unplanned", ""), rows), Text("\n".join(words)))
+    """A plan's figures for people: its summary, with the names of the columns set off."""
+    return Group(table(headings(made), figures(made)), Text("\n".join(remarks(made))))
+
+
+def after(made: "Plan", path: Path) -> Text:
+    """What can be done with a plan that has been written."""
+    rows = [(f"memplan show {quote(str(path))}", "this summary again; with --png, --html, --text and more, what happens when")]
+    rows += [(f"memplan check {quote(str(path))}", "the referee replays it")]
+    if not made.recipe.mapped:
+        rows.append((f'memplan.load("{path}").apply(model)', "in Python, the planned model"))
+    width = max(len(call) for call, _ in rows)
+    return Text("\n".join([f"written to {path}:", *(f"  {call:{width}}  {what}" for call, what in rows)]))
 
 
 def run_facts(made: "Plan", plain: "Trial", planned: "Trial") -> dict[str, Any]:
@@ -82,27 +91,33 @@ def run_table(made: "Plan", plain: "Trial", planned: "Trial") -> RenderableType:
         return "unknown here" if peak is None else show_bytes(peak)
 
     asked = "no budget" if made.budget is None else f"budget {show_bytes(made.budget)}"
+    before = made.unplanned
+    less = "" if planned.peak is None or plain.peak is None else show_change(planned.peak, plain.peak)
     rows = [
-        ("peak, measured", measured(planned.peak), measured(plain.peak)),
-        ("peak, predicted", show_bytes(made.peak), show_bytes(made.unplanned.peak)),
-        ("step time, measured", show_seconds(planned.seconds), show_seconds(plain.seconds)),
-        ("step time, predicted", show_seconds(made.time), show_seconds(made.unplanned.time)),
-    ]
+        ("peak memory, measured", measured(planned.peak), measured(plain.peak), less),
+        ("peak memory, predicted", show_bytes(made.peak), show_bytes(before.peak), show_change(made.peak, before.peak)),
+        ("step time, measured", show_seconds(planned.seconds), show_seconds(plain.seconds),
+         show_change(planned.seconds, plain.seconds)),
+        ("step time, predicted", show_seconds(made.time), show_seconds(before.time), show_change(made.time, before.time)),
+    ]  # fmt: skip
     pairs = enumerate(zip(planned.losses, plain.losses, strict=True), 1)
-    rows += [(f"loss, step {number}", *(f"{float.fromhex(loss):.6f}" for loss in pair)) for number, pair in pairs]
-    rows += [(f"copies {way}, a step", f"{show_bytes(way_of.bytes)} in {show_seconds(way_of.busy)}, "
-              f"{way_of.bytes / max(way_of.busy, 1e-9) / 1e9:.1f} GB/s, stalled {show_seconds(way_of.stalled)}", "")
-             for way, way_of in planned.copies.items()]  # fmt: skip
+    rows += [(f"loss, step {number}", *(f"{float.fromhex(loss):.6f}" for loss in pair), "") for number, pair in pairs]
+    copies = [
+        Text(f"copied {WAYS.get(way, way)} in a step: {show_bytes(way_of.bytes)} in {show_seconds(way_of.busy)}, "
+             f"{way_of.bytes / max(way_of.busy, 1e-9) / 1e9:.1f} GB/s; the step waited {show_seconds(way_of.stalled)} for it")
+        for way, way_of in planned.copies.items() if way_of.bytes
+    ]  # fmt: skip
     verdicts = [
         equality("losses", planned.losses == plain.losses),
         equality("parameters" if made.recipe.in_backward else "gradients", planned.gradients == plain.gradients),
     ]
-    return Group(table((asked, "planned", "unplanned"), rows), *verdicts)
+    return Group(table((asked, "planned", "unplanned", ""), rows), *copies, *verdicts)
 
 
 def equality(what: str, equal: bool) -> Text:
-    """`losses: bit-equal`, in colour."""
-    return Text(f"{what}: {'bit-equal' if equal else 'not bit-equal'}", style="green" if equal else "yellow")
+    """Whether both runs have the same bits, in colour."""
+    words = "bit-equal to the unplanned run's" if equal else "not bit-equal to the unplanned run's"
+    return Text(f"{what}: {words}", style="green" if equal else "yellow")
 
 
 def table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
