@@ -13,6 +13,7 @@ from ..passes.addresses import Place
 from ..passes.homes import Homes
 from ..passes.outside import LeaveOutside
 from ..passes.transfers import routes_of
+from ..solvers.warm import compile_addresses, compile_planning
 from .cost import Table, apply_costs
 from .errors import BudgetError, CaptureError, MachineError, MemplanError
 from .machine import Machine, named_machine
@@ -67,7 +68,8 @@ def plan(
         allow: which levers may be used, out of "recompute", "reorder" and "offload"; default: "recompute" and "reorder".
             Offload moves activations to the tiers behind the device: the host's memory for a GPU, a file for a CPU (in
             `MEMPLAN_OFFLOAD`, or else beside the measurements).
-        time_limit: seconds for measuring and planning together, at most.
+        time_limit: seconds for measuring and planning together, at most; not counted is the compiling of the solvers, which
+            the first plan on a machine waits for.
         seed: of the search.
         arena: plan an address for every tensor that the step makes and keeps to itself: applied, the plan runs in one
             arena, made once, and fits the budget with it. Gradients and outputs are the caller's and lie beside it.
@@ -177,7 +179,7 @@ class Session:
         if progress is not None:
             progress("tracing the model", 0.0)
         began = time.monotonic()
-        self.time_limit = float(time_limit)
+        self.time_limit, self.progress, self.compile_seconds = float(time_limit), progress, 0.0
         self.lend_gradients = lend_gradients
         self.captured: Captured = capture(
             model, args, dict(kwargs or {}), train=train, loss=loss, optimizer=optimizer, in_backward=optimizer_in_backward,
@@ -229,7 +231,11 @@ class Session:
         return self.time_limit if self.began is None else max(0.0, self.began + self.time_limit - time.monotonic())
 
     def begin(self, arena: bool = False) -> Planner:
-        """The planner, which is told when to end."""
+        """The planner, which is told when to end; what has to be compiled first takes none of its time."""
+        took = compile_planning(self.progress) + (compile_addresses(self.progress) if arena else 0.0)
+        self.compile_seconds += took
+        if self.began is not None:
+            self.began += took
         planner = self.static_planner if arena else self.planner
         planner.deadline = time.monotonic() + self.left()
         return planner
@@ -294,8 +300,8 @@ class Session:
             raise MemplanError("strategy='memo' has no addresses: plan without arena")
         if self.lend_gradients and not arena:
             raise MemplanError("lend_gradients=True lends gradients that lie in an arena: plan with arena=True")
-        began = time.monotonic()
         planner, self.began = self.begin(arena), None
+        began = time.monotonic()
         unplanned = planner.unplanned
         capacity = self.machine.tiers[0].capacity
         asked = None if budget is None else parse_bytes(budget, of=unplanned.peak)
@@ -319,6 +325,7 @@ class Session:
             minimum=minimum,
             capture_seconds=self.capture_seconds,
             solve_seconds=time.monotonic() - began + self.solve_began,
+            compile_seconds=self.compile_seconds,
         )
         return assemble(body, answer.side, unplanned, self.captured)
 

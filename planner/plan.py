@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .capture import Captured
 
 FORMAT = 1
+COMPILED = 1.0  # seconds: to load what was compiled before takes less
 
 
 class Kept(msgspec.Struct, frozen=True):
@@ -131,6 +132,7 @@ class Plan:
         minimum: the smallest budget known to work.
         capture_seconds: time spent tracing.
         solve_seconds: time spent planning.
+        compile_seconds: time spent before that on compiling the solvers, or on loading what was compiled before.
     """
 
     program: Program
@@ -145,6 +147,7 @@ class Plan:
     capture_seconds: float
     solve_seconds: float
     recipe: Recipe
+    compile_seconds: float = 0.0
     captured: "Captured | None" = field(default=None, repr=False, compare=False)
 
     @property
@@ -200,7 +203,9 @@ class Plan:
             f"{self.status}, within {self.gap:.1%} of the {'fewest bytes' if mapped else 'fastest'} possible; "
             + (f"{counts.keep} activations kept, {counts.recompute} recomputed, " if not mapped else "")
             + f"{counts.offload} moved",
-            f"traced in {self.capture_seconds:.1f} s, solved in {self.solve_seconds:.1f} s; "
+            f"traced in {self.capture_seconds:.1f} s, solved in {self.solve_seconds:.1f} s"
+            + (f", solvers compiled in {self.compile_seconds:.1f} s" if self.compile_seconds > COMPILED else "")
+            + "; "
             f"{len(self.program.ops)} ops, {len(self.program.buffers)} buffers",
         ]
         if self.moved:
@@ -232,6 +237,7 @@ class Plan:
             minimum=self.minimum,
             capture_seconds=self.capture_seconds,
             solve_seconds=self.solve_seconds,
+            compile_seconds=self.compile_seconds,
         )
         raw = msgspec.json.encode(body)
         head = msgspec.json.encode({"format": FORMAT, "sha256": hashlib.sha256(raw).hexdigest()})
@@ -276,6 +282,7 @@ class PlanBody(msgspec.Struct, frozen=True):
     minimum: int
     capture_seconds: float
     solve_seconds: float
+    compile_seconds: float = 0.0
 
 
 def load(path: str | Path) -> Plan:
@@ -322,6 +329,7 @@ def check_figures(path: str | Path, body: PlanBody, planned: Side) -> None:
         "gap": gap is not None and not 0 <= gap <= 1,
         "capture_seconds": not 0 <= body.capture_seconds < float("inf"),
         "solve_seconds": not 0 <= body.solve_seconds < float("inf"),
+        "compile_seconds": not 0 <= body.compile_seconds < float("inf"),
     }
     for name in [name for name, is_wrong in wrong.items() if is_wrong]:
         raise PlanMismatch(f"{path} has a {name} that its schedule contradicts: plan again")
@@ -344,6 +352,7 @@ def assemble(body: PlanBody, planned: Side, unplanned: Side, captured: "Captured
         capture_seconds=body.capture_seconds,
         solve_seconds=body.solve_seconds,
         recipe=body.recipe,
+        compile_seconds=body.compile_seconds,
         captured=captured,
     )
 

@@ -33,6 +33,7 @@ def plan_facts(made: "Plan") -> dict[str, Any]:
         "minimum_budget": made.minimum,
         "capture_seconds": made.capture_seconds,
         "solve_seconds": made.solve_seconds,
+        "compile_seconds": made.compile_seconds,
         "counts": {"keep": counts.keep, "recompute": counts.recompute, "offload": counts.offload},
         "machine": made.machine.name,
         "ops": len(made.program.ops),
