@@ -14,13 +14,15 @@ from ..passes.homes import Homes
 from ..passes.outside import LeaveOutside
 from ..passes.transfers import routes_of
 from ..solvers.warm import compile_addresses, compile_planning
-from .cost import Table, apply_costs
+from .cost import Table, apply_costs, coverage
+from .coverage import Coverage
 from .errors import BudgetError, CaptureError, MachineError, MemplanError
+from .estimate import Estimate
 from .machine import Machine, named_machine
 from .pipeline import Answer, Planner
 from .plan import Counted, Plan, PlanBody, Recipe, Side, assemble, unlimited
 from .referee import referee
-from .schedule import LEVERS, check_levers
+from .schedule import LEVERS, Run, check_levers
 from .units import parse_bytes, shorten
 
 if TYPE_CHECKING:
@@ -195,19 +197,20 @@ class Session:
             counted=counted(model, optimizer, self.captured.program.device if known is None else known.device),
         )
         real = known is None and all(value.device.type != "meta" for value in model.parameters())
-        table = None
+        table, spoilt = None, False
         self.offload = "offload" in levers
         if known is None:
-            from .local import device_key, local_machine
+            from .local import device_key, doubts_rates, local_machine
 
             known = local_machine(self.captured.program.device, offload=self.offload)
             if machine not in (None, "local", known.name):
                 raise MachineError(f"machine={machine!r}, but the model is on {known.device}: move it, or ask for 'local'")
-            table = Table(device_key(self.captured.program.device))
+            table, spoilt = Table(device_key(known.device)), doubts_rates(known.device)
             if real:
                 self.measure(known, table, progress)
         began = time.monotonic()
         known = self.machine = limit_tiers(known, host_budget)
+        self.table, self.spoilt = table, spoilt
         program = apply_costs(self.captured.program, known, table)
         routes = routes_of(known) if self.offload else []
         self.planner = Planner(
@@ -225,6 +228,12 @@ class Session:
                 progress("measuring ops", done / max(total, 1))
 
         calibrate(self.captured.program, machine, table, time_limit=self.left(), progress=tell)
+
+    def covered(self, side: Side) -> Coverage:
+        """How much of a schedule's time was measured."""
+        runs = [step.op for step in side.schedule.instructions if isinstance(step, Run)]
+        alike = 0 if self.table is None else Estimate(self.table.samples(), self.machine).ops
+        return coverage(side.program, self.table, runs, alike, self.spoilt)
 
     def left(self) -> float:
         """Seconds that are left: of the first plan's time limit what measuring has not taken, of a later one's all."""
@@ -326,6 +335,7 @@ class Session:
             capture_seconds=self.capture_seconds,
             solve_seconds=time.monotonic() - began + self.solve_began,
             compile_seconds=self.compile_seconds,
+            coverage=self.covered(answer.side),
         )
         return assemble(body, answer.side, unplanned, self.captured)
 

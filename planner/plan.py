@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from .coverage import Coverage
 from .errors import PlanMismatch
 from .machine import Machine
 from .program import Program
@@ -133,6 +134,8 @@ class Plan:
         capture_seconds: time spent tracing.
         solve_seconds: time spent planning.
         compile_seconds: time spent before that on compiling the solvers, or on loading what was compiled before.
+        coverage: how much of the predicted time was measured, on what and when; None where that is not known, as of a plan
+            that an older memplan saved.
     """
 
     program: Program
@@ -148,6 +151,7 @@ class Plan:
     solve_seconds: float
     recipe: Recipe
     compile_seconds: float = 0.0
+    coverage: Coverage | None = None
     captured: "Captured | None" = field(default=None, repr=False, compare=False)
 
     @property
@@ -208,6 +212,8 @@ class Plan:
             + "; "
             f"{len(self.program.ops)} ops, {len(self.program.buffers)} buffers",
         ]
+        if self.coverage is not None:
+            lines.append(self.coverage.describe(self.machine.name))
         if self.moved:
             lines.append("moved in a step: " + ", ".join(f"{show_bytes(size)} {link}" for link, size in self.moved.items()))
         if self.schedule.homes:
@@ -238,6 +244,7 @@ class Plan:
             capture_seconds=self.capture_seconds,
             solve_seconds=self.solve_seconds,
             compile_seconds=self.compile_seconds,
+            coverage=self.coverage,
         )
         raw = msgspec.json.encode(body)
         head = msgspec.json.encode({"format": FORMAT, "sha256": hashlib.sha256(raw).hexdigest()})
@@ -283,6 +290,7 @@ class PlanBody(msgspec.Struct, frozen=True):
     capture_seconds: float
     solve_seconds: float
     compile_seconds: float = 0.0
+    coverage: Coverage | None = None
 
 
 def load(path: str | Path) -> Plan:
@@ -330,6 +338,7 @@ def check_figures(path: str | Path, body: PlanBody, planned: Side) -> None:
         "capture_seconds": not 0 <= body.capture_seconds < float("inf"),
         "solve_seconds": not 0 <= body.solve_seconds < float("inf"),
         "compile_seconds": not 0 <= body.compile_seconds < float("inf"),
+        "coverage": body.coverage is not None and not body.coverage.is_sound,
     }
     for name in [name for name, is_wrong in wrong.items() if is_wrong]:
         raise PlanMismatch(f"{path} has a {name} that its schedule contradicts: plan again")
@@ -353,6 +362,7 @@ def assemble(body: PlanBody, planned: Side, unplanned: Side, captured: "Captured
         solve_seconds=body.solve_seconds,
         recipe=body.recipe,
         compile_seconds=body.compile_seconds,
+        coverage=body.coverage,
         captured=captured,
     )
 

@@ -36,6 +36,7 @@ def plan_facts(made: "Plan") -> dict[str, Any]:
         "compile_seconds": made.compile_seconds,
         "counts": {"keep": counts.keep, "recompute": counts.recompute, "offload": counts.offload},
         "machine": made.machine.name,
+        "measured": None if made.coverage is None else made.coverage.facts(),
         "ops": len(made.program.ops),
         "buffers": len(made.program.buffers),
         **({"arena": made.arena} if made.arena else {}),

@@ -11,12 +11,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("planner", "passes", "solvers", "backends")
 NOUNS = {
-    f"planner.{name}" for name in ("program", "machine", "schedule", "referee", "plan", "errors", "units", "text", "trace")
+    f"planner.{name}"
+    for name in ("program", "machine", "schedule", "referee", "plan", "coverage", "errors", "units", "text", "trace")
 }
 CAPTURE = {
     f"planner.{name}"
     for name in "capture inputs constants casts structure layouts asides graph nodes in_place optimizers restore native keys "
-    "workspaces cache cost disk local watch standins tracing".split()
+    "workspaces cache cost disk estimate gauge local probe watch standins tracing".split()
 }
 # The storeys, lowest first: a module may import from its own and from those below, where ALLOWED does not say less.
 STOREYS = {
