@@ -5,7 +5,7 @@ from typing import NamedTuple, Protocol
 
 from ..planner.gauge import Reading, Reference, worse
 
-SPAN = 1.0  # seconds of measuring between two looks at how fast the machine is
+SPAN = 2.0  # seconds of measuring between two looks at how fast the machine is
 
 
 class Answer(NamedTuple):

@@ -166,7 +166,8 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Train for real, unplanned and planned side by side, each in a fresh process."""
-    from ..backends.trial import Request, in_fresh_process, to_device
+    from ..backends import turns
+    from ..backends.trial import Request, to_device
     from . import api
     from .models import load_model
 
@@ -178,11 +179,9 @@ def run(
         made = api.plan(module, budget, args, kwargs, **options, progress=report)
         del module, args, kwargs  # the runs want the memory
         made.save(Path(folder) / "plan.json")
-        report("running unplanned", 0.0)
-        plain = in_fresh_process(Request(model, None, steps, stepped, device, in_backward))
-        report("running planned", 0.5)
-        planned = in_fresh_process(Request(model, str(Path(folder) / "plan.json"), steps, stepped, device, in_backward))
-    answer(as_json, run_facts(made, plain, planned), run_table(made, plain, planned))
+        plain, planned = (Request(model, plan, steps, stepped, device, in_backward) for plan in (None, f"{folder}/plan.json"))
+        found = turns.compare(plain, planned, (made.unplanned.peak, made.peak), made.machine.device, report)
+    answer(as_json, run_facts(made, found), run_table(made, found))
 
 
 @app.command()

@@ -21,7 +21,7 @@ from .watch import Watch
 ROWS = {"cpu": 512, "cuda": 4096}  # and columns of the matrices
 BYTES = {"cpu": 32 << 20, "cuda": 64 << 20}  # of the copy: more than a core's own caches hold
 RUNS = 5  # of each work in a reading
-LONGEST = 0.1  # seconds for either, once one run has been undisturbed; twice as long until then
+LONGEST = 0.06  # seconds for either, once one run has been undisturbed; twice as long until then
 KEPT = 6  # of the fastest readings ever
 SLOW = 1.25  # times the best: what was timed then is not believed; readings on a quiet machine differ by less
 BETTER = 1.1  # times as fast as then: worth timing again
