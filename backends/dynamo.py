@@ -46,6 +46,7 @@ from ..planner.errors import BudgetError
 from ..planner.pipeline import Planner
 from ..planner.plan import Side
 from ..planner.units import parse_bytes, show_bytes
+from ..solvers.warm import compile_planning
 from .compilation import Code
 from .ledger import Ledger, Options, Room, Visit, burden, ledger_of, left_bytes, small_schedules, storages
 from .partition import Argument
@@ -130,6 +131,7 @@ class Piece:
         Raises:
             BudgetError: none fits what is left of the budget.
         """
+        compile_planning()
         planner.deadline = time.monotonic() + self.ledger.options.time_limit
         if room is None:
             capacity = planner.machine.tiers[0].capacity

@@ -27,15 +27,14 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 def front_page(readme: str) -> str:
     """README, whose links into docs/ are links within the site, and whose links to other files are names of them."""
     inside = re.sub(r"\]\(docs/([^)]+)\)", r"](\1)", readme)
-    return re.sub(r"\[([^\]]+)\]\((?!https?:|#)([^)]*(?:CONTRIBUTING|CHANGELOG|LICENSE|benchmarks|examples)[^)]*)\)", r"`\2`", inside)
+    return re.sub(r"\]\(((?:CONTRIBUTING|CHANGELOG|benchmarks|examples)[^)]*)\)", r"] (`\1`)", inside)
 
 
 def command_reference() -> str:
     """Every command's `--help`, as a terminal of 100 columns shows it."""
+    from memplan.planner.cli import app
     from typer.main import get_command
     from typer.testing import CliRunner
-
-    from memplan.planner.cli import app
 
     os.environ |= {"COLUMNS": "100", "TERM": "dumb", "NO_COLOR": "1"}
     parts = []

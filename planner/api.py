@@ -13,13 +13,16 @@ from ..passes.addresses import Place
 from ..passes.homes import Homes
 from ..passes.outside import LeaveOutside
 from ..passes.transfers import routes_of
-from .cost import Table, apply_costs
+from ..solvers.warm import compile_addresses, compile_planning
+from .cost import Table, apply_costs, coverage
+from .coverage import Coverage
 from .errors import BudgetError, CaptureError, MachineError, MemplanError
+from .estimate import Estimate
 from .machine import Machine, named_machine
 from .pipeline import Answer, Planner
 from .plan import Counted, Plan, PlanBody, Recipe, Side, assemble, unlimited
 from .referee import referee
-from .schedule import LEVERS, check_levers
+from .schedule import LEVERS, Run, check_levers
 from .units import parse_bytes, shorten
 
 if TYPE_CHECKING:
@@ -67,7 +70,8 @@ def plan(
         allow: which levers may be used, out of "recompute", "reorder" and "offload"; default: "recompute" and "reorder".
             Offload moves activations to the tiers behind the device: the host's memory for a GPU, a file for a CPU (in
             `MEMPLAN_OFFLOAD`, or else beside the measurements).
-        time_limit: seconds for measuring and planning together, at most.
+        time_limit: seconds for measuring and planning together, at most; not counted is the compiling of the solvers, which
+            the first plan on a machine waits for.
         seed: of the search.
         arena: plan an address for every tensor that the step makes and keeps to itself: applied, the plan runs in one
             arena, made once, and fits the budget with it. Gradients and outputs are the caller's and lie beside it.
@@ -177,7 +181,7 @@ class Session:
         if progress is not None:
             progress("tracing the model", 0.0)
         began = time.monotonic()
-        self.time_limit = float(time_limit)
+        self.time_limit, self.progress, self.compile_seconds = float(time_limit), progress, 0.0
         self.lend_gradients = lend_gradients
         self.captured: Captured = capture(
             model, args, dict(kwargs or {}), train=train, loss=loss, optimizer=optimizer, in_backward=optimizer_in_backward,
@@ -193,19 +197,20 @@ class Session:
             counted=counted(model, optimizer, self.captured.program.device if known is None else known.device),
         )
         real = known is None and all(value.device.type != "meta" for value in model.parameters())
-        table = None
+        table, spoilt = None, False
         self.offload = "offload" in levers
         if known is None:
-            from .local import device_key, local_machine
+            from .local import device_key, doubts_rates, local_machine
 
             known = local_machine(self.captured.program.device, offload=self.offload)
             if machine not in (None, "local", known.name):
                 raise MachineError(f"machine={machine!r}, but the model is on {known.device}: move it, or ask for 'local'")
-            table = Table(device_key(self.captured.program.device))
+            table, spoilt = Table(device_key(known.device)), doubts_rates(known.device)
             if real:
                 self.measure(known, table, progress)
         began = time.monotonic()
         known = self.machine = limit_tiers(known, host_budget)
+        self.table, self.spoilt = table, spoilt
         program = apply_costs(self.captured.program, known, table)
         routes = routes_of(known) if self.offload else []
         self.planner = Planner(
@@ -224,12 +229,22 @@ class Session:
 
         calibrate(self.captured.program, machine, table, time_limit=self.left(), progress=tell)
 
+    def covered(self, side: Side) -> Coverage:
+        """How much of a schedule's time was measured."""
+        runs = [step.op for step in side.schedule.instructions if isinstance(step, Run)]
+        alike = 0 if self.table is None else Estimate(self.table.samples(), self.machine).ops
+        return coverage(side.program, self.table, runs, alike, self.spoilt)
+
     def left(self) -> float:
         """Seconds that are left: of the first plan's time limit what measuring has not taken, of a later one's all."""
         return self.time_limit if self.began is None else max(0.0, self.began + self.time_limit - time.monotonic())
 
     def begin(self, arena: bool = False) -> Planner:
-        """The planner, which is told when to end."""
+        """The planner, which is told when to end; what has to be compiled first takes none of its time."""
+        took = compile_planning(self.progress) + (compile_addresses(self.progress) if arena else 0.0)
+        self.compile_seconds += took
+        if self.began is not None:
+            self.began += took
         planner = self.static_planner if arena else self.planner
         planner.deadline = time.monotonic() + self.left()
         return planner
@@ -294,8 +309,8 @@ class Session:
             raise MemplanError("strategy='memo' has no addresses: plan without arena")
         if self.lend_gradients and not arena:
             raise MemplanError("lend_gradients=True lends gradients that lie in an arena: plan with arena=True")
-        began = time.monotonic()
         planner, self.began = self.begin(arena), None
+        began = time.monotonic()
         unplanned = planner.unplanned
         capacity = self.machine.tiers[0].capacity
         asked = None if budget is None else parse_bytes(budget, of=unplanned.peak)
@@ -319,6 +334,8 @@ class Session:
             minimum=minimum,
             capture_seconds=self.capture_seconds,
             solve_seconds=time.monotonic() - began + self.solve_began,
+            compile_seconds=self.compile_seconds,
+            coverage=self.covered(answer.side),
         )
         return assemble(body, answer.side, unplanned, self.captured)
 

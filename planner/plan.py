@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from .coverage import Coverage
 from .errors import PlanMismatch
 from .machine import Machine
 from .program import Program
@@ -136,6 +137,9 @@ class Plan:
         minimum: the smallest budget known to work.
         capture_seconds: time spent tracing.
         solve_seconds: time spent planning.
+        compile_seconds: time spent before that on compiling the solvers, or on loading what was compiled before.
+        coverage: how much of the predicted time was measured, on what and when; None where that is not known, as of a plan
+            that an older memplan saved.
     """
 
     program: Program
@@ -150,6 +154,8 @@ class Plan:
     capture_seconds: float
     solve_seconds: float
     recipe: Recipe
+    compile_seconds: float = 0.0
+    coverage: Coverage | None = None
     captured: "Captured | None" = field(default=None, repr=False, compare=False)
 
     @property
@@ -212,6 +218,8 @@ class Plan:
             minimum=self.minimum,
             capture_seconds=self.capture_seconds,
             solve_seconds=self.solve_seconds,
+            compile_seconds=self.compile_seconds,
+            coverage=self.coverage,
         )
         raw = msgspec.json.encode(body)
         head = msgspec.json.encode({"format": FORMAT, "sha256": hashlib.sha256(raw).hexdigest()})
@@ -256,6 +264,8 @@ class PlanBody(msgspec.Struct, frozen=True):
     minimum: int
     capture_seconds: float
     solve_seconds: float
+    compile_seconds: float = 0.0
+    coverage: Coverage | None = None
 
 
 def load(path: str | Path) -> Plan:
@@ -302,6 +312,8 @@ def check_figures(path: str | Path, body: PlanBody, planned: Side) -> None:
         "gap": gap is not None and not 0 <= gap <= 1,
         "capture_seconds": not 0 <= body.capture_seconds < float("inf"),
         "solve_seconds": not 0 <= body.solve_seconds < float("inf"),
+        "compile_seconds": not 0 <= body.compile_seconds < float("inf"),
+        "coverage": body.coverage is not None and not body.coverage.is_sound,
     }
     for name in [name for name, is_wrong in wrong.items() if is_wrong]:
         raise PlanMismatch(f"{path} has a {name} that its schedule contradicts: plan again")
@@ -324,6 +336,8 @@ def assemble(body: PlanBody, planned: Side, unplanned: Side, captured: "Captured
         capture_seconds=body.capture_seconds,
         solve_seconds=body.solve_seconds,
         recipe=body.recipe,
+        compile_seconds=body.compile_seconds,
+        coverage=body.coverage,
         captured=captured,
     )
 

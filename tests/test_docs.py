@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SHOWN = {"", "text", "sh", "json", "toml", "csv"}  # not run: output, installation, files
-RUNNER = '''
+RUNNER = """
 import json, os, shlex, subprocess, sys
 space = {"__name__": "__main__"}
 for kind, code, line in json.load(open(sys.argv[1])):
@@ -23,7 +23,7 @@ for kind, code, line in json.load(open(sys.argv[1])):
             words = shlex.split(command.removeprefix("$ "))
             assert words[0] == "memplan", command
             subprocess.run([sys.executable, "-P", "-m", "memplan.planner.cli", *words[1:]], check=True)
-'''
+"""
 
 
 def blocks(page: str) -> list[tuple[str, str, int]]:

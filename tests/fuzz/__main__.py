@@ -1,6 +1,6 @@
 """Judge many random models, on all cores, and count what came out.
 
-    python tests/fuzz --cases 2000 --door      prints a table, and every case that is silently different, damaged or crashed
+python tests/fuzz --cases 2000 --door      prints a table, and every case that is silently different, damaged or crashed
 """
 
 import argparse

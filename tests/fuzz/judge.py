@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from cases import Case
-from torch import Tensor, nn
-
 from memplan.planner.errors import MemplanError
+from torch import Tensor, nn
 
 STEPS = 3
 POKE = 2  # the script changes things before this step
@@ -26,7 +25,7 @@ KEPT_OUT = (types.ModuleType, types.FunctionType, types.MethodType, types.Builti
 
 
 def described(value: Any, seen: dict[int, int] | None = None) -> Any:
-    """Everything reachable from a model as nested tuples that compare equal only where nothing has changed, identity included."""
+    """Everything reachable from a model as nested tuples, equal only where nothing has changed, identity included."""
     seen = {} if seen is None else seen
     if isinstance(value, Tensor):
         grad = None if value.grad is None or not value.is_leaf else contents(value.grad)

@@ -443,7 +443,9 @@ class LayerDrop(Quirk):
 class Checkpointed(Quirk):
     def __init__(self, rng):
         super().__init__(rng)
-        self.mlp = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Dropout(rng.choice([0.0, 0.2])), nn.Linear(WIDTH, WIDTH))
+        self.mlp = nn.Sequential(
+            nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Dropout(rng.choice([0.0, 0.2])), nn.Linear(WIDTH, WIDTH)
+        )
         self.reentrant = rng.random() < 0.5
         self.how = rng.choice(["function", "module", "sequential"])
 
@@ -807,7 +809,9 @@ class Autocast(Quirk):
 class Shapes(Quirk):
     def __init__(self, rng):
         super().__init__(rng)
-        self.how = rng.choice(["einsum", "fft", "topk", "cumsum", "gather", "put", "unbind", "pad", "complex", "roll", "scatter"])
+        self.how = rng.choice(
+            ["einsum", "fft", "topk", "cumsum", "gather", "put", "unbind", "pad", "complex", "roll", "scatter"]
+        )
 
     def forward(self, x):
         y = self.lin(x)
