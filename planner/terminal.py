@@ -51,7 +51,7 @@ def fail(error: Exception, as_json: bool) -> NoReturn:
     if as_json:
         facts: dict[str, Any] = {"error": message, "kind": type(error).__name__}
         if isinstance(error, BudgetError):
-            facts["minimum_budget"] = error.minimum
+            facts |= {"minimum_budget": error.minimum, "levers": error.levers}
         if isinstance(error, InvalidSchedule):
             facts |= {"rule": error.rule, "instruction": error.instruction}
         print(json.dumps(facts))
