@@ -409,40 +409,24 @@ class _Lowering:
 
 
 def split(graph: fx.Graph, outputs: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Call nodes of the forward pass, and the others in the order they are traced in.
+    """Call nodes of the forward pass and of the backward pass, each in the order in which eager runs them.
 
-    The forward pass is what the outputs need, and every draw of random numbers made in it (their order is part of the
-    result). A later node that no tangent reaches is moved to just before its first reader.
+    The forward pass is what was traced while the model's forward ran, also where only the backward pass needs it (a loss that
+    makes its gradients chunk by chunk), and what the outputs need. What nothing needs is left out, but for draws of random
+    numbers, whose order is part of the result. `passes/defer.py` says what of it had better wait for the backward pass.
     """
     order = {node: index for index, node in enumerate(graph.nodes)}
-    drawn = [
-        node
-        for node in graph.nodes
-        if is_call(node) and is_random(node) and "backward" not in str(node.meta.get("partitioner_tag"))
-    ]
-    early = closure([node for node in [*outputs, *drawn] if isinstance(node, fx.Node)])
-    tangents = [
-        node for node in graph.nodes if node.op == "placeholder" and "TangentAOTInput" in type(node.meta.get("desc")).__name__
-    ]
-    reached = set(tangents)
+    wanted = closure(next(node for node in graph.nodes if node.op == "output").all_input_nodes)
+    late = {node for node in graph.nodes if "TangentAOTInput" in type(node.meta.get("desc")).__name__}
     for node in graph.nodes:
-        if any(arg in reached for arg in node.all_input_nodes):
-            reached.add(node)
-    late: list[fx.Node] = []
-    done = set(early)
+        if ran_backward(node) or any(arg in late for arg in node.all_input_nodes):
+            late.add(node)
+    ran = [node for node in graph.nodes if is_call(node) and node not in late and (node in wanted or is_random(node))]
+    early = closure([node for node in [*outputs, *ran] if isinstance(node, fx.Node)])
+    calls = [node for node in sorted(early | wanted, key=order.__getitem__) if is_call(node)]
+    return [node for node in calls if node in early], [node for node in calls if node not in early]
 
-    def emit(node: fx.Node) -> None:
-        for arg in node.all_input_nodes:
-            if is_call(arg) and arg not in done and arg not in reached:
-                emit(arg)
-        done.add(node)
-        late.append(node)
 
-    wanted = closure([arg for arg in next(node for node in graph.nodes if node.op == "output").all_input_nodes])
-    for node in graph.nodes:
-        if is_call(node) and node in reached and node in wanted:
-            emit(node)
-    for node in graph.nodes:  # gradients that do not depend on any tangent, such as constant zeros
-        if is_call(node) and node in wanted and node not in done:
-            emit(node)
-    return sorted((node for node in early if is_call(node)), key=order.__getitem__), late
+def ran_backward(node: fx.Node) -> bool:
+    """Whether a node was traced after the backward pass began."""
+    return "backward" in str(node.meta.get("partitioner_tag"))

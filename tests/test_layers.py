@@ -24,12 +24,15 @@ STOREYS = {
     **dict.fromkeys(CAPTURE, 1),
     "passes": 2,
     "planner.pipeline": 3,
+    "planner.ways": 3,
     "planner.addresses": 3,
     "planner.mapping": 3,
     "backends": 4,
     "planner.api": 5,
     "planner.models": 3,  # builds models by name for the command line and its trials; knows no plan
     "planner.placing": 5,
+    "planner.levers": 5,
+    "planner.floors": 5,
     "planner.maps": 5,
     "planner.spec": 0,  # names of models, read without torch
     **dict.fromkeys((f"planner.{name}" for name in ("tables", "options", "asked", "flags", "progress", "terminal")), 6),
