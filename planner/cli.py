@@ -5,6 +5,7 @@ status: 0, 1 for an error, 2 for usage, 3 for a budget that cannot be met.
 """
 
 import csv
+import io
 import json
 import shutil
 import sys
@@ -18,6 +19,7 @@ from rich.console import Group
 from rich.text import Text
 
 from .errors import MachineError, MemplanError
+from .files import write_file
 from .options import (
     Allow,
     Budget,
@@ -229,10 +231,11 @@ def sweep(
 
             save(curve(plans), path)
     if table_file is not None:
-        with table_file.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, list(facts[0]))
-            writer.writeheader()
-            writer.writerows(facts)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, list(facts[0]))
+        writer.writeheader()
+        writer.writerows(facts)
+        write_file(table_file, text.getvalue())
     first = plans[0]
     whole = {
         "machine": first.machine.name,
@@ -387,7 +390,7 @@ def map_(
                          recompute=recompute, time_limit=time_limit, seed=seed, progress=report)  # fmt: skip
         ran = compared(made, args, kwargs) if execute else {}
         if out is not None:
-            out.write_text(made.assembly.to_json() if out.suffix == ".json" else str(made.assembly))
+            write_file(out, made.assembly.to_json() if out.suffix == ".json" else str(made.assembly))
         for path in (png, svg):
             if path is not None:
                 made.save_picture(path)

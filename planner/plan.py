@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from .errors import PlanMismatch
+from .files import write_file
 from .machine import Machine
 from .program import Program
 from .referee import Report, referee
@@ -220,7 +221,11 @@ class Plan:
         return "\n".join(lines)
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON: program, machine, schedule, and how to capture the model again."""
+        """Write the plan as JSON: program, machine, schedule, and how to capture the model again.
+
+        Raises:
+            OSError: the file cannot be written, as on a full disk; a plan that was there is as it was.
+        """
         body = PlanBody(
             program=self.program,
             machine=self.machine,
@@ -235,7 +240,7 @@ class Plan:
         )
         raw = msgspec.json.encode(body)
         head = msgspec.json.encode({"format": FORMAT, "sha256": hashlib.sha256(raw).hexdigest()})
-        Path(path).write_bytes(head[:-1] + b',"plan":' + raw + b"}\n")
+        write_file(path, head[:-1] + b',"plan":' + raw + b"}\n")
 
     @property
     def arena(self) -> int:

@@ -10,12 +10,14 @@ output and mean nothing here.
 """
 
 import csv
+import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from .errors import TraceError
+from .files import write_file
 
 NEEDED = ("id", "lower", "upper", "size")
 MOST_ROWS = 2_000_000
@@ -202,8 +204,9 @@ def write_trace(path: Path, trace: Trace, offsets: Sequence[int]) -> None:
     """The file again, with the offsets in the column `offset`."""
     heads = [head for head in trace.heads if head != "offset"]
     kept = [index for index, head in enumerate(trace.heads) if head != "offset"]
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow([*heads, "offset"])
-        for cells, offset in zip(trace.rows, offsets, strict=True):
-            writer.writerow([*(cells[index] for index in kept), offset])
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*heads, "offset"])
+    for cells, offset in zip(trace.rows, offsets, strict=True):
+        writer.writerow([*(cells[index] for index in kept), offset])
+    write_file(path, text.getvalue())

@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("planner", "passes", "solvers", "backends")
 NOUNS = {
-    f"planner.{name}" for name in ("program", "machine", "schedule", "referee", "plan", "errors", "units", "text", "trace")
+    f"planner.{name}"
+    for name in ("program", "machine", "schedule", "referee", "plan", "errors", "units", "text", "trace", "files")
 }
 CAPTURE = {
     f"planner.{name}"
