@@ -61,7 +61,7 @@ class MappedModel:
 
         Its gap and status are of the bytes that it moves; its bound is of its time, and is what the ops alone take.
         """
-        from .inputs import describe_inputs
+        from .inputtext import describe_inputs
 
         found, program = self.mapping, self.mapping.fused.program
         unplanned = Planner(program, found.machine).unplanned

@@ -1,6 +1,7 @@
 """`Plan`: what `plan()` returns. A schedule the referee has accepted, with the program and machine it was made for."""
 
 import hashlib
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,6 +81,20 @@ class Recipe(msgspec.Struct, frozen=True):
     mapped: bool = False
     counted: Counted | None = None
     gap: float | None = None
+
+    @property
+    def missing(self) -> str:
+        """What of the inputs a file cannot hold; empty where it holds them all."""
+        try:
+            return msgspec.json.decode(self.inputs, type=Missing).missing
+        except msgspec.MsgspecError:  # not memplan's: applying the plan tells
+            return ""
+
+
+class Missing(msgspec.Struct, frozen=True):
+    """The part of a description of inputs that says what could not be described."""
+
+    missing: str = ""
 
 
 class Counts(msgspec.Struct, frozen=True):
@@ -226,6 +241,9 @@ class Plan:
         Raises:
             OSError: the file cannot be written, as on a full disk; a plan that was there is as it was.
         """
+        if self.recipe.missing:
+            warnings.warn(f"{path} cannot be applied by another process: {self.recipe.missing}, which no file can hold",
+                          stacklevel=2)  # fmt: skip
         body = PlanBody(
             program=self.program,
             machine=self.machine,
