@@ -136,8 +136,9 @@ def planned_module(model: nn.Module, captured: Captured, code: Generated) -> nn.
 class _Runner:
     """The planned forward of one module."""
 
-    def __init__(self, module: nn.Module, original: Any, captured: Captured, code: Generated):
+    def __init__(self, module: nn.Module, original: Any, captured: Captured, code: Generated, lays: bool = False):
         self.module = module
+        self.lays = lays  # inputs that lie in memory otherwise are laid out as planned
         self.original = original
         self.__signature__ = inspect.signature(original)  # transformers' Trainer passes the arguments that it finds there
         self.captured = captured
@@ -162,8 +163,7 @@ class _Runner:
             if homes is not None:
                 homes.restore()
             return self.original(*args, **kwargs)  # an evaluation: nothing is kept for a backward pass
-        leaves = self.check_call(args, kwargs)
-        inputs = [self.fetch(source, slot, leaves) for source, slot in zip(self.code.arguments, self.slots, strict=True)]
+        inputs = self.given(args, kwargs)
         if self.captured.train:
             results = _Planned.apply(self, *inputs)
         else:
@@ -211,7 +211,11 @@ class _Runner:
                                "model itself")  # fmt: skip
         for index, (leaf, known) in enumerate(zip(leaves, signature.inputs, strict=True)):
             now = facts(leaf)
-            if not same(now, known):
+            both = isinstance(now, TensorFacts) and isinstance(known, TensorFacts)
+            if not same(now, known) and self.lays and both and now == msgspec.structs.replace(known, stride=now.stride):
+                made = torch.empty_strided(known.shape, known.stride, dtype=leaf.dtype, device=leaf.device)
+                leaves[index] = made.copy_(leaf.detach())
+            elif not same(now, known):
                 name = leaf_names(self.module, spec)[index]
                 raise PlanMismatch(
                     f"{name} was {known} when the plan was made and is {now} now: plan for it, or call the model itself"
@@ -271,6 +275,15 @@ class _Runner:
             if table.get(key) is not first.get(other):
                 raise PlanMismatch(f"{name} was tied to {other} when the plan was made and is not now: plan again")
 
+    def given(self, args: tuple, kwargs: dict) -> list[torch.Tensor]:
+        """What each of the code's arguments is in a call.
+
+        Raises:
+            PlanMismatch: the call, or the model by now, is not what was captured.
+        """
+        leaves = self.check_call(args, kwargs)
+        return [self.fetch(source, slot, leaves) for source, slot in zip(self.code.arguments, self.slots, strict=True)]
+
     def fetch(self, source: Source, slot: Any, leaves: list[Any]) -> torch.Tensor:
         """A resident tensor, if it still is what was planned for.
 
@@ -292,6 +305,17 @@ class _Runner:
             raise PlanMismatch(f"{source.name} is on {value.device}, and the plan's ops are {device}'s: move the model, or "
                                "plan it where it is")  # fmt: skip
         return value
+
+
+def checked_calls(model: nn.Module, captured: Captured) -> _Runner:
+    """What holds calls of a model to what was captured, as a planned module's, for a backend that runs them otherwise.
+
+    Its `given` is the values of the captured graph's sources. Inputs of other strides are copied, for these backends copy them
+    anyway.
+    """
+    arguments = tuple(captured.traced.sources.values())
+    nothing = Generated(source="", forward=None, backward=None, arguments=arguments, gradients=(), tangents={})
+    return _Runner(model, type(model).forward, captured, nothing, lays=True)
 
 
 def moved_by(captured: Captured, code: Generated) -> set[int | str]:
