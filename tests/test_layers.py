@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("planner", "passes", "solvers", "backends")
 NOUNS = {
     f"planner.{name}"
-    for name in ("program", "machine", "schedule", "referee", "plan", "errors", "units", "text", "trace", "files")
+    for name in ("program", "machine", "schedule", "referee", "plan", "errors", "units", "text", "trace", "files", "columns")
 }
 CAPTURE = {
     f"planner.{name}"
