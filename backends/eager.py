@@ -21,7 +21,8 @@ from ..planner.capture import Captured, autocast_state, capture, flatten_call, l
 from ..planner.cost import apply_costs
 from ..planner.errors import CaptureError, MemplanError, PlanMismatch
 from ..planner.graph import Source
-from ..planner.inputs import TensorFacts, facts, rebuild_inputs
+from ..planner.inputs import TensorFacts, check_places, facts, places_of, same
+from ..planner.inputtext import rebuild_inputs
 from ..planner.standins import named_tensors
 from ..planner.structure import Structure, hooks_of, settings_of
 from .arena import generate_static
@@ -95,7 +96,7 @@ def recapture(plan: "Plan", model: nn.Module, loss: Any, optimizer: Any = None) 
     if plan.recipe.loss and loss is None:
         raise PlanMismatch("the plan was made with a loss function, which its file cannot hold: pass it, as in "
                            "plan.apply(model, loss=...)")  # fmt: skip
-    args, kwargs = rebuild_inputs(plan.recipe.inputs)
+    args, kwargs = rebuild_inputs(plan.recipe, model)
     recipe = plan.recipe
     try:
         captured = capture(
@@ -135,8 +136,9 @@ def planned_module(model: nn.Module, captured: Captured, code: Generated) -> nn.
 class _Runner:
     """The planned forward of one module."""
 
-    def __init__(self, module: nn.Module, original: Any, captured: Captured, code: Generated):
+    def __init__(self, module: nn.Module, original: Any, captured: Captured, code: Generated, lays: bool = False):
         self.module = module
+        self.lays = lays  # inputs that lie in memory otherwise are laid out as planned
         self.original = original
         self.__signature__ = inspect.signature(original)  # transformers' Trainer passes the arguments that it finds there
         self.captured = captured
@@ -151,6 +153,9 @@ class _Runner:
         self.hooks = [(name, table, len(table)) for name, part in self.modules if name for table in hooks_of(part)]
         self.tied = [(name, places[name], places[names[0]]) for names in captured.structure.tied for name in names[1:]]
         self.changing = {source.name for source, _ in captured.traced.mutations.values()}
+        self.moved = moved_by(captured, code)
+        whose = self.moved | {place.storage for place in captured.signature.places if place is not None}
+        self.owners = [(name, place) for name, place in places.items() if name in whose]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         homes = self.code.homes
@@ -158,8 +163,7 @@ class _Runner:
             if homes is not None:
                 homes.restore()
             return self.original(*args, **kwargs)  # an evaluation: nothing is kept for a backward pass
-        leaves = self.check_call(args, kwargs)
-        inputs = [self.fetch(source, slot, leaves) for source, slot in zip(self.code.arguments, self.slots, strict=True)]
+        inputs = self.given(args, kwargs)
         if self.captured.train:
             results = _Planned.apply(self, *inputs)
         else:
@@ -207,11 +211,16 @@ class _Runner:
                                "model itself")  # fmt: skip
         for index, (leaf, known) in enumerate(zip(leaves, signature.inputs, strict=True)):
             now = facts(leaf)
-            if type(now) is not type(known) or now != known:
+            both = isinstance(now, TensorFacts) and isinstance(known, TensorFacts)
+            if not same(now, known) and self.lays and both and now == msgspec.structs.replace(known, stride=now.stride):
+                made = torch.empty_strided(known.shape, known.stride, dtype=leaf.dtype, device=leaf.device)
+                leaves[index] = made.copy_(leaf.detach())
+            elif not same(now, known):
                 name = leaf_names(self.module, spec)[index]
                 raise PlanMismatch(
                     f"{name} was {known} when the plan was made and is {now} now: plan for it, or call the model itself"
                 )
+        self.check_memory(leaves)
         self.check_structure()
         for (name, module), (_, training) in zip(self.modules, signature.training, strict=True):
             if module.training != training:
@@ -222,6 +231,24 @@ class _Runner:
         if autocast_state(self.captured.program.device) != signature.autocast:
             raise PlanMismatch("autocast was set otherwise when the plan was made: call under the same autocast, or plan again")
         return leaves
+
+    def check_memory(self, leaves: list[Any]) -> None:
+        """Refuse inputs on another device, or that share memory otherwise than the step allows.
+
+        Raises:
+            PlanMismatch: which.
+        """
+        signature, device = self.captured.signature, self.captured.program.device
+        for index, leaf in enumerate(leaves):
+            if isinstance(leaf, torch.Tensor) and leaf.device.type != device and (leaf.dim() or leaf.device.type != "cpu"):
+                name = leaf_names(self.module, signature.spec)[index]
+                raise PlanMismatch(f"{name} is on {leaf.device}, and the plan's ops are {device}'s: move it")
+        owners = ((name, table[key]) for name, (table, key) in self.owners)
+        now = places_of(leaves, ((name, value) for name, value in owners if value is not None))
+        wrong = check_places(signature.inputs, signature.places, now, lambda: leaf_names(self.module, signature.spec),
+                             self.moved)  # fmt: skip
+        if wrong:
+            raise PlanMismatch(f"{wrong}: plan for it, or call the model itself")
 
     def check_structure(self) -> None:
         """Refuse a model that does something else by now.
@@ -248,6 +275,15 @@ class _Runner:
             if table.get(key) is not first.get(other):
                 raise PlanMismatch(f"{name} was tied to {other} when the plan was made and is not now: plan again")
 
+    def given(self, args: tuple, kwargs: dict) -> list[torch.Tensor]:
+        """What each of the code's arguments is in a call.
+
+        Raises:
+            PlanMismatch: the call, or the model by now, is not what was captured.
+        """
+        leaves = self.check_call(args, kwargs)
+        return [self.fetch(source, slot, leaves) for source, slot in zip(self.code.arguments, self.slots, strict=True)]
+
     def fetch(self, source: Source, slot: Any, leaves: list[Any]) -> torch.Tensor:
         """A resident tensor, if it still is what was planned for.
 
@@ -269,6 +305,25 @@ class _Runner:
             raise PlanMismatch(f"{source.name} is on {value.device}, and the plan's ops are {device}'s: move the model, or "
                                "plan it where it is")  # fmt: skip
         return value
+
+
+def checked_calls(model: nn.Module, captured: Captured) -> _Runner:
+    """What holds calls of a model to what was captured, as a planned module's, for a backend that runs them otherwise.
+
+    Its `given` is the values of the captured graph's sources. Inputs of other strides are copied, for these backends copy them
+    anyway.
+    """
+    arguments = tuple(captured.traced.sources.values())
+    nothing = Generated(source="", forward=None, backward=None, arguments=arguments, gradients=(), tangents={})
+    return _Runner(model, type(model).forward, captured, nothing, lays=True)
+
+
+def moved_by(captured: Captured, code: Generated) -> set[int | str]:
+    """What a step changes, or moves elsewhere: inputs by the index of their leaf, parameters and buffers by name."""
+    changed = {source.index if source.kind == "input" else source.name for source, _ in captured.traced.mutations.values()}
+    if code.homes is not None:
+        changed |= {source.name for source in code.arguments if source.kind == "parameter"}
+    return changed | {name for pairs in captured.traced.updates.values() for name, _ in pairs}
 
 
 def facts_of(value: torch.Tensor) -> TensorFacts:

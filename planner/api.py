@@ -177,7 +177,7 @@ class Session:
         check_model(model, kwargs)
         from ..backends.homes import bring_back
         from .capture import capture
-        from .inputs import describe_inputs
+        from .inputtext import describe_inputs
 
         bring_back(model.parameters())
         if progress is not None:

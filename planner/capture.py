@@ -25,7 +25,7 @@ from .casts import cached_casts
 from .constants import Constants
 from .errors import CaptureError
 from .graph import Traced, lower
-from .inputs import TensorFacts, facts
+from .inputs import Place, TensorFacts, check_leaf, children_of, facts, places_of
 from .plan import Counted
 from .program import Program
 from .standins import fake, fake_parameters, kept_tensors, named_tensors
@@ -41,16 +41,18 @@ class Signature:
     """What a call must look like for the captured program to answer it.
 
     Attributes:
-        inputs: the flattened example inputs: a `TensorFacts` for a tensor, else the value itself.
+        inputs: the facts of the flattened example inputs: a `TensorFacts` for a tensor, a plain value itself.
         spec: how the inputs nest.
         training: each module's name and whether it was in training mode.
         autocast: the autocast state of the device, as (enabled, type).
+        places: where each input lies, for those that share memory with one another or with the model.
     """
 
     inputs: tuple[Any, ...]
     spec: pytree.TreeSpec
     training: tuple[tuple[str, bool], ...]
     autocast: tuple[bool, torch.dtype]
+    places: tuple[Place | None, ...]
 
 
 @dataclass(frozen=True)
@@ -182,9 +184,20 @@ def leaf_names(model: nn.Module, spec: pytree.TreeSpec) -> list[str]:
     """What to call the leaves of a call: the parameter's name, and the place in it where it holds several."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     known = [name for name, each in inspect.signature(type(model).forward).parameters.items() if each.kind in kinds][1:]
-    args, kwargs = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
-    named = [(known[min(place, len(known) - 1)], value) for place, value in enumerate(args)] + list(kwargs.items())
-    return [name + pytree.keystr(path) for name, value in named for path, _ in pytree.tree_flatten_with_path(value)[0]]
+    args, kwargs = children_of(spec)
+    named = [(known[min(place, len(known) - 1)], part) for place, part in enumerate(children_of(args))]
+    named += zip(kwargs.context, children_of(kwargs), strict=True)
+    return [name + path for name, part in named for path in leaf_paths(part)]
+
+
+def leaf_paths(spec: pytree.TreeSpec) -> list[str]:
+    """The place of each leaf in an argument, as `['key'][0]`; its number where a class does not tell."""
+    try:
+        paths = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(range(spec.num_leaves)), spec))[0]
+        found = [pytree.keystr(path) for path, _ in paths]
+    except Exception:  # whatever a user's class says of numbers in the place of tensors
+        found = []
+    return found if len(found) == spec.num_leaves else [f" (leaf {index})" for index in range(spec.num_leaves)]
 
 
 def capture(
@@ -222,6 +235,8 @@ def capture(
         leaves, spec = flatten_call(model, tuple(args), kwargs)
     except TypeError as error:
         raise CaptureError(f"the arguments do not fit {type(model).__name__}.forward: {error}") from None
+    for leaf, name in zip(leaves, leaf_names(model, spec), strict=True):
+        check_leaf(leaf, name)
     device = device or device_of(model, leaves)
     if in_backward and (optimizer is None or not train):
         raise CaptureError("optimizer_in_backward wants an optimizer and a training step: pass optimizer=, and train=True")
@@ -264,6 +279,7 @@ def capture(
             spec=spec,
             training=tuple((name, module.training) for name, module in model.named_modules()),
             autocast=autocast_state(device),
+            places=places_of(leaves, named_tensors(model)),
         ),
         parameters=parameters,
         outputs=tuple(leaf.index if isinstance(leaf, _Leaf) else (leaf,) for leaf in step.outputs),

@@ -46,6 +46,7 @@ class Constants(FakeTensorMode):
             which region of autocast this was in.
         region: the region that the model is called in; None where it is in none.
         asked: whether the model itself is asking for a cast.
+        stores: for the storage of a tensor without values, by its identity: itself, and the fake one that stands in for it.
     """
 
     def __init__(self) -> None:
@@ -53,6 +54,7 @@ class Constants(FakeTensorMode):
         self.casts: dict[int, tuple[torch.UntypedStorage, int]] = {}
         self.region = 0 if autocast_depth() else None
         self.asked = False
+        self.stores: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
     def may_turn_const(self, t: torch.Tensor) -> bool:
         return is_small(t) and not isinstance(t, FakeTensor) and t.device.type != "meta"

@@ -1,6 +1,7 @@
 """`Plan`: what `plan()` returns. A schedule the referee has accepted, with the program and machine it was made for."""
 
 import hashlib
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ import msgspec
 
 from .coverage import Coverage
 from .errors import PlanMismatch
+from .files import write_file
 from .machine import Machine
 from .program import Program
 from .referee import Report, referee
@@ -81,6 +83,20 @@ class Recipe(msgspec.Struct, frozen=True):
     mapped: bool = False
     counted: Counted | None = None
     gap: float | None = None
+
+    @property
+    def missing(self) -> str:
+        """What of the inputs a file cannot hold; empty where it holds them all."""
+        try:
+            return msgspec.json.decode(self.inputs, type=Missing).missing
+        except msgspec.MsgspecError:  # not memplan's: applying the plan tells
+            return ""
+
+
+class Missing(msgspec.Struct, frozen=True):
+    """The part of a description of inputs that says what could not be described."""
+
+    missing: str = ""
 
 
 class Counts(msgspec.Struct, frozen=True):
@@ -206,7 +222,14 @@ class Plan:
         return one_line(self)
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON: program, machine, schedule, and how to capture the model again."""
+        """Write the plan as JSON: program, machine, schedule, and how to capture the model again.
+
+        Raises:
+            OSError: the file cannot be written, as on a full disk; a plan that was there is as it was.
+        """
+        if self.recipe.missing:
+            warnings.warn(f"{path} cannot be applied by another process: {self.recipe.missing}, which no file can hold",
+                          stacklevel=2)  # fmt: skip
         body = PlanBody(
             program=self.program,
             machine=self.machine,
@@ -223,7 +246,7 @@ class Plan:
         )
         raw = msgspec.json.encode(body)
         head = msgspec.json.encode({"format": FORMAT, "sha256": hashlib.sha256(raw).hexdigest()})
-        Path(path).write_bytes(head[:-1] + b',"plan":' + raw + b"}\n")
+        write_file(path, head[:-1] + b',"plan":' + raw + b"}\n")
 
     @property
     def arena(self) -> int:

@@ -10,11 +10,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("planner", "passes", "solvers", "backends")
-NOUNS = {f"planner.{name}" for name in "program machine schedule referee plan coverage summary errors units text trace".split()}
+NOUNS = {
+    f"planner.{name}"
+    for name in "program machine schedule referee plan coverage summary errors units text trace files columns".split()
+}
 CAPTURE = {
     f"planner.{name}"
-    for name in "capture inputs constants casts structure layouts asides graph nodes in_place optimizers restore native keys "
-    "workspaces cache cost disk estimate gauge local probe watch standins tracing callers".split()
+    for name in "capture inputs inputtext constants casts structure layouts asides graph nodes in_place optimizers restore "
+    "native keys workspaces cache cost disk estimate gauge local probe watch standins tracing callers".split()
 }
 # The storeys, lowest first: a module may import from its own and from those below, where ALLOWED does not say less.
 STOREYS = {
