@@ -313,6 +313,10 @@ class _Lowering:
         """The op that gives a resident tensor its new contents, once, at the end of the forward pass."""
         target = self.find(desc)
         value = target.meta["val"]
+        twins = [place for place in self.sources if place is not target and self.owner.get(place) == self.owner[target]]
+        if any(place.users for place in twins):
+            raise CaptureError(f"the model changes {self.sources[target].name}, and reads its memory through another tensor that "
+                               "it holds: take that view of the buffer in forward, where it is read")  # fmt: skip
         self.mutations[len(self.ops)] = (self.sources[target], node)
         self.ops.append(
             Op(
