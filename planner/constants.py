@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, disable_fa
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .layouts import IN_32_BITS, UNCACHED, real_stride
+from .layouts import IN_32_BITS, RECURRENT, UNCACHED, real_stride, recurrent_scratch
 from .nodes import is_view
 
 CONSTANT_ELEMENTS = 1 << 20  # constants larger than this are not evaluated while tracing
@@ -79,6 +79,13 @@ class Constants(FakeTensorMode):
         if func in IN_32_BITS:
             wide = {id(item): self.empty(types, item, item.stride(), torch.float32) for item in out}
             out = tuple(wide[id(item)] for item in out)  # one of them is there twice
+        if func is RECURRENT and torch.is_grad_enabled():
+            with _disable_current_modes():
+                shapes = tuple(tuple(value.shape) for value in args[:7])
+                rest = tuple(tuple(value) if isinstance(value, list) else value for value in args[7:])
+                size = recurrent_scratch(shapes, args[0].dtype, rest)
+            facts = {"dtype": torch.uint8, "device": args[0].device}
+            out = (*out[:3], super().dispatch(torch.ops.aten.empty.memory_format, types, ([size],), facts))
         if getattr(func, "namespace", "") == "aten" and func._opname in FACTORIES and isinstance(out, FakeTensor):
             plain = not any(isinstance(arg, torch.Tensor) for arg in args)
             if plain and is_small(out):
