@@ -26,8 +26,10 @@ from ..planner.standins import named_tensors
 from ..planner.structure import Structure, hooks_of, settings_of
 from .arena import generate_static
 from .codegen import Generated, generate
+from .fed import Fed
 from .graphs import recorded
 from .homes import Homes, absence_of, bring_back
+from .together import Together
 from .updates import Updates
 
 if TYPE_CHECKING:
@@ -151,6 +153,8 @@ class _Runner:
         self.hooks = [(name, table, len(table)) for name, part in self.modules if name for table in hooks_of(part)]
         self.tied = [(name, places[name], places[names[0]]) for names in captured.structure.tied for name in names[1:]]
         self.changing = {source.name for source, _ in captured.traced.mutations.values()}
+        self.together = Together(captured.traced)
+        self.fed = Fed(captured.traced)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         homes = self.code.homes
@@ -184,7 +188,7 @@ class _Runner:
                                "apply the plan to the copy with an optimizer of its own")  # fmt: skip
         made = object.__new__(type(self))
         memo[id(self)] = made
-        shared = ("captured", "code", "changing", "__signature__")
+        shared = ("captured", "code", "changing", "fed", "__signature__")
         for key, value in vars(self).items():
             setattr(made, key, value if key in shared else copy.deepcopy(value, memo))
         return made
@@ -327,8 +331,10 @@ class _Planned(torch.autograd.Function):
         for source, value, version in ctx.watched:
             if value._version != version and source.name not in changing:
                 raise MemplanError(f"{source.name} was changed in place between forward and backward: gradients would be wrong")
+        left_out = runner.fed.left_out(tangents)
         ctx.saved = None
         ctx.watched = None
+        runner.together.note()
         given = [laid_out(tangents[index], like) for index, like in runner.code.tangents.items()]
         updates = runner.code.updates
         try:
@@ -343,8 +349,8 @@ class _Planned(torch.autograd.Function):
             raise updates.explain(error) from error
         ctx.tokens = None
         result: list[torch.Tensor | None] = [None] * (1 + len(runner.code.arguments))
-        for position, gradient in zip(runner.code.gradients, found, strict=True):
-            result[1 + position] = gradient
+        for position, gradient, none in zip(runner.code.gradients, found, left_out, strict=True):
+            result[1 + position] = None if none else gradient
         return tuple(result)
 
 

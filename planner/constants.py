@@ -71,6 +71,8 @@ class Constants(FakeTensorMode):
             args, kwargs = pytree.tree_map_only(torch.Tensor, self.stand_in, (args, kwargs or {}))
         if args and isinstance(args[0], FakeTensor) and args[0].constant is not None and is_view(func):
             return self.view_of_constant(func, types, args, kwargs or {})
+        if "fused_moving_avg_obs" in getattr(func, "_opname", ""):
+            check_observed(list(args), bool((kwargs or {}).get("per_row_fake_quant")))
         with disable_fake_tensor_cache(self) if func in UNCACHED else nullcontext():
             out: Any = super().dispatch(func, types, args, kwargs or {})
         stride = real_stride(func, args, out)
@@ -163,6 +165,21 @@ class Constants(FakeTensorMode):
 
         with self:
             return make(one, two, offsets, out_dtype)
+
+
+def check_observed(args: list[Any], by_row: bool = False) -> None:
+    """Refuse a fake quantisation by channel that has not seen a batch: its kernel makes its buffers larger then.
+
+    Args:
+        args: of the kernel, by position: the value, two switches, the smallest value seen so far; the channels' axis is the 11th.
+        by_row: whether it works by channel, where that is not the 12th of them.
+
+    Raises:
+        Refusal: its buffers are not of the channels' number yet.
+    """
+    if (args[11] if len(args) > 11 else by_row) and args[3].numel() != args[0].shape[args[10]]:
+        raise Refusal("a fake quantisation has seen no batch yet, and its buffers take their size from the first: call the "
+                      "model once before planning")  # fmt: skip
 
 
 def facts_of_view(value: torch.Tensor) -> tuple:
