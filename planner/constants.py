@@ -171,8 +171,8 @@ def check_observed(args: list[Any], by_row: bool = False) -> None:
     """Refuse a fake quantisation by channel that has not seen a batch: its kernel makes its buffers larger then.
 
     Args:
-        args: of the kernel, by position: the value, two switches, the smallest value seen so far; the channels' axis is the 11th.
-        by_row: whether it works by channel, where that is not the 12th of them.
+        args: of the kernel, by position: the value, two switches, the smallest value seen so far, ..., the axis of channels.
+        by_row: whether it works by channel, where that is not the next of them.
 
     Raises:
         Refusal: its buffers are not of the channels' number yet.
