@@ -27,8 +27,10 @@ from ..planner.standins import named_tensors
 from ..planner.structure import Structure, hooks_of, settings_of
 from .arena import generate_static
 from .codegen import Generated, generate
+from .fed import Fed
 from .graphs import recorded
 from .homes import Homes, absence_of, bring_back
+from .together import Together
 from .updates import Updates
 
 if TYPE_CHECKING:
@@ -156,6 +158,8 @@ class _Runner:
         self.moved = moved_by(captured, code)
         whose = self.moved | {place.storage for place in captured.signature.places if place is not None}
         self.owners = [(name, place) for name, place in places.items() if name in whose]
+        self.together = Together(captured.traced)
+        self.fed = Fed(captured.traced)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         homes = self.code.homes
@@ -188,7 +192,7 @@ class _Runner:
                                "apply the plan to the copy with an optimizer of its own")  # fmt: skip
         made = object.__new__(type(self))
         memo[id(self)] = made
-        shared = ("captured", "code", "changing", "__signature__")
+        shared = ("captured", "code", "changing", "fed", "__signature__")
         for key, value in vars(self).items():
             setattr(made, key, value if key in shared else copy.deepcopy(value, memo))
         return made
@@ -382,8 +386,10 @@ class _Planned(torch.autograd.Function):
         for source, value, version in ctx.watched:
             if value._version != version and source.name not in changing:
                 raise MemplanError(f"{source.name} was changed in place between forward and backward: gradients would be wrong")
+        left_out = runner.fed.left_out(tangents)
         ctx.saved = None
         ctx.watched = None
+        runner.together.note()
         given = [laid_out(tangents[index], like) for index, like in runner.code.tangents.items()]
         updates = runner.code.updates
         try:
@@ -398,8 +404,8 @@ class _Planned(torch.autograd.Function):
             raise updates.explain(error) from error
         ctx.tokens = None
         result: list[torch.Tensor | None] = [None] * (1 + len(runner.code.arguments))
-        for position, gradient in zip(runner.code.gradients, found, strict=True):
-            result[1 + position] = gradient
+        for position, gradient, none in zip(runner.code.gradients, found, left_out, strict=True):
+            result[1 + position] = None if none else gradient
         return tuple(result)
 
 

@@ -253,6 +253,7 @@ def capture(
         joint = trace(step, inputs, mode, train, stack)
         loss_cost = trace_loss(step, joint.graph_module, loss, mode) if train and loss is not None else None
         check_replaced(joint.graph_module, step.replaced)
+        mode.note_values(joint.graph_module)
         if loss_cost is not None:
             check_reached(joint.graph_module, loss_cost, step.plain)
         stack.enter_context(in_words("plan what was traced"))

@@ -312,6 +312,14 @@ class _Lowering:
         """The op that gives a resident tensor its new contents, once, at the end of the forward pass."""
         target = self.find(desc)
         value = target.meta["val"]
+        found, name = node.meta["val"], self.sources[target].name
+        if (found.shape, found.dtype) != (value.shape, value.dtype):
+            raise CaptureError(f"the model turns the buffer {name} of shape {list(value.shape)} into {list(found.shape)}, "
+                               "as some do in their first call: call it once, and plan it then")  # fmt: skip
+        twins = [place for place in self.sources if place is not target and self.owner.get(place) == self.owner[target]]
+        if any(place.users for place in twins):
+            raise CaptureError(f"the model changes {name}, and reads its memory through another tensor that it holds: take "
+                               "that view of the buffer in forward, where it is read")  # fmt: skip
         self.mutations[len(self.ops)] = (self.sources[target], node)
         self.ops.append(
             Op(
