@@ -11,11 +11,27 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import fx
 
 from .errors import CaptureError
 from .in_place import InPlace, in_place_form
-from .nodes import call_key, closure, cost_of_graph, count_flops, encode, is_call, is_random, is_tensor, results, span, unpicked
+from .nodes import (
+    call_key,
+    closure,
+    cost_of_graph,
+    count_flops,
+    encode,
+    in_flight,
+    is_call,
+    is_known,
+    is_random,
+    is_tensor,
+    own_generator,
+    results,
+    span,
+    unpicked,
+)  # fmt: skip
 from .optimizers import rows_of, update_op, update_ops
 from .program import Buffer, Kind, Op, Phase, Program
 from .restore import merge_casts, restore_dropout, sum_tied
@@ -134,6 +150,14 @@ class _Lowering:
         self.by_storage: dict[int, int] = {}
         self.sources: dict[fx.Node, Source] = {}
         self.resident: set[int] = set()  # buffers of sources, tangents among them
+        # what an operator of unknown kin has made or read: it may share memory with its operands, or still be at work on them
+        self.unsure = {
+            item.untyped_storage()._cdata
+            for node in graph.graph.nodes
+            if is_call(node) and not is_known(node)
+            for item in pytree.tree_leaves([arg.meta.get("val") for arg in (node, *node.all_input_nodes)])
+            if isinstance(item, torch.Tensor)
+        }
         self.in_place: dict[tuple[int, int], InPlace] = {}
         self.mutations: dict[int, tuple[Source, fx.Node]] = {}
         self.updates: dict[int, tuple[tuple[str, fx.Node], ...]] = {}
@@ -281,13 +305,15 @@ class _Lowering:
         statistics = {self.owner[node.args[index]] for index in unread if isinstance(node.args[index], fx.Node)}  # type: ignore[index]
         if unread and not node.args[5]:  # not in training mode: the statistics do decide the result
             statistics = set()
-        reads = tuple(sorted(shared - statistics))
+        reads = tuple(sorted((shared - statistics) | {self.owner[arg] for arg in in_flight(node) if arg in self.owner}))
+        once = node.target._schema.is_mutable or not is_known(node) or own_generator(node) is not None
         index = len(self.ops)
         reuse = []
         for operand in tensors:
             form = in_place_form(node, operand, tensors, self.owner) if len(parts) == 1 else None
             buffer = self.owner[operand]
-            if form is not None and buffer not in self.resident and (writes[0], buffer) not in reuse:
+            sure = operand.meta["val"].untyped_storage()._cdata not in self.unsure
+            if form is not None and sure and buffer not in self.resident and (writes[0], buffer) not in reuse:
                 reuse.append((writes[0], buffer))
                 self.in_place[index, buffer] = form
         self.ops.append(
@@ -299,7 +325,7 @@ class _Lowering:
                 reads=reads,
                 writes=tuple(writes),
                 reuse=tuple(reuse),
-                repeatable=not (set(reads) & changed) and not node.target._schema.is_mutable and bool(writes),
+                repeatable=not (set(reads) & changed) and not once and bool(writes),
                 random=is_random(node),
                 flops=count_flops(node),
                 workspace=unpicked(node, parts),
