@@ -17,7 +17,7 @@ from torch import fx
 
 from ..planner.graph import Source, Traced
 from ..planner.machine import Machine
-from ..planner.nodes import is_call, is_pick
+from ..planner.nodes import closure, is_call, is_pick
 from ..planner.program import Phase, Program
 from ..planner.schedule import Free, Run, Schedule, Start, Wait
 from .homes import Homes
@@ -38,6 +38,7 @@ class Generated:
         tangents: which outputs the tangents belong to, and how each is laid out.
         saved: the nodes whose tensors head the list for `backward`; saved generator states follow them.
         states: how many generator states follow.
+        sent: for each gradient the outputs whose tangents it is computed from.
         lent: which of the gradients lie in the arena.
         arena: where the step's own tensors lie, if their addresses are planned.
         tiers: the memories that values are moved to, by the machine's number.
@@ -54,6 +55,7 @@ class Generated:
     tangents: dict[int, torch.Tensor]
     saved: tuple[fx.Node, ...] = ()
     states: int = 0
+    sent: tuple[frozenset[int], ...] = ()
     lent: tuple[int, ...] = ()
     arena: Any = None
     tiers: dict[int, Any] = field(default_factory=dict)
@@ -162,11 +164,17 @@ class Writer:
             tangents={source.index: node.meta["val"] for node, source in tangents},
             saved=tuple(saved),
             states=len(states),
+            sent=tuple(self.sent(node) for _, node in self.traced.gradients),
             lent=tuple(lent),
             tiers=self.tiers,
             updates=self.updates,
             homes=self.homes,
         )
+
+    def sent(self, gradient: fx.Node) -> frozenset[int]:
+        """The outputs whose tangents a gradient is computed from."""
+        sources = [self.traced.sources[node] for node in closure([gradient]) if node in self.traced.sources]
+        return frozenset(source.index for source in sources if source.kind == "tangent")
 
     def is_lent(self, node: fx.Node) -> bool:
         """Whether a gradient lies in memory that the next step writes over."""

@@ -21,9 +21,10 @@ from ..planner.capture import Captured, autocast_state, capture, flatten_call, l
 from ..planner.cost import apply_costs
 from ..planner.errors import CaptureError, MemplanError, PlanMismatch
 from ..planner.graph import Source
+from ..planner.hooks import hook_tables, is_traced_hook
 from ..planner.inputs import TensorFacts, facts, rebuild_inputs
 from ..planner.standins import named_tensors
-from ..planner.structure import Structure, hooks_of, settings_of
+from ..planner.structure import Structure, settings_of
 from .arena import generate_static
 from .codegen import Generated, generate
 from .graphs import recorded
@@ -148,7 +149,7 @@ class _Runner:
         self.children = [(owner._modules, dict(owner._modules)) for owner in module.modules()]
         self.settings = [(name, part, key, value) for name, part in self.modules for key, value in settings_of(part)
                          if type(part).__module__.startswith("torch.nn.")]  # fmt: skip
-        self.hooks = [(name, table, len(table)) for name, part in self.modules if name for table in hooks_of(part)]
+        self.hooks = [(owner, table, dict(table)) for owner, _, table in hook_tables(module)]
         self.tied = [(name, places[name], places[names[0]]) for names in captured.structure.tied for name in names[1:]]
         self.changing = {source.name for source, _ in captured.traced.mutations.values()}
 
@@ -159,6 +160,7 @@ class _Runner:
                 homes.restore()
             return self.original(*args, **kwargs)  # an evaluation: nothing is kept for a backward pass
         leaves = self.check_call(args, kwargs)
+        check_saving()
         inputs = [self.fetch(source, slot, leaves) for source, slot in zip(self.code.arguments, self.slots, strict=True)]
         if self.captured.train:
             results = _Planned.apply(self, *inputs)
@@ -240,10 +242,14 @@ class _Runner:
                 raise PlanMismatch(
                     f"{name or 'the model'}.{key} was {value} when the plan was applied and is {now} now: plan again"
                 )
-        for name, table, count in self.hooks:
-            if len(table) > count:
-                raise PlanMismatch(f"module {name} has been given a hook since the plan was applied, and a planned step calls "
+        for owner, table, known in self.hooks:
+            if len(table) > len(known):
+                raise PlanMismatch(f"{owner} has been given a hook since the plan was applied, and a planned step calls "
                                    "none but the model's own: remove it, or hook the model itself")  # fmt: skip
+            for hook in [hook for key, hook in known.items() if table.get(key) is not hook and not is_traced_hook(hook)]:
+                name = getattr(hook, "__qualname__", type(hook).__name__)
+                raise PlanMismatch(f"{owner} has lost a hook ({name}) since the plan was applied, whose work is part of the "
+                                   "planned step: plan again")  # fmt: skip
         for name, (table, key), (first, other) in self.tied:
             if table.get(key) is not first.get(other):
                 raise PlanMismatch(f"{name} was tied to {other} when the plan was made and is not now: plan again")
@@ -327,10 +333,14 @@ class _Planned(torch.autograd.Function):
         for source, value, version in ctx.watched:
             if value._version != version and source.name not in changing:
                 raise MemplanError(f"{source.name} was changed in place between forward and backward: gradients would be wrong")
+        updates = runner.code.updates
+        absent = [index for index in ctx.wanted if tangents[index] is None]
+        if absent and updates is not None:
+            raise MemplanError(f"no gradient reaches output {min(absent)} of the model, for which this step would update "
+                               "parameters: let the model return it detached, or leave it out")  # fmt: skip
         ctx.saved = None
         ctx.watched = None
         given = [laid_out(tangents[index], like) for index, like in runner.code.tangents.items()]
-        updates = runner.code.updates
         try:
             with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
                 found = runner.code.backward(saved, given)
@@ -343,9 +353,24 @@ class _Planned(torch.autograd.Function):
             raise updates.explain(error) from error
         ctx.tokens = None
         result: list[torch.Tensor | None] = [None] * (1 + len(runner.code.arguments))
-        for position, gradient in zip(runner.code.gradients, found, strict=True):
-            result[1 + position] = gradient
+        for position, gradient, outputs in zip(runner.code.gradients, found, runner.code.sent, strict=True):
+            if not outputs or not outputs.issubset(absent):  # else eager's autograd would not get there: None, not zeros
+                result[1 + position] = gradient
         return tuple(result)
+
+
+def check_saving() -> None:
+    """Refuse a call inside of hooks on saved tensors, which do not see those of a planned step.
+
+    Torch's own move or recompute what is saved, and change nothing: a plan decides that itself.
+
+    Raises:
+        MemplanError: there are such hooks, of somebody else's.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is not None and not getattr(hooks[0], "__module__", "torch").startswith("torch."):
+        name = getattr(hooks[0], "__qualname__", type(hooks[0]).__name__)
+        raise MemplanError(f"hooks on saved tensors ({name}) do not see those of a planned step: call it outside of them")
 
 
 def device_of(inputs: Iterable[torch.Tensor]) -> AbstractContextManager[Any]:

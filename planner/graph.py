@@ -27,7 +27,6 @@ from .nodes import (
     is_known,
     is_random,
     is_tensor,
-    own_generator,
     results,
     span,
     unpicked,
@@ -38,6 +37,11 @@ from .restore import merge_casts, restore_dropout, sum_tied
 
 # BatchNorm in training mode reads the running statistics only to update them: its other results do not depend on them.
 STATISTICS = {"aten._native_batch_norm_legit_functional.default": (3, 4)}
+
+# Its state could be set by the model itself at each call, and would have to be put back for a repetition.
+GENERATOR = (
+    "the model draws from a torch.Generator that it is given (generator=): leave that out, or pass what is drawn as an input"
+)
 
 
 @dataclass(frozen=True)
@@ -234,6 +238,8 @@ class _Lowering:
         value = node.meta.get("val")
         if node.op == "get_attr":
             constant = getattr(self.graph, str(node.target))
+            if isinstance(constant, torch.Generator):
+                raise CaptureError(GENERATOR)
             if train and getattr(constant, "requires_grad", False):
                 raise CaptureError("the model uses a tensor that wants a gradient and is not one of its parameters: register "
                                    "it (nn.Parameter, nn.ParameterList)")  # fmt: skip
@@ -285,6 +291,8 @@ class _Lowering:
         for parameter in (self.sources[arg] for arg in tensors if arg in self.sources):
             if parameter.kind == "parameter":
                 self.where = parameter.name.rpartition(".")[0]
+        if any(isinstance(value, torch.Generator) for value in (*node.args, *node.kwargs.values())):
+            raise CaptureError(GENERATOR)
         if not isinstance(node.target, torch._ops.OpOverload):
             raise CaptureError(f"the model calls {node.target}, which memplan cannot plan; move it out of the model")
         if not parts and value is not None and not is_tensor(value):
@@ -306,7 +314,7 @@ class _Lowering:
         if unread and not node.args[5]:  # not in training mode: the statistics do decide the result
             statistics = set()
         reads = tuple(sorted((shared - statistics) | {self.owner[arg] for arg in in_flight(node) if arg in self.owner}))
-        once = node.target._schema.is_mutable or not is_known(node) or own_generator(node) is not None
+        once = node.target._schema.is_mutable or not is_known(node)
         index = len(self.ops)
         reuse = []
         for operand in tensors:

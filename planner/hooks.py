@@ -2,7 +2,7 @@
 
 A planned step is the graph's code, and calls no hooks but those of the model itself, which run around it, and those on
 parameters, which autograd runs. A hook that returns a new value is an operator of the graph like others. One that returns
-nothing would see tensors while the model is traced, and then never again.
+nothing, or what it was given, would see tensors while the model is traced, and then never again.
 """
 
 import functools
@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import nn
 
 from .constants import Refusal
@@ -27,14 +28,17 @@ KINDS = {
 # the forward pass that is going on, or checkpoint.
 TRACED = ("torch.nn.utils.", "transformers.utils.output_capturing", "torch.distributed._composable.checkpoint_activation")
 
+PLAIN = {"requires_grad_", "to", "dtype", "device"}  # names that a function can use without keeping anything
+
 
 def is_traced_hook(hook: Any) -> bool:
-    """Whether a hook that returns nothing may stay: see `TRACED`, or it can do no more than ask for a gradient."""
+    """Whether a hook that returns nothing may stay: see `TRACED`, or its code can do no more than `PLAIN`."""
     while isinstance(hook, functools.partial):
         hook = hook.func
     code = getattr(hook, "__code__", None)
-    if code is not None and code.co_names == ("requires_grad_",) and not code.co_freevars:
-        return True
+    if code is not None and code.co_names and PLAIN.issuperset(code.co_names):
+        held = [cell.cell_contents for cell in hook.__closure__ or ()]
+        return all(isinstance(value, torch.dtype | torch.device) for value in held)
     return str(getattr(hook, "__module__", "")).startswith(TRACED)
 
 
@@ -50,7 +54,7 @@ def hook_tables(model: nn.Module) -> Iterator[tuple[str, str, dict[int, Any]]]:
 
 @contextmanager
 def no_observers(model: nn.Module) -> Iterator[None]:
-    """While the model is called, refuse a hook that returns nothing.
+    """While the model is called, refuse a hook that changes nothing.
 
     Raises:
         CaptureError: the module and the hook.
@@ -69,14 +73,15 @@ def no_observers(model: nn.Module) -> Iterator[None]:
 
 
 def changing(hook: Any, owner: str, kind: str) -> Any:
-    """A hook that has to return something."""
+    """A hook that has to return what it was not given."""
 
     @functools.wraps(hook, updated=())
     def called(*args: Any, **kwargs: Any) -> Any:
+        given = {id(leaf) for leaf in pytree.tree_leaves((args, kwargs))}
         result = hook(*args, **kwargs)
-        if result is None:
+        if all(leaf is None or id(leaf) in given for leaf in pytree.tree_leaves(result)):
             name = getattr(hook, "__qualname__", type(hook).__name__)
-            raise CaptureError(f"{owner} has a {kind} ({name}) that returns nothing, and a planned step would not call it: "
+            raise CaptureError(f"{owner} has a {kind} ({name}) that changes nothing, and a planned step would not call it: "
                                "remove it before planning, or hook the model itself")  # fmt: skip
         return result
 

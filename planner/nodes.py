@@ -55,12 +55,6 @@ def is_known(node: fx.Node) -> bool:
     return getattr(node.target, "namespace", "") in PURE
 
 
-def own_generator(node: fx.Node) -> torch.Generator | None:
-    """The generator that a call is given to draw from, where that is not a default one."""
-    given = [value for value in (*node.args, *node.kwargs.values()) if isinstance(value, torch.Generator)]
-    return next((value for value in given if value is not torch.default_generator), None)
-
-
 def in_flight(node: fx.Node) -> list[fx.Node]:
     """The tensors that a communication reads or writes until this call has waited for it."""
     if getattr(node.target, "_opname", "") != "wait_tensor":
@@ -186,7 +180,7 @@ def encode(arg: Any) -> Any:
             return {kind: str(arg)[6:]}
     if isinstance(arg, torch.device):
         return {"device": arg.type}
-    return {"x": "Generator" if isinstance(arg, torch.Generator) else repr(arg)}
+    return {"x": repr(arg)}
 
 
 def call_key(node: fx.Node) -> str:

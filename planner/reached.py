@@ -61,7 +61,7 @@ def reached(model: nn.Module, device: str, make: Callable[[Constants], tuple[nn.
             stack.enter_context(context)
         wanted = {name: value.requires_grad for name, value in model.named_parameters()}
         with no_backward():
-            outputs = [value for value in step(*inputs) if value.requires_grad]
+            outputs = [value for value in step(*inputs) if value.requires_grad and not is_given(value)]
         changed = [name for name, value in model.named_parameters() if wanted.get(name) not in (None, value.requires_grad)]
         if changed:
             raise CaptureError(f"the model sets requires_grad of {changed[0]} in its forward: set it before planning")
@@ -70,6 +70,11 @@ def reached(model: nn.Module, device: str, make: Callable[[Constants], tuple[nn.
         found = {names.get(name, name) for name, value in model.named_parameters() if value.grad is not None}
     got = frozenset(index for index, value in enumerate(inputs) if value.is_leaf and value.grad is not None)
     return Reached(frozenset(found), got, len(calls) > 0)
+
+
+def is_given(output: torch.Tensor) -> bool:
+    """Whether an output is a parameter or an input, or a view of one: a planned step lets no gradient through, and says so."""
+    return output.is_leaf or (output._base is not None and output._base.is_leaf)
 
 
 @contextmanager
@@ -129,5 +134,5 @@ def check_gradients(
         for names, what in ((eager - found, "no gradient, and does"), (found - eager, "a gradient, and none")):
             if names:
                 first, more = min(map(name, names)), f" (and {len(names) - 1} more)" * (len(names) > 1)
-                raise CaptureError(f"in the traced step {first}{more} gets {what} in eager PyTorch: a Function "
-                                   "of the model does more in its backward than return gradients; call what it wraps")  # fmt: skip
+                raise CaptureError(f"in the traced step {first}{more} gets {what} in eager PyTorch: a Function of the model "
+                                   "does more in its backward than return gradients; call what it wraps")  # fmt: skip
