@@ -21,10 +21,11 @@ from ..planner.capture import Captured, autocast_state, capture, flatten_call, l
 from ..planner.cost import apply_costs
 from ..planner.errors import CaptureError, MemplanError, PlanMismatch
 from ..planner.graph import Source
+from ..planner.hooks import hook_tables, is_traced_hook
 from ..planner.inputs import TensorFacts, check_places, facts, places_of, same
 from ..planner.inputtext import rebuild_inputs
 from ..planner.standins import named_tensors
-from ..planner.structure import Structure, hooks_of, settings_of
+from ..planner.structure import Structure, settings_of
 from .arena import generate_static
 from .codegen import Generated, generate
 from .fed import Fed
@@ -152,7 +153,7 @@ class _Runner:
         self.children = [(owner._modules, dict(owner._modules)) for owner in module.modules()]
         self.settings = [(name, part, key, value) for name, part in self.modules for key, value in settings_of(part)
                          if type(part).__module__.startswith("torch.nn.")]  # fmt: skip
-        self.hooks = [(name, table, len(table)) for name, part in self.modules if name for table in hooks_of(part)]
+        self.hooks = [(owner, table, dict(table)) for owner, _, table in hook_tables(module)]
         self.tied = [(name, places[name], places[names[0]]) for names in captured.structure.tied for name in names[1:]]
         self.changing = {source.name for source, _ in captured.traced.mutations.values()}
         self.moved = moved_by(captured, code)
@@ -167,6 +168,7 @@ class _Runner:
             if homes is not None:
                 homes.restore()
             return self.original(*args, **kwargs)  # an evaluation: nothing is kept for a backward pass
+        check_saving()
         inputs = self.given(args, kwargs)
         if self.captured.train:
             results = _Planned.apply(self, *inputs)
@@ -271,10 +273,14 @@ class _Runner:
                 raise PlanMismatch(
                     f"{name or 'the model'}.{key} was {value} when the plan was applied and is {now} now: plan again"
                 )
-        for name, table, count in self.hooks:
-            if len(table) > count:
-                raise PlanMismatch(f"module {name} has been given a hook since the plan was applied, and a planned step calls "
+        for owner, table, known in self.hooks:
+            if len(table) > len(known):
+                raise PlanMismatch(f"{owner} has been given a hook since the plan was applied, and a planned step calls "
                                    "none but the model's own: remove it, or hook the model itself")  # fmt: skip
+            for hook in [hook for key, hook in known.items() if table.get(key) is not hook and not is_traced_hook(hook)]:
+                name = getattr(hook, "__qualname__", type(hook).__name__)
+                raise PlanMismatch(f"{owner} has lost a hook ({name}) since the plan was applied, whose work is part of the "
+                                   "planned step: plan again")  # fmt: skip
         for name, (table, key), (first, other) in self.tied:
             if table.get(key) is not first.get(other):
                 raise PlanMismatch(f"{name} was tied to {other} when the plan was made and is not now: plan again")
@@ -407,6 +413,20 @@ class _Planned(torch.autograd.Function):
         for position, gradient, none in zip(runner.code.gradients, found, left_out, strict=True):
             result[1 + position] = None if none else gradient
         return tuple(result)
+
+
+def check_saving() -> None:
+    """Refuse a call inside of hooks on saved tensors, which do not see those of a planned step.
+
+    Torch's own move or recompute what is saved, and change nothing: a plan decides that itself.
+
+    Raises:
+        MemplanError: there are such hooks, of somebody else's.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is not None and not getattr(hooks[0], "__module__", "torch").startswith("torch."):
+        name = getattr(hooks[0], "__qualname__", type(hooks[0]).__name__)
+        raise MemplanError(f"hooks on saved tensors ({name}) do not see those of a planned step: call it outside of them")
 
 
 def device_of(inputs: Iterable[torch.Tensor]) -> AbstractContextManager[Any]:

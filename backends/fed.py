@@ -10,7 +10,6 @@ from torch import fx
 
 from ..planner.errors import PlanMismatch
 from ..planner.graph import Traced
-from ..planner.nodes import closure
 
 
 class Fed:
@@ -23,9 +22,12 @@ class Fed:
 
     def __init__(self, traced: Traced):
         tangents = {node: source.index for node, source in traced.sources.items() if source.kind == "tangent"}
+        found: dict[fx.Node, frozenset[int]] = {}
+        for node in next(iter(tangents)).graph.nodes if tangents else ():  # in order, so that operands come first
+            found[node] = frozenset({tangents[node]} if node in tangents else ()).union(*map(found.get, node.all_input_nodes))
 
         def outputs(node: fx.Node) -> frozenset[int]:
-            return frozenset(index for tangent, index in tangents.items() if tangent in closure([node]))
+            return found[node]
 
         one = len(tangents) < 2  # then every gradient comes from it, or autograd would not have called
         self.returned = [frozenset() if one else outputs(node) for _, node in traced.gradients]

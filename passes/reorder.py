@@ -10,6 +10,7 @@ the same.
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ..planner.program import Phase, Program
 
@@ -41,6 +42,10 @@ class Reorder:
         held = set(program.outputs)
         size = [buffer.bytes if op >= 0 else 0 for buffer, op in zip(program.buffers, made_by, strict=True)]
         pending = {index: {made_by[buffer] for buffer in ops[index].reads} & waiting for index in waiting}
+        strange = {index for index in waiting if not ops[index].repeatable and not ops[index].target.startswith("aten.")}
+        ordered = sorted(strange | {index for index in waiting if ops[index].random})
+        for before, after in pairwise(ordered):  # other processes, and the stream of random numbers, count on their order
+            pending[after].add(before)
         users: dict[int, list[int]] = {}
         for index, needs in pending.items():
             for need in needs:

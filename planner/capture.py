@@ -11,7 +11,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +25,12 @@ from .casts import cached_casts
 from .constants import Constants
 from .errors import CaptureError
 from .graph import Traced, lower
+from .hooks import no_observers
 from .inputs import Place, TensorFacts, check_leaf, children_of, facts, places_of
+from .plain_calls import noted_seeds
 from .plan import Counted
 from .program import Program
+from .reached import check_gradients, reached
 from .standins import fake, fake_parameters, kept_tensors, named_tensors
 from .structure import Structure
 from .tracing import in_words, trace
@@ -249,19 +252,38 @@ def capture(
     step = _Step(model, mode, spec, fixed, train, loss is not None)
     step.training = model.training  # without `train()`, which would reach into the model
     updated = trainable(model, optimizer)
-    with TRACING, fake_parameters(model, mode, device) as names, ExitStack() as stack:
-        joint = trace(step, inputs, mode, train, stack)
+
+    def as_eager(other: Constants) -> tuple[_Step, list[torch.Tensor]]:
+        """The same step and inputs of another mode."""
+        given = [fake(other, leaf, device) for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        return _Step(model, other, spec, fixed, train, loss is not None), given
+
+    def parameter_name(target: str) -> str:
+        """The first of a parameter's names."""
+        return names.get(target.removeprefix("model."), target.removeprefix("model."))
+
+    seeds: list[str] = []
+    with TRACING, ExitStack() as stack:
+        known = reached(model, device, as_eager) if train else None
+        names = stack.enter_context(fake_parameters(model, mode, device))
+        stack.enter_context(nullcontext() if train else no_observers(model))
+        with noted_seeds(seeds):
+            joint = trace(step, inputs, mode, train, stack, reentrant=known is not None and known.reentrant)
         loss_cost = trace_loss(step, joint.graph_module, loss, mode) if train and loss is not None else None
         check_replaced(joint.graph_module, step.replaced)
         mode.note_values(joint.graph_module)
         if loss_cost is not None:
             check_reached(joint.graph_module, loss_cost, step.plain)
+        if known is not None:
+            check_gradients(
+                joint.graph_module, known, parameter_name, lambda index: leaf_names(model, spec)[tensor_leaves[index]]
+            )
         stack.enter_context(in_words("plan what was traced"))
         traced = lower(
             joint.graph_module,
             name=type(model).__name__,
             device=device,
-            parameter_name=lambda target: names.get(target.removeprefix("model."), target.removeprefix("model.")),
+            parameter_name=parameter_name,
             input_leaf=lambda index: tensor_leaves[index],
             train=train,
             loss=loss_cost,
@@ -271,6 +293,7 @@ def capture(
             runs_on=runs_on or device,
             region_of=mode.region_of,
         )
+    check_seeds(traced.program, seeds)
     assert step.output_spec is not None
     return Captured(
         program=traced.program,
@@ -304,6 +327,17 @@ def check_replaced(graph: fx.GraphModule, replaced: list[tuple[str, torch.Tensor
     for key, value in replaced:
         if any(value is constant for constant in found):
             raise CaptureError(f"the model changes {key}, a tensor that is no buffer: use register_buffer")
+
+
+def check_seeds(program: Program, seeds: list[str]) -> None:
+    """Refuse a model that draws random numbers and sets the state of a generator: a planned step would only do the first.
+
+    Raises:
+        CaptureError: where.
+    """
+    if seeds and any(op.random for op in program.ops):
+        raise CaptureError(f"the model sets the state of a random generator at {seeds[0]}, which a planned step would not "
+                           "repeat: set it outside of the model, or give it what is drawn as an input")  # fmt: skip
 
 
 def check_reached(graph: fx.GraphModule, loss: fx.GraphModule, plain: frozenset[int]) -> None:

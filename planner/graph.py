@@ -11,18 +11,38 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import fx
 
 from .callers import callers
 from .errors import CaptureError
 from .in_place import InPlace, in_place_form
-from .nodes import call_key, closure, cost_of_graph, count_flops, encode, is_call, is_random, is_tensor, results, span, unpicked
+from .nodes import (
+    call_key,
+    closure,
+    cost_of_graph,
+    count_flops,
+    encode,
+    in_flight,
+    is_call,
+    is_known,
+    is_random,
+    is_tensor,
+    results,
+    span,
+    unpicked,
+)  # fmt: skip
 from .optimizers import rows_of, update_op, update_ops
 from .program import Buffer, Kind, Op, Phase, Program
 from .restore import merge_casts, restore_dropout, sum_tied
 
 # BatchNorm in training mode reads the running statistics only to update them: its other results do not depend on them.
 STATISTICS = {"aten._native_batch_norm_legit_functional.default": (3, 4)}
+
+# Its state could be set by the model itself at each call, and would have to be put back for a repetition.
+GENERATOR = (
+    "the model draws from a torch.Generator that it is given (generator=): leave that out, or pass what is drawn as an input"
+)
 
 
 @dataclass(frozen=True)
@@ -135,6 +155,14 @@ class _Lowering:
         self.by_storage: dict[int, int] = {}
         self.sources: dict[fx.Node, Source] = {}
         self.resident: set[int] = set()  # buffers of sources, tangents among them
+        # what an operator of unknown kin has made or read: it may share memory with its operands, or still be at work on them
+        self.unsure = {
+            item.untyped_storage()._cdata
+            for node in graph.graph.nodes
+            if is_call(node) and not is_known(node)
+            for item in pytree.tree_leaves([arg.meta.get("val") for arg in (node, *node.all_input_nodes)])
+            if isinstance(item, torch.Tensor)
+        }
         self.in_place: dict[tuple[int, int], InPlace] = {}
         self.mutations: dict[int, tuple[Source, fx.Node]] = {}
         self.updates: dict[int, tuple[tuple[str, fx.Node], ...]] = {}
@@ -212,6 +240,8 @@ class _Lowering:
         value = node.meta.get("val")
         if node.op == "get_attr":
             constant = getattr(self.graph, str(node.target))
+            if isinstance(constant, torch.Generator):
+                raise CaptureError(GENERATOR)
             if train and getattr(constant, "requires_grad", False):
                 raise CaptureError("the model uses a tensor that wants a gradient and is not one of its parameters: register "
                                    "it (nn.Parameter, nn.ParameterList)")  # fmt: skip
@@ -260,6 +290,8 @@ class _Lowering:
         parts = results(node)
         tensors = [arg for arg in node.all_input_nodes if arg in self.owner]
         shared = {self.owner[arg] for arg in tensors}
+        if any(isinstance(value, torch.Generator) for value in (*node.args, *node.kwargs.values())):
+            raise CaptureError(GENERATOR)
         if not isinstance(node.target, torch._ops.OpOverload):
             raise CaptureError(f"the model calls {node.target}, which memplan cannot plan; move it out of the model")
         if not parts and value is not None and not is_tensor(value):
@@ -280,13 +312,15 @@ class _Lowering:
         statistics = {self.owner[node.args[index]] for index in unread if isinstance(node.args[index], fx.Node)}  # type: ignore[index]
         if unread and not node.args[5]:  # not in training mode: the statistics do decide the result
             statistics = set()
-        reads = tuple(sorted(shared - statistics))
+        reads = tuple(sorted((shared - statistics) | {self.owner[arg] for arg in in_flight(node) if arg in self.owner}))
+        once = node.target._schema.is_mutable or not is_known(node)
         index = len(self.ops)
         reuse = []
         for operand in tensors:
             form = in_place_form(node, operand, tensors, self.owner) if len(parts) == 1 else None
             buffer = self.owner[operand]
-            if form is not None and buffer not in self.resident and (writes[0], buffer) not in reuse:
+            sure = operand.meta["val"].untyped_storage()._cdata not in self.unsure
+            if form is not None and sure and buffer not in self.resident and (writes[0], buffer) not in reuse:
                 reuse.append((writes[0], buffer))
                 self.in_place[index, buffer] = form
         self.ops.append(
@@ -298,7 +332,7 @@ class _Lowering:
                 reads=reads,
                 writes=tuple(writes),
                 reuse=tuple(reuse),
-                repeatable=not (set(reads) & changed) and not node.target._schema.is_mutable and bool(writes),
+                repeatable=not (set(reads) & changed) and not once and bool(writes),
                 random=is_random(node),
                 flops=count_flops(node),
                 workspace=unpicked(node, parts),

@@ -17,6 +17,7 @@ from .asides import unasked
 from .constants import Refusal
 from .errors import CaptureError
 from .native import native_kernels
+from .plain_calls import gathered, no_saving, plain_calls
 
 IN_DATA = {
     DataDependentOutputException: "the model takes a number out of a tensor ({}), and a plan needs branches and numbers that "
@@ -26,13 +27,28 @@ IN_DATA = {
 }  # fmt: skip
 
 
-def trace(step: nn.Module, inputs: list[torch.Tensor], mode: FakeTensorMode, train: bool, stack: ExitStack) -> Any:
-    """AOTAutograd's joint graph with descriptors, or a `CaptureError` that names the model's line."""
+def trace(
+    step: nn.Module, inputs: list[torch.Tensor], mode: FakeTensorMode, train: bool, stack: ExitStack, reentrant: bool = False
+) -> Any:
+    """AOTAutograd's joint graph with descriptors, or a `CaptureError` that names the model's line.
+
+    Args:
+        step: what to trace.
+        inputs: fake tensors.
+        mode: theirs.
+        train: trace the backward pass too.
+        stack: ends with the tracing; the graph is to be used before.
+        reentrant: a `Function` calls `backward()` in its backward pass: see `planner.plain_calls.gathered`.
+    """
     with in_words("trace the model"):
         stack.enter_context(quiet("torch._subclasses.fake_tensor"))  # what goes wrong is told in one line
         stack.enter_context(mode)
         stack.enter_context(native_kernels())
         stack.enter_context(unasked())
+        stack.enter_context(plain_calls())
+        stack.enter_context(no_saving())
+        if reentrant:
+            stack.enter_context(gathered(step))
         stack.enter_context(functorch_config.patch(backward_pass_autocast="off"))  # where `backward()` should be called
         stack.enter_context(torch.enable_grad() if train else torch.no_grad())
         return aot_export_joint_with_descriptors(stack, step, tuple(inputs), decompositions={})
