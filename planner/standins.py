@@ -56,25 +56,3 @@ def fake(mode: FakeTensorMode, tensor: torch.Tensor, device: str) -> torch.Tenso
     with mode:
         made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
     return made.requires_grad_(tensor.requires_grad) if tensor.is_floating_point() else made
-
-
-@contextmanager
-def kept_tensors(model: nn.Module) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """Put back what a traced call leaves in the attributes of modules: the fake tensors that it stores there.
-
-    Yields:
-        A list, filled at the end: tensors, neither parameters nor buffers, in whose place the call has put others, by name.
-    """
-    before = [(vars(module), dict(vars(module))) for module in model.modules()]
-    replaced: list[tuple[str, torch.Tensor]] = []
-    try:
-        yield replaced
-    finally:
-        for own, was in before:
-            for key in [key for key, value in own.items() if isinstance(value, torch.Tensor) and was.get(key) is not value]:
-                if isinstance(was.get(key), torch.Tensor):
-                    replaced.append((key, was[key]))
-                if key in was:
-                    own[key] = was[key]
-                else:
-                    del own[key]

@@ -16,7 +16,7 @@ NOUNS = {
 CAPTURE = {
     f"planner.{name}"
     for name in "capture inputs constants casts structure layouts asides graph nodes in_place optimizers restore native keys "
-    "workspaces cache cost disk local watch standins tracing".split()
+    "workspaces cache cost disk local watch standins tracing reach state reads writes rebinding".split()
 }
 # The storeys, lowest first: a module may import from its own and from those below, where ALLOWED does not say less.
 STOREYS = {
