@@ -262,8 +262,10 @@ class _Lowering:
                 case "PlainAOTInput":
                     source, kind = Source("input", f"input {desc.idx}", self.input_leaf(desc.idx)), Kind.INPUT
                 case "TangentAOTInput" if not hasattr(desc.output, "idx"):
-                    raise CaptureError("the model changes a parameter or an input in its forward pass, and differentiates it, "
-                                       "as an embedding with max_norm does: change it outside")  # fmt: skip
+                    name = getattr(getattr(desc.output, "mutated_input", None), "target", None)
+                    told = f" ({self.parameter_name(name)})" if name else ""
+                    raise CaptureError(f"the model changes a parameter or an input in its forward pass{told}, and "
+                                       "differentiates it, as an embedding with max_norm does: change it outside")  # fmt: skip
                 case "TangentAOTInput":
                     source, kind = Source("tangent", "tangent", desc.output.idx), Kind.TEMPORARY
                 case other:
