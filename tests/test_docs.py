@@ -63,7 +63,6 @@ def test_the_blocks_of_a_page_run(page: str, tmp_path: Path, shared_cache: Path)
 
 def test_the_site_builds(tmp_path: Path):
     """Strictly: a link or a name that leads nowhere is an error."""
-    pytest.importorskip("mkdocs")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
