@@ -1,4 +1,4 @@
-"""Random models with the habits of real ones: what is planned is eager's to the bit, and planning leaves no trace; or it is refused."""
+"""Random models with habits of real ones: a plan is eager's to the bit and planning leaves no trace, or it is refused."""
 
 import subprocess
 import sys
