@@ -30,7 +30,7 @@ from ..planner.watch import is_quiet
 from ..solvers.compiled import code_directory
 from .command import Command, Options, each_model
 from .models import TINY, Made, gpt2, resnet50
-from .record import Results, Row, ask, header, markdown, paragraph, percent, ratio, say, verdict
+from .record import Results, Row, ask, header, markdown, note_machine, paragraph, percent, ratio, say, verdict
 from .step import Arms, in_turn, paired_ratio
 
 SIZES: dict[str, Callable[[], Made]] = {
@@ -130,7 +130,8 @@ def measure_model(results: Results, name: str, options: Options) -> None:
     """All cases of a model, one after the other, for they build on each other's caches; then their steps."""
     if results.last(task="times", model=name):
         return
-    results.drop(model=name)
+    results.drop(model=name)  # what a run that was cut short has left: the cases build on one another
+    note_machine(results)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, kept_environment():
         os.environ.setdefault("NUMBA_CACHE_DIR", code_directory() or "")
@@ -222,8 +223,8 @@ def main() -> None:
     """The command line."""
     command = Command("costs", __doc__, each_model(measure_model), render, serve, quick=quick, small="tiny models, two rounds")
     command.add_models(["gpt2", "resnet50"], known=["gpt2", "resnet50"])
-    command.add("--rounds", type=int, default=7, help="of eager and all plans")
-    command.add_limits(planning=40.0, process=300.0)
+    command.add("--rounds", type=int, default=5, help="of eager and all plans")
+    command.add_limits(planning=30.0, process=300.0)
     command()
 
 
