@@ -117,6 +117,7 @@ def calibrate(
             table.replace(found)
         else:
             table.update(found)
+            table.note_tries(key for key in found if key in doubtful)
             table.save()
     warn_of_doubts(program, table, list(ops))
     return sum(figures is not None for figures in found.values())

@@ -160,6 +160,7 @@ def room_of(device: str) -> float:
     import torch
 
     if device == "cuda":
+        torch.cuda.empty_cache()  # what this process has done with
         return float(torch.cuda.mem_get_info()[0])
     from ..planner.local import memory_available, memory_limit
 

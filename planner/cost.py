@@ -24,6 +24,7 @@ from .workspaces import modelled_workspace
 __all__ = ["Coverage", "Figures", "Table", "apply_costs", "coverage", "roofline"]
 
 FORMAT = 4  # 3 did not know how fast the machine was
+TRIES = 2
 
 
 class Figures(NamedTuple):
@@ -35,6 +36,7 @@ class Figures(NamedTuple):
         disturbed: whether other work got in the way of every run, so that the time is only an upper bound.
         reading: how fast the machine was then; None where that is not known.
         work: of the op, for estimates of others of its kind.
+        tries: how often it was timed again because the machine had been slow, and was so again.
     """
 
     seconds: float
@@ -42,6 +44,7 @@ class Figures(NamedTuple):
     disturbed: bool = False
     reading: Reading | None = None
     work: Work | None = None
+    tries: int = 0
 
 
 # Measurements
@@ -83,8 +86,22 @@ class Table:
         return self.entries.get(digest(key))
 
     def doubts(self, figures: Figures | None) -> bool:
-        """Whether these are figures of which the time is only an upper bound: in other work's way, or of a slow hour."""
-        return figures is not None and (figures.disturbed or self.reference.doubts(figures.reading))
+        """Whether these are figures of which the time is only an upper bound: in other work's way, or of a slow hour.
+
+        Where the machine was slow each time, though it was not before, that is how fast it is while it works: a processor
+        that has grown hot, say.
+        """
+        if figures is None or figures.reading is None:
+            return figures is not None and figures.disturbed
+        slow = figures.tries < TRIES and self.reference.doubts(figures.reading)
+        return figures.disturbed or figures.reading.disturbed or slow
+
+    def note_tries(self, keys: Iterable[str]) -> None:
+        """Remember that ops were timed again while the machine seemed quiet, where that has not helped."""
+        for key in keys:
+            figures = self.get(key)
+            if figures is not None and self.doubts(figures):
+                self.entries[digest(key)] = figures._replace(tries=figures.tries + 1)
 
     def update(self, found: Mapping[str, Figures | None]) -> None:
         """Add figures by key; None marks a key that cannot be measured."""
@@ -111,7 +128,7 @@ class Table:
         for key, figures in new.items():
             before = old.get(key)
             if before is not None and figures is not None:
-                figures = min(before, figures, key=lambda each: (self.doubts(each), each.seconds))
+                figures = min(figures, before, key=lambda each: (self.doubts(each), each.seconds))
             made[key] = figures if figures is not None else before
         return made
 

@@ -1,9 +1,9 @@
 """What an op takes that was not measured: the machine's roofline, times what measured ops of its kind took of theirs.
 
 A roofline says what an op takes at least. Eager kernels take more, each kind its own share: on two cores of an Intel Xeon a
-step of GPT-2 takes four times its roofline. So it is corrected by the median of time over roofline of the ops of that kind
-(operator and element type) that were measured on the device, of whatever model; and where there are not enough of them, by
-that of all ops.
+step whose roofline was 131 ms took 611 ms by its measured ops. So it is corrected by the median of time over roofline of the
+ops of that kind (operator and element type) that were measured on the device, of whatever model; and where there are not
+enough of them, by that of all ops.
 """
 
 from collections.abc import Iterable

@@ -23,7 +23,7 @@ BYTES = {"cpu": 32 << 20, "cuda": 64 << 20}  # of the copy: more than a core's o
 RUNS = 5  # of each work in a reading
 LONGEST = 0.06  # seconds for either, once one run has been undisturbed; twice as long until then
 KEPT = 6  # of the fastest readings ever
-SLOW = 1.25  # times the best: what was timed then is not believed; readings on a quiet machine differ by less
+SLOW = 1.25  # times the best: what was timed then is not believed; 10 to 20 % come and go by themselves
 BETTER = 1.1  # times as fast as then: worth timing again
 MOST = 100  # times the work of the fixed pieces in the same time: nothing is so fast
 

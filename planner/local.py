@@ -251,7 +251,8 @@ def kept(
     reading = worse(begun, ended) or ended
     if before is not None:
         figures = before[0].better(figures)  # pyright: ignore[reportArgumentType]
-        reading = min(before[1], reading, key=lambda each: (each.disturbed, reference.slowness(each)))
+        # begun in quiet, it is believed: a processor grows hot by the probe itself, and a disk goes on writing after it
+        reading = min(before[1], reading, begun, key=lambda each: (each.disturbed, reference.slowness(each)))
     try:
         with locked(path):
             write_atomically(path, msgspec.json.encode(Probed(msgspec.Raw(msgspec.json.encode(figures)), reading)))

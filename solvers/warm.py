@@ -1,4 +1,4 @@
-"""Compiling the solvers before a clock runs: the first time on a machine takes 15 seconds or so, later ones load in a moment.
+"""Compiling the solvers before a clock runs: the first time on a machine takes 10 to 20 seconds, later ones load in a moment.
 
 What is compiled is called here on the smallest problems that reach it, with arguments of the types that real ones have.
 """

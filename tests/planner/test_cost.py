@@ -154,6 +154,22 @@ def test_figures_of_a_slow_hour_give_way(tmp_path: Path) -> None:
     assert again.get("one") == Figures(3.5, 0, reading=fast)
 
 
+def test_a_machine_that_is_slow_whenever_it_works_is_believed(tmp_path: Path) -> None:
+    """A processor that grows hot: readings are fast only before it has worked. What other work disturbed never is."""
+    slow, fast = Reading(100, 2e-3, 2e-3), Reading(200, 1e-3, 1e-3)
+    table = Table("a device", tmp_path)
+    table.reference.add([fast, fast])
+    table.update({"hot": Figures(2.0, 0, reading=slow), "busy": Figures(2.0, 0, True, slow)})
+    for _ in range(2):
+        assert table.doubts(table.get("hot"))
+        table.update({"hot": Figures(2.1, 0, reading=slow)})
+        table.note_tries(["hot", "busy"])
+        table.save()
+    again = Table("a device", tmp_path)
+    assert not again.doubts(again.get("hot"))
+    assert again.doubts(again.get("busy"))
+
+
 def test_the_smaller_of_two_quiet_times_stays(tmp_path: Path) -> None:
     """A second measurement never replaces a smaller time by a larger one, nor any by nothing."""
     table = Table("a device", tmp_path)

@@ -133,6 +133,16 @@ def test_a_probe_of_a_slow_hour_is_tried_again_once_a_faster_one_is_known(pace: 
     assert machine.tiers[0].bandwidth == 1e10  # the better of each
 
 
+def test_a_probe_that_slows_the_machine_itself_is_not_repeated_for_ever(pace: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    """A disk that goes on writing: each probe begins in quiet, and ends not so."""
+    Reference(device_key()).add([QUIET, QUIET])
+    turns = iter([QUIET, Reading(1, 3e-3, 3e-3)] * 9)
+    monkeypatch.setattr(local, "read_pace", lambda device: next(turns))
+    for _ in range(5):
+        flops()
+    assert pace["probes"] == 2
+
+
 def test_a_probe_can_be_asked_for_anew(pace: dict[str, Any]):
     assert flops() == 1e11
     pace["rates"] = Rates({"default": 5e10}, 1e10, 1e-6)
