@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ..planner.errors import MemplanError
+from .fresh import python_running
 from .meters import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, cuda_environment, fill_heap, highest, reset_peak, resident
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def in_fresh_process(request: Request) -> Trial:
     Raises:
         MemplanError: the process failed; the message has its reason.
     """
-    command = [sys.executable, "-P", "-m", "memplan.backends.trial"]
+    command = python_running("memplan.backends.trial")
     environment = {**os.environ, **CHILD, **cuda_environment()}
     child = subprocess.run(command, input=msgspec.json.encode(request), env=environment, capture_output=True)
     what = f"the {'unplanned' if request.plan is None else 'planned'} run of {request.model}"

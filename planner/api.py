@@ -222,6 +222,7 @@ class Session:
             if progress is not None:
                 progress("measuring ops", done / max(total, 1))
 
+        tell(0, 1)  # the first figure comes when a process has been started that measures
         calibrate(self.captured.program, machine, table, time_limit=self.left(), progress=tell)
 
     def left(self) -> float:

@@ -25,6 +25,7 @@ from ..options import (
 from ..progress import progress
 from ..tables import run_facts, run_table
 from ..terminal import answer
+from ..units import show_count
 
 
 def run(
@@ -61,8 +62,9 @@ def run(
         del module, args, kwargs  # the runs want the memory
         file = Path(folder) / "plan.json"
         made.save(file)
-        report(f"training without the plan, {steps} steps for memory and {steps} for time", 0.0)
+        count = show_count(steps, "step")
+        report(f"training without the plan, {count} for memory and {count} for time", 0.0)
         plain = trial.in_fresh_process(trial.Request(model, None, steps, stepped, device, in_backward))
-        report("training with the plan, as many steps", 0.0)
+        report(f"training with the plan, {count} for memory and {count} for time", 0.0)
         planned = trial.in_fresh_process(trial.Request(model, str(file), steps, stepped, device, in_backward))
     answer(as_json, run_facts(made, plain, planned), run_table(made, plain, planned))
