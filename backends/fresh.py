@@ -1,6 +1,6 @@
 """The command line of a process that runs a module of this very package.
 
-`python -m memplan...` would look for a package of that name: where the script lies beside a clone, that is another one than this
+`python -m memplan` would look for a package of that name: where the script lies beside a clone, that is another one than this
 process has loaded, or none at all. So a child is told the folder that its parent's code is in.
 """
 
