@@ -1,5 +1,6 @@
 """Plans for tools that people already use: Perfetto, PyTorch's memory visualiser, a browser."""
 
+import io
 import json
 import pickle
 from collections import defaultdict
@@ -8,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..planner.files import write_file
 from ..planner.program import Program
 from ..planner.schedule import Run, Schedule
 from ..planner.text import show_program, show_schedule
@@ -31,7 +33,7 @@ def save_trace(plan: "Plan", path: str | Path) -> None:
         events.append({"ph": "M", "name": "process_name", "pid": process, "args": {"name": name}})
         events.append({"ph": "M", "name": "process_sort_index", "pid": process, "args": {"sort_index": process}})
         events += [{**event, "pid": process} for event in trace_events(plan, side)]
-    Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+    write_file(path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
 
 
 def trace_events(plan: "Plan", side: "Side") -> Iterator[Event]:
@@ -88,8 +90,20 @@ def slice_of(name: str, category: str, track: int, start: float, seconds: float,
 
 
 def save_snapshot(plan: "Plan", path: str | Path) -> None:
-    """Write a memory snapshot for pytorch.org/memory_viz: planned is device 0, unplanned device 1."""
-    Path(path).write_bytes(pickle.dumps(snapshot(plan)))
+    """Write a memory snapshot for pytorch.org/memory_viz: planned is device 0, unplanned device 1.
+
+    The viewer reads pickles itself, in JavaScript: of protocol 4 at most, and of plain values alone.
+    """
+    raw = io.BytesIO()
+    _Plain(raw, protocol=4).dump(snapshot(plan))
+    write_file(path, raw.getvalue())
+
+
+class _Plain(pickle.Pickler):
+    """Writes nested dicts and lists of strings and numbers, and refuses what needs a class to be read again."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        raise TypeError(f"a snapshot holds {obj!r}, which PyTorch's viewer cannot read")
 
 
 def snapshot(plan: "Plan") -> Event:
@@ -156,7 +170,7 @@ def frames(program: Program, schedule: Schedule, life: Life) -> list[Event]:
     """A life's "stack": the tensor, the operator that made it, the module that called that."""
     step = schedule.instructions[life.maker] if life.maker >= 0 else None
     name = "workspace" if life.buffer < 0 else program.buffers[life.buffer].name
-    stack = [{"name": name, "filename": layer_of(program, life), "line": max(life.buffer, 0)}]
+    stack = [{"name": name, "filename": str(layer_of(program, life)), "line": max(life.buffer, 0)}]
     if isinstance(step, Run):
         op = program.ops[step.op]
         stack.append({"name": op.target, "filename": op.name, "line": step.op})
@@ -240,7 +254,7 @@ def save_html(plan: "Plan", path: str | Path) -> None:
         schedule=escape(show_schedule(plan.program, plan.schedule)),
         program=escape(show_program(plan.program)),
     )
-    Path(path).write_text(page, encoding="utf-8")
+    write_file(path, page)
 
 
 def table(rows: list[tuple[str, ...]]) -> str:

@@ -16,6 +16,7 @@ from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
 from ..planner.errors import MemplanError
+from ..planner.files import write_file
 from ..planner.machine import Machine
 from ..planner.program import Kind, Phase, Program
 from ..planner.schedule import Wait
@@ -325,9 +326,11 @@ def save(figure: Figure, path: str | Path) -> None:
     """
     kind = Path(path).suffix.removeprefix(".")
     if kind == "svg":
-        Path(path).write_text(svg(figure), encoding="utf-8")
+        write_file(path, svg(figure))
     elif kind in figure.canvas.get_supported_filetypes():
-        figure.savefig(path, dpi=150, facecolor="white")
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format=kind, dpi=150, facecolor="white")
+        write_file(path, drawn.getvalue())
     else:
         raise MemplanError(f"cannot draw {path}: the name must end in .png, .svg or .pdf")
 

@@ -13,6 +13,7 @@ then its target holds poison, so that a program that reads too early or overwrit
 import json
 from collections.abc import Mapping as Table
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -25,6 +26,7 @@ from ..planner.errors import MemplanError
 from ..planner.mapping import Mapping
 from ..planner.nodes import is_pick
 from ..planner.schedule import Free, Placement, Run, Start, Wait
+from .eager import checked_calls
 from .moving import storage_over
 
 POISON = 0xFF  # in every floating-point type not a number
@@ -159,7 +161,8 @@ class Scratchpad:
     """A machine with a program in it.
 
     Attributes:
-        model: whose parameters the memory behind holds.
+        model: whose parameters the memory behind holds; what is done to it from here on is refused by a run, except that
+            parameters may get other values.
         captured: the inference that was mapped.
         mapping: of it.
         counted: what the last run came to.
@@ -171,22 +174,33 @@ class Scratchpad:
     counted: Counted = field(default_factory=Counted)
 
     def __post_init__(self) -> None:
-        self.assembly = assemble(self.mapping)
+        self.calls = checked_calls(self.model, self.captured)
         self.traced = self.captured.traced
-        fused = self.mapping.fused
-        self.base = {new: self.traced.base[old] for new, old in enumerate(fused.origin)}
-        self.index = {old: new for new, old in enumerate(fused.origin)}
+        self.base = {new: self.traced.base[old] for new, old in enumerate(self.mapping.fused.origin)}
+        self.index = {old: new for new, old in enumerate(self.mapping.fused.origin)}
+
+    @cached_property
+    def assembly(self) -> Assembly:
+        """The program.
+
+        Raises:
+            MemplanError: the mapping is for smaller elements than the model's.
+        """
         for buffer, node in self.base.items():
-            if fused.program.buffers[buffer].bytes < node.meta["val"].untyped_storage().nbytes():
+            if self.mapping.fused.program.buffers[buffer].bytes < node.meta["val"].untyped_storage().nbytes():
                 raise MemplanError(
                     "this mapping is for elements of fewer bits than the model's: it can be planned and shown, and not run"
                 )
+        return assemble(self.mapping)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's outputs, computed in the scratchpad."""
-        tensors = {name: value.detach() for name, value in [*self.model.named_parameters(), *self.model.named_buffers()]}
-        leaves = pytree.tree_leaves((args, kwargs))
-        machine = _Machine(self, tensors, leaves)
+        """The model's outputs, computed in the scratchpad.
+
+        Raises:
+            PlanMismatch: the call is not the one that was mapped, or the model has changed since; the message names what.
+        """
+        given = [value.detach() for value in self.calls.given(args, kwargs)]
+        machine = _Machine(self, dict(zip(self.traced.sources, given, strict=True)))
         with torch.no_grad():
             outputs = machine.execute()
         self.counted = machine.counted
@@ -197,8 +211,8 @@ class Scratchpad:
 class _Machine:
     """One run: the scratchpad, the memory behind it, and the clock."""
 
-    def __init__(self, owner: Scratchpad, tensors: Table[str, torch.Tensor], leaves: list[Any]):
-        self.owner, self.tensors, self.leaves = owner, tensors, leaves
+    def __init__(self, owner: Scratchpad, tensors: Table[fx.Node, torch.Tensor]):
+        self.owner, self.tensors = owner, tensors
         self.program, self.links = owner.mapping.fused.program, owner.mapping.machine.links
         self.spm = torch.full((owner.assembly.scratchpad,), POISON, dtype=torch.uint8)
         self.spill = torch.full((owner.assembly.spill,), POISON, dtype=torch.uint8)
@@ -306,11 +320,7 @@ class _Machine:
 
     def given(self, node: fx.Node) -> torch.Tensor:
         """What the memory behind holds from the start."""
-        source = self.owner.traced.sources[node]
-        if source.kind == "constant":
-            assert source.value is not None
-            return source.value
-        return self.leaves[source.index] if source.kind == "input" else self.tensors[source.name]
+        return self.tensors[node]
 
 
 def typed(pool: torch.Tensor, address: int, node: fx.Node) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Between a file of buffers and the solvers: the problem it states, the check of an answer, and why there is none."""
 
+from math import lcm
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from .errors import PlacementError, TraceError
 from .referee import first_clash
 from .trace import Trace
 
+COARSEST = 2**40  # the largest --align
 FAULT = "this is a fault of memplan, please report it"
 
 
@@ -32,6 +34,31 @@ def storage_of(file: Path, trace: Trace, align: int) -> Storage:
     return Storage(sizes, start, pieces[:, 0], pieces[:, 1], pins, align)
 
 
+def alignment_of(file: Path, trace: Trace, align: int) -> int:
+    """What every offset is to be a multiple of, so that each is one of its own buffer's alignment.
+
+    Args:
+        file: to be named.
+        trace: of one pool, with an alignment for each buffer.
+        align: that was asked for of all; 1 where none was.
+
+    Raises:
+        TraceError: buffers want different alignments, and one of them is not met by what was asked for.
+    """
+    wanted = set(trace.alignments)
+    if len(wanted) < 2:
+        return lcm(align, *wanted)
+    unmet = [row for row, each in enumerate(trace.alignments) if align % each]
+    if unmet:
+        enough = align
+        for each in wanted:
+            enough = lcm(enough, each) if enough <= COARSEST else enough
+        advice = f"--align {enough} is enough for each of them" if enough <= COARSEST else "round them up to powers of two"
+        raise TraceError(f"{file}: buffer {trace.ids[unmet[0]]!r} is to lie at a multiple of {trace.alignments[unmet[0]]}, "
+                         f"another of {min(wanted)}, and all buffers of a pool are aligned alike: {advice}")  # fmt: skip
+    return align
+
+
 def overwritten(trace: Trace) -> np.ndarray:
     """For each buffer the one that it may be written over, or -1."""
     return np.array([-1 if old is None else old for old in trace.reuses], np.int64)
@@ -43,8 +70,8 @@ def approve(trace: Trace, offsets: list[int], align: int) -> None:
     Raises:
         PlacementError: two buffers share bytes, or an offset is not what was asked for.
     """
-    for name, offset, pin in zip(trace.ids, offsets, trace.pins, strict=True):
-        if offset < 0 or offset % align or pin not in (None, offset):
+    for name, offset, pin, own in zip(trace.ids, offsets, trace.pins, trace.alignments, strict=True):
+        if offset < 0 or offset % align or offset % own or pin not in (None, offset):
             raise PlacementError(f"buffer {name!r} was put at {offset}: {FAULT}")
     ends = [2**63] * len(trace.ids)  # of what is written over: when that happens
     for new, old in enumerate(trace.reuses):

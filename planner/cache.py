@@ -3,10 +3,11 @@
 import hashlib
 import os
 import re
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
+
+from .files import write_file
 
 
 def cache_directory() -> Path:
@@ -22,21 +23,13 @@ def file_name(prefix: str, device: str) -> str:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader finds the old or the new content, never a part.
+    """Write a file, and its folder, so that a reader finds the old or the new content, never a part.
 
     Raises:
         OSError: the directory cannot be written to.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
+    write_file(path, content, durable=False)  # what is lost is measured again
 
 
 @contextmanager

@@ -48,6 +48,11 @@ class MappedModel:
     capture_seconds: float
     counted: "Counted | None" = None
 
+    def __post_init__(self) -> None:
+        from ..backends.scratchpad import Scratchpad
+
+        self.machine = Scratchpad(self.model, self.captured, self.mapping)  # made now: it will know if the model has changed
+
     @cached_property
     def baselines(self) -> dict[str, int | None]:
         """Bytes beyond the compulsory ones of each rule in `solvers/replacement.py`; None where it finds no addresses."""
@@ -61,7 +66,7 @@ class MappedModel:
 
         Its gap and status are of the bytes that it moves; its bound is of its time, and is what the ops alone take.
         """
-        from .inputs import describe_inputs
+        from .inputtext import describe_inputs
 
         found, program = self.mapping, self.mapping.fused.program
         unplanned = Planner(program, found.machine).unplanned
@@ -89,12 +94,14 @@ class MappedModel:
         return assemble(self.mapping)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's outputs, computed on exactly the scratchpad's bytes (`backends/scratchpad.py`)."""
-        from ..backends.scratchpad import Scratchpad
+        """The model's outputs, computed on exactly the scratchpad's bytes (`backends/scratchpad.py`).
 
-        machine = Scratchpad(self.model, self.captured, self.mapping)
-        result = machine.run(*args, **kwargs)
-        self.counted = machine.counted
+        Raises:
+            PlanMismatch: the call is another than the one that was mapped (shapes, types, nesting, plain values), or the model
+                has changed since in more than its parameters' values; the message names what.
+        """
+        result = self.machine.run(*args, **kwargs)
+        self.counted = self.machine.counted
         return result
 
     def facts(self) -> dict[str, Any]:

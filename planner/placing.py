@@ -10,7 +10,8 @@ from ..solvers.allocate import pack
 from ..solvers.formulations import pack_mip, pack_sat
 from ..solvers.share import clipped, pack_sharing
 from ..solvers.storage import Packing, Status, peak_of
-from .addresses import approve, no_packing, overwritten, storage_of
+from ..solvers.warm import compile_addresses
+from .addresses import alignment_of, approve, no_packing, overwritten, storage_of
 from .errors import MemplanError
 from .trace import Trace, read_trace, write_trace
 from .units import parse_bytes, show_bytes, show_count
@@ -117,7 +118,7 @@ def find_places(
     Args:
         file: CSV, as `planner/trace.py` says.
         capacity: bytes to fit into, for every pool, or as `fast=1MiB,slow=4GiB`; None for the smallest peaks.
-        align: every offset is a multiple of it.
+        align: every offset is a multiple of it, and of what the file's column `alignment` says.
         method: the solver, one of SOLVERS.
         time_limit: seconds for all pools together.
         seed: of the search.
@@ -131,17 +132,19 @@ def find_places(
     trace = read_trace(file)
     parts = trace.by_pool()
     rooms = capacities(capacity, file, list(parts))
+    compile_addresses(report)
     report("placing", 0.0)
     began = time.perf_counter()
     offsets, pools = [0] * len(trace.ids), []
     for number, (name, (rows, part)) in enumerate(parts.items()):
-        storage = storage_of(file, part, align)
+        aligned = alignment_of(file, part, align)
+        storage = storage_of(file, part, aligned)
         left = max(time_limit - (time.perf_counter() - began), 0.0) / (len(parts) - number)
         over = overwritten(part)
         packing = pack_sharing(storage, over, SOLVERS[method], rooms[name], left, seed)
         found = packing.offset.tolist()
         if found:
-            approve(part, found, align)
+            approve(part, found, aligned)
         for row, offset in zip(rows, found, strict=False):
             offsets[row] = offset
         fits = (found or not rows) and packing.status in (Status.OPTIMAL, Status.FEASIBLE)

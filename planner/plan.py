@@ -1,6 +1,7 @@
 """`Plan`: what `plan()` returns. A schedule the referee has accepted, with the program and machine it was made for."""
 
 import hashlib
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from .coverage import Coverage
 from .errors import PlanMismatch
+from .files import write_file
 from .machine import Machine
 from .program import Program
 from .referee import Report, referee
@@ -81,6 +84,20 @@ class Recipe(msgspec.Struct, frozen=True):
     counted: Counted | None = None
     gap: float | None = None
 
+    @property
+    def missing(self) -> str:
+        """What of the inputs a file cannot hold; empty where it holds them all."""
+        try:
+            return msgspec.json.decode(self.inputs, type=Missing).missing
+        except msgspec.MsgspecError:  # not memplan's: applying the plan tells
+            return ""
+
+
+class Missing(msgspec.Struct, frozen=True):
+    """The part of a description of inputs that says what could not be described."""
+
+    missing: str = ""
+
 
 class Counts(msgspec.Struct, frozen=True):
     """What the backward pass reads of the forward pass, by what the plan does with it; the sum is how many buffers that is."""
@@ -136,6 +153,9 @@ class Plan:
         minimum: the smallest budget known to work.
         capture_seconds: time spent tracing.
         solve_seconds: time spent planning.
+        compile_seconds: time spent before that on compiling the solvers, or on loading what was compiled before.
+        coverage: how much of the predicted time was measured, on what and when; None where that is not known, as of a plan
+            that an older memplan saved.
     """
 
     program: Program
@@ -150,6 +170,8 @@ class Plan:
     capture_seconds: float
     solve_seconds: float
     recipe: Recipe
+    compile_seconds: float = 0.0
+    coverage: Coverage | None = None
     captured: "Captured | None" = field(default=None, repr=False, compare=False)
 
     @property
@@ -200,7 +222,14 @@ class Plan:
         return one_line(self)
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON: program, machine, schedule, and how to capture the model again."""
+        """Write the plan as JSON: program, machine, schedule, and how to capture the model again.
+
+        Raises:
+            OSError: the file cannot be written, as on a full disk; a plan that was there is as it was.
+        """
+        if self.recipe.missing:
+            warnings.warn(f"{path} cannot be applied by another process: {self.recipe.missing}, which no file can hold",
+                          stacklevel=2)  # fmt: skip
         body = PlanBody(
             program=self.program,
             machine=self.machine,
@@ -212,10 +241,12 @@ class Plan:
             minimum=self.minimum,
             capture_seconds=self.capture_seconds,
             solve_seconds=self.solve_seconds,
+            compile_seconds=self.compile_seconds,
+            coverage=self.coverage,
         )
         raw = msgspec.json.encode(body)
         head = msgspec.json.encode({"format": FORMAT, "sha256": hashlib.sha256(raw).hexdigest()})
-        Path(path).write_bytes(head[:-1] + b',"plan":' + raw + b"}\n")
+        write_file(path, head[:-1] + b',"plan":' + raw + b"}\n")
 
     @property
     def arena(self) -> int:
@@ -256,6 +287,8 @@ class PlanBody(msgspec.Struct, frozen=True):
     minimum: int
     capture_seconds: float
     solve_seconds: float
+    compile_seconds: float = 0.0
+    coverage: Coverage | None = None
 
 
 def load(path: str | Path) -> Plan:
@@ -302,6 +335,8 @@ def check_figures(path: str | Path, body: PlanBody, planned: Side) -> None:
         "gap": gap is not None and not 0 <= gap <= 1,
         "capture_seconds": not 0 <= body.capture_seconds < float("inf"),
         "solve_seconds": not 0 <= body.solve_seconds < float("inf"),
+        "compile_seconds": not 0 <= body.compile_seconds < float("inf"),
+        "coverage": body.coverage is not None and not body.coverage.is_sound,
     }
     for name in [name for name, is_wrong in wrong.items() if is_wrong]:
         raise PlanMismatch(f"{path} has a {name} that its schedule contradicts: plan again")
@@ -324,6 +359,8 @@ def assemble(body: PlanBody, planned: Side, unplanned: Side, captured: "Captured
         capture_seconds=body.capture_seconds,
         solve_seconds=body.solve_seconds,
         recipe=body.recipe,
+        compile_seconds=body.compile_seconds,
+        coverage=body.coverage,
         captured=captured,
     )
 

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .constants import Constants
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -16,7 +18,7 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 @contextmanager
-def fake_parameters(model: nn.Module, mode: FakeTensorMode, device: str) -> Iterator[dict[str, str]]:
+def fake_parameters(model: nn.Module, mode: Constants, device: str) -> Iterator[dict[str, str]]:
     """Put fake tensors in place of the model's parameters and buffers, and the real ones back at the end.
 
     Yields:
@@ -49,32 +51,19 @@ def fake_parameters(model: nn.Module, mode: FakeTensorMode, device: str) -> Iter
             table[key] = value
 
 
-def fake(mode: FakeTensorMode, tensor: torch.Tensor, device: str) -> torch.Tensor:
-    """A fake tensor of the same facts, on the device traced for where the tensor is on meta or fake itself."""
+def fake(mode: Constants, tensor: torch.Tensor, device: str) -> torch.Tensor:
+    """A fake tensor of the same facts, on the device traced for where the tensor is on meta or fake itself.
+
+    Tensors that lie in one storage have stand-ins that do.
+    """
     if tensor.device.type != "meta" and tensor.device.type == device and not isinstance(tensor, FakeTensor):
         return mode.from_tensor(tensor, static_shapes=True)
-    with mode:
-        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-    return made.requires_grad_(tensor.requires_grad) if tensor.is_floating_point() else made
-
-
-@contextmanager
-def kept_tensors(model: nn.Module) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """Put back what a traced call leaves in the attributes of modules: the fake tensors that it stores there.
-
-    Yields:
-        A list, filled at the end: tensors, neither parameters nor buffers, in whose place the call has put others, by name.
-    """
-    before = [(vars(module), dict(vars(module))) for module in model.modules()]
-    replaced: list[tuple[str, torch.Tensor]] = []
-    try:
-        yield replaced
-    finally:
-        for own, was in before:
-            for key in [key for key, value in own.items() if isinstance(value, torch.Tensor) and was.get(key) is not value]:
-                if isinstance(was.get(key), torch.Tensor):
-                    replaced.append((key, was[key]))
-                if key in was:
-                    own[key] = was[key]
-                else:
-                    del own[key]
+    storage = tensor.untyped_storage()
+    with mode, torch.no_grad():
+        known = mode.stores.get(storage._cdata)
+        if known is None:
+            known = storage, torch.empty(storage.nbytes(), dtype=torch.uint8, device=device).untyped_storage()
+            mode.stores[storage._cdata] = known
+        made = torch.empty(0, dtype=tensor.dtype, device=device)
+        made.set_(known[1], tensor.storage_offset(), tensor.shape, tensor.stride())  # type: ignore[arg-type]
+    return made.requires_grad_(tensor.requires_grad) if tensor.is_floating_point() or tensor.is_complex() else made

@@ -8,6 +8,8 @@ from .units import show_bytes, show_change, show_count, show_seconds, show_share
 if TYPE_CHECKING:
     from .plan import Plan
 
+COMPILED = 1.0  # seconds: to load what was compiled before takes less
+
 
 def summary(plan: "Plan") -> str:
     """The figures as a table, and what is to be said of them, a line each."""
@@ -50,9 +52,8 @@ def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 def remarks(plan: "Plan") -> list[str]:
     """What the figures do not say, a line each."""
-    return [line for line in (
-        budget(plan), quality(plan), activations(plan), moves(plan), homes(plan), arena(plan), lent(plan), effort(plan)
-    ) if line]  # fmt: skip
+    parts = (budget, quality, activations, moves, homes, arena, lent, times, effort)
+    return [line for line in (part(plan) for part in parts) if line]
 
 
 def budget(plan: "Plan") -> str:
@@ -117,10 +118,16 @@ def lent(plan: "Plan") -> str:
     return f"{show_count(count, 'gradient')} in the arena: drop them before the next forward pass" if count else ""
 
 
+def times(plan: "Plan") -> str:
+    """Where the times of the ops come from."""
+    return "" if plan.coverage is None else plan.coverage.describe(plan.machine.name)
+
+
 def effort(plan: "Plan") -> str:
     """What it took."""
     size = f"{show_count(len(plan.program.ops), 'op')} on {show_count(len(plan.program.buffers), 'buffer')}"
-    return f"traced in {show_seconds(plan.capture_seconds)}, planned in {show_seconds(plan.solve_seconds)}: {size}"
+    once = f", solvers compiled in {show_seconds(plan.compile_seconds)}" if plan.compile_seconds > COMPILED else ""
+    return f"traced in {show_seconds(plan.capture_seconds)}, planned in {show_seconds(plan.solve_seconds)}{once}: {size}"
 
 
 def listed(words: Iterable[str]) -> str:

@@ -15,6 +15,7 @@ from .units import show_bytes, show_change, show_seconds
 
 if TYPE_CHECKING:
     from ..backends.trial import Trial
+    from ..backends.turns import Comparison
     from .plan import Plan
 
 WAYS = {"out": "out of the device", "in": "back to it"}  # what a trial calls the ways of copies
@@ -38,8 +39,10 @@ def plan_facts(made: "Plan") -> dict[str, Any]:
         "minimum_budget": made.minimum,
         "capture_seconds": made.capture_seconds,
         "solve_seconds": made.solve_seconds,
+        "compile_seconds": made.compile_seconds,
         "counts": {"keep": counts.keep, "recompute": counts.recompute, "offload": counts.offload},
         "machine": made.machine.name,
+        "measured": None if made.coverage is None else made.coverage.facts(),
         "ops": len(made.program.ops),
         "buffers": len(made.program.buffers),
         **({"arena": made.arena} if made.arena else {}),
@@ -62,8 +65,9 @@ def after(made: "Plan", path: Path) -> Text:
     return Text("\n".join([f"written to {path}:", *(f"  {call:{width}}  {what}" for call, what in rows)]))
 
 
-def run_facts(made: "Plan", plain: "Trial", planned: "Trial") -> dict[str, Any]:
+def run_facts(made: "Plan", found: "Comparison") -> dict[str, Any]:
     """Predictions beside measurements, and whether the numbers agree."""
+    plain, planned = found.first, found.second
 
     def side(predicted: Any, trial: "Trial") -> dict[str, Any]:
         losses = [float.fromhex(loss) for loss in trial.losses]
@@ -78,14 +82,18 @@ def run_facts(made: "Plan", plain: "Trial", planned: "Trial") -> dict[str, Any]:
         "machine": made.machine.name,
         "unplanned": side(made.unplanned, plain),
         "planned": side(made.planned, planned),
+        "ratio": {"predicted": made.time / made.unplanned.time if made.unplanned.time > 0 else None, "measured": found.ratio},
+        "rounds": {"counted": found.rounds, "in_turns": found.ratio is not None, "disturbed": found.disturbed},
+        "measured": None if made.coverage is None else made.coverage.facts(),
         "losses_equal": plain.losses == planned.losses,
         "parameters_equal" if made.recipe.in_backward else "gradients_equal": plain.gradients == planned.gradients,
         **({"copies": msgspec.to_builtins(planned.copies)} if planned.copies else {}),
     }
 
 
-def run_table(made: "Plan", plain: "Trial", planned: "Trial") -> RenderableType:
+def run_table(made: "Plan", found: "Comparison") -> RenderableType:
     """The same for people."""
+    plain, planned = found.first, found.second
 
     def measured(peak: int | None) -> str:
         return "unknown here" if peak is None else show_bytes(peak)
@@ -111,7 +119,20 @@ def run_table(made: "Plan", plain: "Trial", planned: "Trial") -> RenderableType:
         equality("losses", planned.losses == plain.losses),
         equality("parameters" if made.recipe.in_backward else "gradients", planned.gradients == plain.gradients),
     ]
-    return Group(table((asked, "planned", "unplanned", ""), rows), *copies, *verdicts)
+    return Group(table((asked, "planned", "unplanned", ""), rows), *copies, *verdicts, *timing(made, found))
+
+
+def timing(made: "Plan", found: "Comparison") -> list[Text]:
+    """How a run's times came about, and what they were predicted by."""
+    lines = [Text("times: one run after the other, for there is no memory for both at once")]
+    if found.ratio is not None:
+        lines = [Text(f"times: {found.ratio:.3f} of unplanned, the median of {found.rounds} rounds with a step of each")]
+    if found.disturbed:
+        lines.append(Text(f"other work held the cores in {found.disturbed} of {found.rounds}: times are too long, and differ "
+                          "by more than the plan; run again when the machine is quiet", style="yellow"))  # fmt: skip
+    if made.coverage is not None:
+        lines.append(Text(f"predicted {made.coverage.describe(made.machine.name)}"))
+    return lines
 
 
 def equality(what: str, equal: bool) -> Text:

@@ -79,7 +79,7 @@ def fail(error: Exception, as_json: bool) -> NoReturn:
         message = in_flags(message)
     facts: dict[str, Any] = {"error": message, "kind": type(error).__name__}
     if isinstance(error, BudgetError):
-        facts["minimum_budget"] = error.minimum
+        facts |= {"minimum_budget": error.minimum, "levers": error.levers}
     if isinstance(error, InvalidSchedule):
         facts |= {"rule": error.rule, "instruction": error.instruction}
     end(facts, message, status_of(error), as_json)

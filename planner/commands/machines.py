@@ -68,6 +68,7 @@ def calibrate(
     device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu or cuda.")] = "cpu",
     infer: Infer = False,
     offload: Annotated[bool, typer.Option("--offload", help="Measure the disk behind a CPU's memory too.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Measure anew, whatever was measured before.")] = False,
     time_limit: TimeLimit = 60.0,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -88,7 +89,7 @@ def calibrate(
         from ..models import load_model
 
         report("asking this machine for its rates", 0.0)
-        machine = local_machine(device, offload)
+        machine = local_machine(device, offload, again)
         report("building the model", 0.0)
         module, args, kwargs = load_model(model, meta=True)
         report("tracing the model", 0.0)
@@ -101,11 +102,13 @@ def calibrate(
             costs,
             time_limit=time_limit,
             progress=lambda done, total: report("measuring ops", done / max(total, 1)),
+            again=again,
         )
     known = coverage(apply_costs(program, machine, costs), costs)
     facts = {"machine": machine.name, "measured": count, "ops": len(program.ops), "coverage": msgspec.to_builtins(known),
-             "file": str(costs.path), "links": msgspec.to_builtins(machine.links)}  # fmt: skip
+             "disturbed": known.disturbed, "file": str(costs.path), "links": msgspec.to_builtins(machine.links)}  # fmt: skip
     lines = [f"{show_count(count, 'operator')} measured on {machine.name}; the table is {costs.path}", f"of the step: {known}"]
+    lines += [known.describe(machine.name)] if known.measured else []
     lines += [f"{link.source} to {link.target}: {link.bandwidth / 1e9:.2f} GB/s, {link.duplex:.0%} of it while copies go both "
               f"ways; computing loses {link.load:.0%} of the time" for link in machine.links]  # fmt: skip
     answer(as_json, facts, Text("\n".join(lines)))

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from ..asked import refuse
+from ..files import write_file
 from ..options import (
     Json,
     Method,
@@ -110,7 +111,7 @@ def map_(
             report("running on the scratchpad machine", 0.0)
         ran = compared(made, args, kwargs) if execute else {}
         if out is not None:
-            out.write_text(made.assembly.to_json() if out.suffix == ".json" else str(made.assembly))
+            write_file(out, made.assembly.to_json() if out.suffix == ".json" else str(made.assembly))
         for path in (png, svg):
             if path is not None:
                 made.save_picture(path)

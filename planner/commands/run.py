@@ -25,7 +25,6 @@ from ..options import (
 from ..progress import progress
 from ..tables import run_facts, run_table
 from ..terminal import answer
-from ..units import show_count
 
 
 def run(
@@ -52,7 +51,7 @@ def run(
     )  # fmt: skip
     stepped = options["optimizer"]
     with progress("loading torch", quiet) as report, tempfile.TemporaryDirectory() as folder:
-        from ...backends import trial
+        from ...backends import trial, turns
         from .. import api
         from ..models import load_model
 
@@ -62,9 +61,6 @@ def run(
         del module, args, kwargs  # the runs want the memory
         file = Path(folder) / "plan.json"
         made.save(file)
-        count = show_count(steps, "step")
-        report(f"training without the plan, {count} for memory and {count} for time", 0.0)
-        plain = trial.in_fresh_process(trial.Request(model, None, steps, stepped, device, in_backward))
-        report(f"training with the plan, {count} for memory and {count} for time", 0.0)
-        planned = trial.in_fresh_process(trial.Request(model, str(file), steps, stepped, device, in_backward))
-    answer(as_json, run_facts(made, plain, planned), run_table(made, plain, planned))
+        plain, planned = (trial.Request(model, plan, steps, stepped, device, in_backward) for plan in (None, str(file)))
+        found = turns.compare(plain, planned, (made.unplanned.peak, made.peak), made.machine.device, report)
+    answer(as_json, run_facts(made, found), run_table(made, found))

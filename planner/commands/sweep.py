@@ -1,6 +1,7 @@
 """`memplan sweep`."""
 
 import csv
+import io
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +9,7 @@ import typer
 
 from ..asked import planning
 from ..errors import MemplanError
+from ..files import write_file
 from ..options import (
     Allow,
     Counted,
@@ -72,10 +74,11 @@ def sweep(
         for made in plans
     ]
     if table_file is not None:
-        with table_file.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, list(facts[0]))
-            writer.writeheader()
-            writer.writerows(facts)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, list(facts[0]))
+        writer.writeheader()
+        writer.writerows(facts)
+        write_file(table_file, text.getvalue())
     first = plans[0]
     whole = {
         "machine": first.machine.name,

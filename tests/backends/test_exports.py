@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import pickletools
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -119,6 +120,98 @@ def test_snapshot_is_what_torchs_tools_read(plan: Plan, tmp_path: Path):
     assert "total_allocated: 4.0MiB" in _memory_viz.segsum(data)  # a parameter and a gradient, twice
     assert "Device 1" in _memory_viz.trace(data)
     assert "Active Memory Timeline" in _memory_viz.trace_plot(data)
+
+
+def read_as_the_viewer(raw: bytes):
+    """A pickle as `unpickle` of torch/utils/viz/MemoryViz.js reads it: these opcodes, and no more."""
+    stack: list = []
+    marks: list[int] = []
+    memo: dict[int, object] = {}
+
+    def popped() -> list:
+        mark = marks.pop()
+        taken = stack[mark:]
+        del stack[mark:]
+        return taken
+
+    for opcode, argument, _ in pickletools.genops(raw):
+        match opcode.name:
+            case "PROTO":
+                assert 2 <= argument <= 4
+            case "FRAME":
+                pass
+            case "MARK":
+                marks.append(len(stack))
+            case "EMPTY_DICT":
+                stack.append({})
+            case "EMPTY_LIST":
+                stack.append([])
+            case "BININT" | "BININT1" | "BININT2" | "BINFLOAT" | "SHORT_BINUNICODE" | "BINUNICODE":
+                stack.append(argument)
+            case "LONG1":
+                assert -(2**53) < argument < 2**53  # a Number
+                stack.append(argument)
+            case "NEWTRUE" | "NEWFALSE" | "NONE":
+                stack.append({"NEWTRUE": True, "NEWFALSE": False}.get(opcode.name))
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "APPEND":
+                last = stack.pop()
+                stack[-1].append(last)
+            case "APPENDS":
+                taken = popped()
+                stack[-1].extend(taken)
+            case "SETITEM":
+                value, key = stack.pop(), stack.pop()
+                stack[-1][key] = value
+            case "SETITEMS":
+                taken = popped()
+                stack[-1].update(zip(taken[::2], taken[1::2], strict=True))
+            case "EMPTY_TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
+                count = ("EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3").index(opcode.name)
+                taken = [stack.pop() for _ in range(count)]
+                stack.append(taken[::-1])
+            case "TUPLE":
+                stack.append(popped())
+            case "STOP":
+                return stack.pop()
+            case other:
+                raise AssertionError(f"the viewer does not know the opcode {other}")
+    raise AssertionError("no STOP")
+
+
+def test_snapshot_opens_in_the_viewer(plan: Plan, tmp_path: Path):
+    """The viewer's own reader, which knows few opcodes, gets what Python does, and every field that it then looks at."""
+    exports.save_snapshot(plan, tmp_path / "s.pickle")
+
+    raw = (tmp_path / "s.pickle").read_bytes()
+    data = read_as_the_viewer(raw)
+    assert data == pickle.loads(raw)
+    for device, trace in enumerate(data["device_traces"]):
+        for event in trace:
+            assert event["action"] in {"alloc", "free_requested", "free_completed"}
+            assert all(type(event[key]) is int for key in ("addr", "size", "stream", "time_us"))
+            for frame in event["frames"]:  # its filter asks each string what it includes
+                assert (type(frame["name"]), type(frame["filename"]), type(frame["line"])) == (str, str, int)
+        (segment,) = (one for one in data["segments"] if one["device"] == device)
+        address = segment["address"]
+        for block in segment["blocks"]:  # the viewer adds up sizes for addresses
+            assert block["address"] == address
+            assert block["state"] in {"active_allocated", "inactive"}
+            address += block["size"]
+        assert address == segment["address"] + segment["total_size"]
+    kinds = {event["frames"][0]["filename"] for trace in data["device_traces"] for event in trace}
+    assert kinds >= {"activation", "recomputed", "gradient"}
+
+
+def test_snapshot_refuses_what_the_viewer_cannot_read(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A value that needs a class is an error here, not a page that stays empty there; and no file is made of it."""
+    monkeypatch.setattr(exports, "snapshot", lambda plan: {"segments": [Kind.GRADIENT]})
+    with pytest.raises(TypeError, match="PyTorch's viewer cannot read"):
+        exports.save_snapshot(plan, tmp_path / "s.pickle")
+    assert not list(tmp_path.iterdir())
 
 
 def test_snapshot_keeps_planned_addresses(plan: Plan):

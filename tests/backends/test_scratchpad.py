@@ -8,7 +8,7 @@ import msgspec
 import pytest
 import torch
 from memplan.backends.scratchpad import Await, Copy, Exec, Scratchpad
-from memplan.planner.errors import MemplanError
+from memplan.planner.errors import MemplanError, PlanMismatch
 from torch import nn
 from torch.nn import functional as F
 
@@ -170,3 +170,83 @@ def test_a_mapping_of_fewer_bits_is_not_run():
     made = memplan.map_model(model, "M_R", args, bits=8)
     with pytest.raises(MemplanError, match="fewer bits"):
         made.run(*args)
+
+
+class Told(nn.Module):
+    """Takes a pair and a word."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm, self.drop = nn.Linear(16, 16), nn.LayerNorm(16), nn.Dropout(0.5)
+
+    def forward(self, pair, how="sum", *, scale=1.0):
+        x = self.drop(self.norm(self.linear(pair[0]))) + pair[1]
+        return (x.cumsum(1) if how == "sum" else x) * scale
+
+
+def other_layer(model):
+    """Another layer of the same shape."""
+    model.linear = nn.Linear(16, 16)
+
+
+CHANGED = {
+    "a row to be spread": (lambda x, y: (((x[:, :1], y),), {}), r"pair\[0\] was float32\[1, 32, 16\] .* is float32\[1, 1"),
+    "a batch": (lambda x, y: (((x, torch.cat([y, y])),), {}), r"pair\[1\] was float32\[1, 32, 16\] .* float32\[2, 32, 16\]"),
+    "a type": (lambda x, y: (((x.double(), y),), {}), r"pair\[0\] was float32.* is float64"),
+    "a device": (lambda x, y: (((x.to("meta"), y),), {}), r"pair\[0\] is on meta"),
+    "a nesting": (lambda x, y: (([x, y],), {}), "nested otherwise"),
+    "a word": (lambda x, y: (((x, y), "last"), {}), "this one has pair.*how|how was"),
+    "a number": (lambda x, y: (((x, y),), {"scale": 2.0}), "scale"),
+    "an argument less": (lambda x, y: ((), {}), "do not fit"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CHANGED)
+def test_a_call_that_was_not_mapped_is_refused_by_the_argument_s_name(case):
+    """It would be spread over the mapped shapes, or give the numbers of other arguments."""
+    torch.manual_seed(0)
+    model, x, y = Told().eval(), torch.randn(1, 32, 16), torch.randn(1, 32, 16)
+    made = memplan.map_model(model, "M_P", ((x, y),))
+    call, message = CHANGED[case]
+    args, kwargs = call(x, y)
+    with pytest.raises(PlanMismatch, match=message):
+        made.run(*args, **kwargs)
+
+
+CHANGES = {
+    "trained": (lambda model: model.train(), "module itself was in evaluation mode"),
+    "a layer in training": (lambda model: model.drop.train(), "module drop was in evaluation mode"),
+    "another layer": (other_layer, "submodule linear has been replaced"),
+    "another setting": (lambda model: setattr(model.norm, "eps", 0.5), r"norm\.eps was 1e-05 .* is 0\.5"),
+    "another type": (lambda model: model.double(), "was float32.* has changed since"),
+    "another device": (lambda model: model.to("meta"), "is on meta"),
+    "a hook": (lambda model: model.linear.register_forward_hook(lambda *_: None), "module linear has been given a hook"),
+    "a parameter's shape": (lambda model: setattr(model.linear, "bias", nn.Parameter(torch.zeros(1))), "linear.bias was"),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_a_model_that_has_changed_since_is_refused(case):
+    """Its program is the one that was mapped."""
+    torch.manual_seed(0)
+    model, x = Told().eval(), torch.randn(1, 32, 16)
+    made = memplan.map_model(model, "M_P", ((x, x.clone()),))
+    change, message = CHANGES[case]
+    change(model)
+    with pytest.raises(PlanMismatch, match=message):
+        made.run((x, x.clone()))
+
+
+def test_parameters_have_the_values_of_now_and_arguments_any_order():
+    """Weights changed in place or put in others' place are read as they are; keywords and other strides are the same call."""
+    torch.manual_seed(0)
+    model, x, y = Told().eval(), torch.randn(1, 32, 16), torch.randn(1, 32, 16)
+    made = memplan.map_model(model, "M_P", ((x, y), "sum"), {"scale": 2.0})
+    with torch.no_grad():
+        model.linear.weight.mul_(3)
+        model.linear.bias = nn.Parameter(torch.ones(16))
+        wanted = model((x, y), "sum", scale=2.0)
+        strided = x.transpose(1, 2).contiguous().transpose(1, 2)
+
+    assert torch.equal(made.run(scale=2.0, pair=(x, y), how="sum"), wanted)
+    assert torch.equal(made.run((strided, y), scale=2.0), wanted)

@@ -81,6 +81,8 @@ def test_plan_prints_one_object_and_writes_the_file(capsys, monkeypatch, tmp_pat
         "minimum_budget",
         "capture_seconds",
         "solve_seconds",
+        "compile_seconds",
+        "measured",
         "counts",
         "machine",
         "ops",
@@ -240,13 +242,17 @@ def test_sweep_prints_the_curve(capsys, monkeypatch, tmp_path):
 
 
 def test_run_puts_predictions_beside_measurements(capsys, monkeypatch):
-    from memplan.backends import trial
+    from memplan.backends import trial, turns
 
-    def pretend(request):
-        return trial.Trial(None if request.plan else 5 << 20, 0.01, ((0.5).hex(), float("nan").hex()), ("x", "y"))
+    def pretend(plain, planned, peaks, device, tell):
+        assert (plain.plan, peaks, device) == (None, (4 << 20, small_plan().peak), "cuda")
+        assert planned.plan
+        losses = (0.5).hex(), float("nan").hex()
+        trials = (trial.Trial(peak, 0.01, losses, ("x", "y")) for peak in (5 << 20, None))
+        return turns.Comparison(*trials, 1.25, rounds=3, disturbed=2)
 
     monkeypatch.setattr(api, "plan", lambda *_, **__: small_plan(), raising=False)
-    monkeypatch.setattr(trial, "in_fresh_process", pretend)
+    monkeypatch.setattr(turns, "compare", pretend)
 
     status, out, _ = call(capsys, "run", MODEL, "--json")
     shown = call(capsys, "run", MODEL)
@@ -255,13 +261,17 @@ def test_run_puts_predictions_beside_measurements(capsys, monkeypatch):
     assert status == 0
     assert facts["unplanned"]["peak"] == {"predicted": 4 << 20, "measured": 5 << 20}
     assert facts["planned"]["losses"] == [0.5, None]
+    assert facts["ratio"]["measured"] == 1.25
+    assert facts["rounds"] == {"counted": 3, "in_turns": True, "disturbed": 2}
+    assert "times: 1.250 of unplanned" in shown[2]
+    assert "other work held the cores in 2 of 3" in " ".join(shown[2].split())
     assert facts["losses_equal"]
     assert facts["gradients_equal"]
     assert "bit-equal" in shown[1]
 
 
 def test_calibrate_says_what_is_known_of_the_step(capsys):
-    status, out, _ = call(capsys, "calibrate", MODEL, "--json")
+    status, out, _ = call(capsys, "calibrate", MODEL, "--json", "--time-limit", "600")
 
     facts = json.loads(out)
     assert status == 0

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+from pathlib import Path
 
 import memplan
 import pytest
@@ -100,6 +101,20 @@ def test_a_loaded_plan_asks_for_its_loss(text, path):
 
     with pytest.raises(PlanMismatch, match="loss"):
         memplan.load(path).apply(net())
+
+
+def test_a_plan_of_the_last_release_is_still_applied():
+    """Its description of inputs has no places and another nesting; its optimizer has fewer figures."""
+    model, other = (nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4)) for _ in range(2))
+    other.load_state_dict(model.state_dict())
+    plan = memplan.load(Path(__file__).parent.parent / "data" / "plan-of-0.1.0.json")
+    fast, x = plan.apply(model, loss=square), torch.randn(4, 8)
+    for module in (fast, other):
+        square(module(x)).backward()
+
+    assert plan.recipe.counted is not None
+    assert plan.recipe.counted.kept.states == 2
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
 def test_a_truncated_file_is_refused(text, path):

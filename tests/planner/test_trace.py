@@ -42,6 +42,32 @@ BAD = {
     REUSE + "a,0,5,4,\nb,0,9,4,a\n": "row 3, column reuse: 'a' is live from 0 to 5",
     REUSE + "a,0,5,4,\nb,2,4,4,a\n": "row 3, column reuse: 'a' is live from 0 to 5",
     REUSE + "a,0,5,4,a\n": "row 2, column reuse: 'a' is live from 0 to 5",
+    "id;lower;upper;size\na;0;3;4\n": "row 1: the columns are separated by semicolons: write commas",
+    "id\tlower\tupper\tsize\n": "row 1: the columns are separated by tabs: write commas",
+    "buffer,lower,upper,size\n": "the columns are buffer, lower, upper, size; 'buffer' may be it: rename it",
+    "id,start,end,size\n": "no column 'lower'; the columns are id, start, end, size; 'start' may be it: rename it",
+    "id,lower,end,size\n": "'end' may be it: rename it, and make it the first time at which the buffer is not live",
+    "id,lower,upper,Size,size\n": "row 1: two columns are called 'size'",
+    "id,lower,upper,size,start\na,0,3,4,1\n": "row 2, column start: 'start' is not supported: leave it or lower out",
+    "id,lower,upper,size,hint\na,0,3,4,\nb,0,3,4,0\n": "row 3, column hint: 'hint' is not supported: fix the buffer there",
+    "id,lower,upper,size,Window\na,0,3,4,0:2\n": "row 2, column Window: 'window' is not supported: leave the column out",
+    "id,lower,upper,size,within\na,0,3,4,9\n": "row 2, column within: 'within' is not supported",
+    "id,lower,upper,size,capacity\na,0,3,4,9\n": "row 2, column capacity: 'capacity' is not supported: give --capacity",
+    "id,lower,upper,size,align\na,0,3,4,8\n": "row 2, column align: 'align' is not supported: call it alignment",
+    "id,lower,upper,size,address\na,0,3,4,8\n": "row 2, column address: 'address' is not supported: call it pin where",
+    "id,lower,upper,size,memory\na,0,3,4,0\n": "row 2, column memory: 'memory' is not supported: call it pool",
+    "id,lower,upper,size,\na,0,3,4,5\n": "row 2, column 5: a cell in a column without a name",
+    "id,lower,upper,size,alignment\na,0,9,3,1\nb,0,5,4,8\n": "'b' is to lie at a multiple of 8, another of 1, and all "
+    "buffers of a pool are aligned alike: --align 8 is enough",
+    "id,lower,upper,size,alignment\na,0,9,3,0\n": "row 2, column alignment: 0: write 1",
+    "id,lower,upper,size,alignment\na,0,9,3,x\n": "row 2, column alignment: 'x' is not a whole number",
+    "id,lower,upper,size,pin,offset\na,0,9,4,8,0\n": "row 2, column offset: 0, where the column pin says 8",
+    "id,lower,upper,size,offset\na,0,9,4,-1\n": "row 2, column offset: -1 is negative",
+    "id,lower,upper,size,gaps\na,0,9,4,3-5@0:2\n": "row 2, column gaps: '3-5@0:2': a gap frees all of a buffer's bytes or none",
+    HEAD + "a,0,3,0x10\n": "row 2, column size: '0x10' is not a whole number",
+    HEAD + "a,0,3,+4\n": "row 2, column size: '+4' is not a whole number",
+    HEAD + "a,0,3,1_0\n": "row 2, column size: '1_0' is not a whole number",
+    HEAD + "a,0,3,4,\n": "row 2, column 5: 5 cells",
     "id,lower,upper,size,pool,reuse\na,0,5,4,x,\nb,4,9,4,y,a\n": "row 3, column reuse: 'a' lies in the pool 'x'",
 }  # fmt: skip
 
@@ -96,7 +122,8 @@ def test_alloc_places_minimallocs_example(tmp_path, capsys):
     assert (facts["peak"], facts["lower_bound"], facts["status"]) == (12, 12, "optimal")
     assert (tmp_path / "out.csv").read_text().startswith("id,lower,upper,size,offset\na,0,3,4,")
     assert (tmp_path / "p.png").stat().st_size > 1000
-    again = read_trace(tmp_path / "out.csv")
+    with pytest.warns(UserWarning, match="the column offset fixes 5 of 5 buffers where they lie"):
+        again = read_trace(tmp_path / "out.csv")
     write_trace(tmp_path / "again.csv", again, [int(row[-1]) for row in again.rows])
     assert (tmp_path / "again.csv").read_text() == (tmp_path / "out.csv").read_text()
 
@@ -138,6 +165,83 @@ def test_alignment_and_pins(tmp_path, capsys):
     status, _, err = call(capsys, "alloc", tmp_path / "in.csv", "--align", 8)
     assert status == 1
     assert "pinned at 4, which is no multiple of 8" in err
+
+
+ALIGNED = "id,lower,upper,size,alignment\na,0,9,3,{}\nb,0,5,4,{}\nc,3,9,2,{}\nd,0,9,1,{}\n"
+
+
+@pytest.mark.parametrize("method", ["auto", "cp-sat", "mip"])
+@pytest.mark.parametrize(
+    ("own", "words", "aligned"),
+    [
+        ((8, 8, 8, 8), (), 8),
+        ((1, 8, 4, 1), ("--align", 8), 8),
+        (("", 8, 4, 2), ("--align", 16), 16),
+        ((6,) * 4, ("--align", 4), 12),
+    ],
+)
+def test_a_column_of_alignments_is_kept(tmp_path, capsys, own, words, aligned, method):
+    """By every solver: what all buffers want alike, or what --align is a multiple of; the offsets are those of a plain file
+    under that alignment."""
+    (tmp_path / "in.csv").write_text(ALIGNED.format(*own))
+    status, out, err = call(
+        capsys, "alloc", tmp_path / "in.csv", "--method", method, "-o", tmp_path / "o.csv", "--json", *words
+    )
+    assert (status, err) == (0, "")
+    offsets = [int(row.split(",")[-1]) for row in (tmp_path / "o.csv").read_text().splitlines()[1:]]
+    assert all(offset % aligned == 0 for offset in offsets)
+    (tmp_path / "plain.csv").write_text("\n".join(",".join(row.split(",")[:4]) for row in ALIGNED.splitlines()))
+    _, plain, _ = call(capsys, "alloc", tmp_path / "plain.csv", "--method", method, "--align", aligned, "--json")
+    assert json.loads(out)["peak"] == json.loads(plain)["peak"]
+    with pytest.raises(PlacementError, match="was put at 4"):
+        approve(read_trace(tmp_path / "in.csv"), [0, 4, 8, 12], 1)
+
+
+@pytest.mark.filterwarnings("always")
+def test_offsets_are_fixed_places(tmp_path, capsys):
+    """As in MiniMalloc: a cell fixes its buffer, an empty one does not; what came out of here is checked when it goes in."""
+    (tmp_path / "in.csv").write_text("id,lower,upper,size,offset\na,0,3,4,8\nb,0,3,4,\n")
+    status, out, err = call(capsys, "alloc", tmp_path / "in.csv", "-o", tmp_path / "out.csv", "--json")
+    assert (status, json.loads(out)["peak"]) == (0, 12)
+    assert "the column offset fixes 1 of 2 buffers where they lie: leave it out" in err
+    assert (tmp_path / "out.csv").read_text().startswith("id,lower,upper,size,offset\na,0,3,4,8\nb,0,3,4,")
+    status, again, _ = call(capsys, "alloc", tmp_path / "out.csv", "-o", tmp_path / "again.csv", "--json")
+    assert (status, json.loads(again)["peak"]) == (0, 12)
+    assert (tmp_path / "again.csv").read_text() == (tmp_path / "out.csv").read_text()
+    (tmp_path / "in.csv").write_text("id,lower,upper,size,offset\na,0,3,4,0\nb,2,5,4,2\n")
+    status, _, err = call(capsys, "alloc", tmp_path / "in.csv")
+    assert status == 3
+    assert "'a' and 'b' are pinned to the same bytes, and both are live at time 2" in err
+
+
+LOOSE = {
+    "small and large letters": "\ufeffID,Lower,Upper,SIZE\r\na,0,3,4\r\n\r\nb,0,3,4\r\n",
+    "quotes and spaces": '"id", lower ,upper,size\n"a", 0 ,"3",4\n   \nb,0,3,"4"\n',
+    "a comma at the end": "id,lower,upper,size,\na,0,3,4,\nb,0,3,4,\n",
+    "empty cells": "id,lower,upper,size,hint,align,end\na,0,3,4,,,\nb,0,3,4, ,,\n",
+    "another order": "size,upper,lower,id\n4,3,0,a\n4,3,0,b\n",
+}
+
+
+@pytest.mark.parametrize("case", LOOSE)
+def test_a_file_may_be_written_loosely(tmp_path, capsys, case):
+    """Letters, quotes, byte order marks, line ends, empty rows and empty columns change nothing."""
+    (tmp_path / "in.csv").write_bytes(LOOSE[case].encode())
+    status, out, err = call(capsys, "alloc", tmp_path / "in.csv", "--json")
+    assert (status, err) == (0, "")
+    assert (json.loads(out)["peak"], json.loads(out)["buffers"]) == (8, 2)
+
+
+@pytest.mark.filterwarnings("always")
+def test_columns_that_mean_nothing_are_told_of(tmp_path, capsys):
+    """Once, by name, on standard error; they come out again as they were. So is a row that looks like a comment."""
+    (tmp_path / "in.csv").write_text("id,layer,lower,upper,size,Colour\na,1,0,3,4,red\n#b,2,0,3,4,\n")
+    status, out, err = call(capsys, "alloc", tmp_path / "in.csv", "-o", tmp_path / "out.csv", "--json")
+    assert (status, json.loads(out)["peak"]) == (0, 8)
+    assert err.count("of the columns layer, Colour nothing is read; they are carried over") == 1
+    assert "begins with # is a buffer as any other" in err
+    assert (tmp_path / "out.csv").read_text().splitlines()[0] == "id,layer,lower,upper,size,Colour,offset"
+    assert (tmp_path / "out.csv").read_text().splitlines()[1].startswith("a,1,0,3,4,red,")
 
 
 def test_each_pool_is_a_memory_of_its_own(tmp_path, capsys):
