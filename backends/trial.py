@@ -28,6 +28,7 @@ import msgspec
 
 from ..planner.errors import MemplanError
 from ..planner.watch import Watch
+from .fresh import python_running
 from .meters import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, cuda_environment, fill_heap, highest, reset_peak, resident
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class Trial(msgspec.Struct, frozen=True):
     disturbed: int = 0
 
 
-COMMAND = [sys.executable, "-P", "-m", "memplan.backends.trial"]
+COMMAND = python_running("memplan.backends.trial")
 
 
 def child_environment() -> dict[str, str]:

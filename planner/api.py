@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .capture import Captured
 
 SEEDS = 2**31  # random generators take no larger ones, and some count on from the seed
+SOME = 2**40  # bytes that a percentage is of while the peak is not known
 PLACINGS = 8  # plans made to find one that fits with its arena
 Progress = Callable[[str, float], None]
 
@@ -106,6 +107,7 @@ def plan(
         >>> planned = memplan.plan(model, None, (torch.randn(8, 64),), loss=lambda out: out.sum()).apply(model)
         >>> planned(torch.randn(8, 64)).sum().backward()
     """
+    check_asked(budget, host_budget, arena, lend_gradients, strategy)
     return Session(
         model, args, kwargs, train=train, loss=loss, optimizer=optimizer, machine=machine, allow=levers_of(allow, strategy),
         time_limit=time_limit, seed=seed, lend_gradients=lend_gradients, host_budget=host_budget,
@@ -233,6 +235,7 @@ class Session:
             if progress is not None:
                 progress("measuring ops", done / max(total, 1))
 
+        tell(0, 1)  # the first figure comes when a process has been started that measures
         calibrate(self.captured.program, machine, table, time_limit=self.left(), progress=tell)
 
     def covered(self, side: Side) -> Coverage:
@@ -349,12 +352,7 @@ class Session:
 
     def plan(self, budget: int | str | None, arena: bool = False, strategy: str | None = None) -> Plan:
         """The plan for one budget; with `arena`, with addresses; by a strategy other than the best."""
-        if strategy not in (None, "memo"):
-            raise MemplanError(f"strategy={strategy!r}: it is 'memo' or None")
-        if strategy and arena:
-            raise MemplanError("strategy='memo' has no addresses: plan without arena")
-        if self.lend_gradients and not arena:
-            raise MemplanError("lend_gradients=True lends gradients that lie in an arena: plan with arena=True")
+        check_asked(budget, None, arena, self.lend_gradients, strategy)
         planner, self.began = self.begin(arena), None
         began = time.monotonic()
         unplanned = planner.unplanned
@@ -390,6 +388,27 @@ class Session:
             coverage=self.covered(answer.side),
         )
         return assemble(body, answer.side, unplanned, self.captured)
+
+
+def check_asked(
+    budget: int | str | None, host_budget: int | str | None, arena: bool, lend_gradients: bool, strategy: str | None
+) -> None:
+    """Refuse, before anything is traced, budgets that cannot be read and arguments that contradict each other.
+
+    Raises:
+        BudgetError: a budget is no size.
+        MemplanError: which arguments.
+    """
+    if budget is not None:
+        parse_bytes(budget, of=SOME)
+    if host_budget is not None:
+        host_bytes(host_budget, SOME)
+    if strategy not in (None, "memo"):
+        raise MemplanError(f"strategy={strategy!r}: it is 'memo' or None")
+    if strategy and arena:
+        raise MemplanError("strategy='memo' has no addresses: plan without arena")
+    if lend_gradients and not arena:
+        raise MemplanError("lend_gradients=True lends gradients that lie in an arena: plan with arena=True")
 
 
 def check_numbers(time_limit: Any, seed: Any) -> None:

@@ -15,7 +15,7 @@ from .mapping import SIZES, Mapper
 from .mapping import Mapping as Mapped
 from .pipeline import Planner
 from .plan import Plan, PlanBody, Recipe, Side, assemble
-from .units import parse_bytes, show_bytes, show_seconds
+from .units import parse_bytes, show_bytes, show_count, show_seconds
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -141,10 +141,10 @@ class MappedModel:
         sizes = ", ".join(f"{name} {show_bytes(self.mapper.landmarks[name])}" for name in ("M_R", "M_P"))
         compute = sum(op.seconds for op in found.fused.program.ops)
         spent, repeated = show_seconds(found.report.recompute), found.report.repeated
-        again = f", and {spent} more for {repeated} ops run again" if repeated else ""
+        again = f", and {spent} more for {show_count(repeated, 'op')} run again" if repeated else ""
         return [
             ("scratchpad", show_bytes(found.capacity), sizes),
-            ("peak", show_bytes(found.report.peak[0]), f"{len(found.fused.program.ops)} ops"),
+            ("peak", show_bytes(found.report.peak[0]), show_count(len(found.fused.program.ops), "op")),
             ("compulsory", show_bytes(found.compulsory), "inputs once in, outputs once out"),
             ("moved beside that", show_bytes(found.noncompulsory), f"{proven}; {best}"),
             ("time (predicted)", show_seconds(found.report.time), f"computing {show_seconds(compute)}{again}"),

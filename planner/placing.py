@@ -14,7 +14,7 @@ from ..solvers.warm import compile_addresses
 from .addresses import alignment_of, approve, no_packing, overwritten, storage_of
 from .errors import MemplanError
 from .trace import Trace, read_trace, write_trace
-from .units import parse_bytes, show_bytes
+from .units import parse_bytes, show_bytes, show_count
 
 SOLVERS = {"auto": pack, "cp-sat": pack_sat, "mip": pack_mip}
 WORST_FIRST = (Status.INFEASIBLE, Status.UNKNOWN, Status.FEASIBLE, Status.OPTIMAL)
@@ -102,7 +102,8 @@ class Places:
         ]
         if len(self.pools) > 1:
             for pool in self.pools:
-                rows.append((f"pool {pool.name}", f"{pool.peak}", f"{len(pool.rows)} buffers, placed by {pool.packing.method}"))
+                how = f"{show_count(len(pool.rows), 'buffer')}, placed by {pool.packing.method}"
+                rows.append((f"pool {pool.name}", f"{pool.peak}", how))
         else:
             rows.append(("buffers", f"{len(self.trace.ids)}", f"placed by {self.pools[0].packing.method}"))
         return [*rows, ("seconds", f"{self.seconds:.3f}", "")]

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
-PERIOD = 4.0  # seconds between two lines of one stage
+PERIOD = 3.0  # seconds between two lines of one stage
 TICK = 0.5  # seconds between two looks at the clock
 Report = Callable[[str, float], None]
 

@@ -1,5 +1,6 @@
 """The names of the package, and the ways in."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,18 @@ def test_a_name_that_is_nearly_right_is_told():
 def test_the_package_can_be_run():
     """`python -m memplan` is the command line."""
     done = subprocess.run([sys.executable, "-P", "-m", "memplan", "--version"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"memplan {memplan.__version__}\n", "")
+
+
+def test_a_child_runs_its_parents_code(tmp_path):
+    """Whatever else is called memplan where Python looks first: a clone beside the script, say."""
+    from memplan.backends.fresh import python_running
+
+    (tmp_path / "memplan").mkdir()
+    (tmp_path / "memplan" / "__init__.py").write_text("raise SystemExit('another memplan')")
+    (tmp_path / "memplan" / "__main__.py").touch()
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([*python_running("memplan"), "--version"], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"memplan {memplan.__version__}\n", "")
 
 
