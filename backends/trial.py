@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ..planner.errors import MemplanError
+from ..planner.plan import OPTIMIZERS
 from .meters import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, cuda_environment, fill_heap, highest, reset_peak, resident
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 # Blocks of this size and more go back to the system when freed, so that the resident size follows the tensors.
 CHILD = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 LARGEST_THRESHOLD = 32 << 20  # DEFAULT_MMAP_THRESHOLD_MAX in glibc
-OPTIMIZERS = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
+FUSED = ("sgd", "adam", "adamw")
 LEARNING_RATE = 1e-3
 
 
@@ -125,8 +126,9 @@ def train(request: Request, model: "nn.Module", args: tuple, kwargs: dict[str, A
     kind = parameters[0].device.type if parameters else "cpu"
     optimizer = None
     if request.optimizer is not None:
-        fused = True if kind == "cuda" else None  # what a plan takes the optimizer's name for (`planner.optimizers.kept_by`)
-        optimizer = getattr(torch.optim, OPTIMIZERS[request.optimizer])(parameters, lr=LEARNING_RATE, fused=fused)
+        # what a plan takes the optimizer's name for (`planner.optimizers.kept_by`)
+        fused = {"fused": True} if kind == "cuda" and request.optimizer in FUSED else {}
+        optimizer = getattr(torch.optim, OPTIMIZERS[request.optimizer])(parameters, lr=LEARNING_RATE, **fused)
     given = optimizer if request.in_backward else None
     called = model if request.plan is None else load(request.plan).apply(model, optimizer=given)
     code = getattr(getattr(called, "forward", None), "code", None)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from .errors import BudgetError
+from .plan import OPTIMIZERS
 from .schedule import LEVERS
 from .units import parse_bytes
 
@@ -21,12 +22,7 @@ class Method(StrEnum):
     MIP = "mip"
 
 
-class Optimizer(StrEnum):
-    """Optimizers whose state can be counted."""
-
-    SGD = "sgd"
-    ADAM = "adam"
-    ADAMW = "adamw"
+Optimizer = StrEnum("Optimizer", {name.upper(): name for name in OPTIMIZERS})
 
 
 def planning(allow: str | None, optimizer: Optimizer | None, time_limit: float, seed: int, **others: Any) -> dict[str, Any]:
