@@ -1,4 +1,17 @@
-"""memplan: say how many bytes you have; get the fastest step that provably fits, with the same numbers as before."""
+"""A memory planner for PyTorch: say how many bytes you have; get the fastest step that provably fits, with the same numbers.
+
+    import memplan
+
+    plan = memplan.plan(model, "16GiB", (input_ids, labels), optimizer="adamw")
+    print(plan)                # peak and step time, planned and unplanned
+    model = plan.apply(model)  # an nn.Module: same call, same numbers, same parameters
+
+`plan` and `Plan` are the place to begin: help(memplan.plan), help(memplan.Plan). `load` reads a plan that `Plan.save` wrote,
+`map_model` is for accelerators with a scratchpad, `bring_back` for parameters that a plan keeps elsewhere. What is refused is a
+`MemplanError`: a `BudgetError` (its `.minimum` is the smallest budget known to work), a `CaptureError`, a `MachineError`, a
+`PlanMismatch`, an `InvalidSchedule`. `Program`, `Machine`, `Schedule` and `referee` are the parts of a plan. On the command
+line: `memplan -h`, or `python -m memplan -h`.
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +58,15 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     if name not in _FACE:
-        raise AttributeError(f"module 'memplan' has no attribute {name!r}")
+        from difflib import get_close_matches
+
+        close = get_close_matches(name, _FACE, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close and not name.startswith("_") else ""
+        raise AttributeError(f"module 'memplan' has no attribute {name!r}{hint}")
     from importlib import import_module
 
     return getattr(import_module(f"memplan.{_FACE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__", "__doc__", "__file__", "__name__", "__path__"]

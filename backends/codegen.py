@@ -24,6 +24,9 @@ from .homes import Homes
 from .moving import blank, make_tier, places_of
 from .updates import Updates
 
+# Kernels that save what their backward kernel reads only while gradients are on, as they are not where an op is run again.
+KEEPING = {torch.ops.aten.mkldnn_rnn_layer.default}
+
 
 @dataclass(frozen=True)
 class Generated:
@@ -148,6 +151,7 @@ class Writer:
             **self.constants,
             "get_state": get_state,
             "drawing_from": drawing_from,
+            "enable_grad": torch.enable_grad,
             "updates": self.updates,
             "homes": self.homes,
         }
@@ -296,6 +300,9 @@ class Writer:
             self.line(f"s{step.op} = get_state()")
         elif guarded:
             self.line(f"with drawing_from(s{step.op}):")
+            self.scope.depth += 1
+        if target in KEEPING and op.phase is Phase.FORWARD:
+            self.line("with enable_grad():")
             self.scope.depth += 1
         self.make(step, node, target, [*args, *kwargs], taken)
         self.scope.depth = 1

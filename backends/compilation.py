@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import torch
 from torch import _guards, fx, nn
+from torch._functorch import config as functorch_config
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..planner.casts import cached_casts
+from ..planner.constants import Constants
 from ..planner.cost import Table, apply_costs
 from ..planner.errors import BudgetError, MemplanError
 from ..planner.local import device_key
@@ -22,8 +25,9 @@ from ..planner.pipeline import Planner
 from ..planner.plan import Side
 from ..planner.program import Program
 from .codegen import Generated, generate
+from .identity import Arguments
 from .ledger import Visit, burden, held_bytes, left_bytes, small_schedules, storages
-from .partition import Argument, Joint, describe, emit, pack, token_of, unpack, visits_of
+from .partition import Joint, describe, emit, pack, token_of, unpack, visits_of
 
 if TYPE_CHECKING:
     from .dynamo import Piece
@@ -118,15 +122,19 @@ class _Compilation:
         self.choose = choose
         self.known = known
         self.inductor = piece.ledger.options.inner == "inductor"
+        self.mode = None if self.inductor else Constants()
+        self.arguments: Arguments | None = None
         self.code: Code | None = None
         self.joint: Joint | None = None
         self.generated: Generated | None = None
 
     def compile(self, args: Sequence[Any]) -> Code:
         """The piece, planned and compiled."""
-        with surroundings(self.inductor):
+        self.arguments = self.piece.arguments(args)
+        traced: Any = self.piece.gm if self.mode is None else _Called(self.piece.gm, self.mode)
+        with surroundings(self.inductor, self.mode):
             made = aot_module_simplified(
-                self.piece.gm,
+                traced,
                 list(args),
                 fw_compiler=self.compile_forward,
                 bw_compiler=self.compile_backward,
@@ -142,8 +150,9 @@ class _Compilation:
     def plan(self, graph: fx.GraphModule, forward_outputs: int) -> None:
         """Choose a schedule for a graph and write its code."""
         piece = self.piece
-        lifted = [Argument("parameter" if isinstance(value, nn.Parameter) else "buffer", "") for value in piece.lifted]
-        self.joint = describe(graph, [*lifted, *piece.sources], forward_outputs, piece.name, self.machine.device)
+        assert self.arguments is not None
+        region_of = no_region if self.mode is None else self.mode.region_of
+        self.joint = describe(graph, self.arguments, forward_outputs, piece.name, self.machine.device, region_of)
         program = self.joint.traced.program
         if self.inductor:  # its random numbers come from seeds of its own, and it decides what is written in place
             ops = tuple(msgspec.structs.replace(op, reuse=(), repeatable=op.repeatable and not op.random) for op in program.ops)
@@ -260,6 +269,24 @@ class _Compilation:
         return compile_fx_inner(graph, list(inputs), is_backward=backward, is_inference=inference)
 
 
+class _Called(nn.Module):
+    """A piece as it is traced for eager's kernels: told which of its casts are autocast's."""
+
+    def __init__(self, piece: fx.GraphModule, mode: Constants):
+        super().__init__()
+        self.piece = piece
+        self.mode = mode
+        self.caches = torch.is_grad_enabled() and torch.is_autocast_cache_enabled()
+
+    def forward(self, *args: Any) -> Any:
+        with cached_casts(self.mode, self.caches):
+            return self.piece(*args)
+
+
+def no_region(cast: fx.Node) -> None:
+    """Inductor's arithmetic is its own, and nobody keeps its casts."""
+
+
 def boxed(function: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
     """Mark a function as one that empties its list of arguments, so that AOTAutograd holds nothing either."""
     function._boxed_call = True  # type: ignore[attr-defined]
@@ -281,12 +308,17 @@ def decompositions(inductor: bool) -> dict[Any, Any]:
 
 
 @contextmanager
-def surroundings(inductor: bool) -> Iterator[None]:
-    """Eager's kernels in one piece; or what Inductor looks for: a fake mode, and a context to report strides to."""
+def surroundings(inductor: bool, mode: FakeTensorMode | None = None) -> Iterator[None]:
+    """What a piece is traced under.
+
+    For eager's kernels, that these stay in one piece, and fake tensors laid out as they lay theirs out; for Inductor, a context
+    to report strides to. Autocast is off in the backward pass, where it is off in eager if `backward()` is called outside.
+    """
     with ExitStack() as stack:
+        stack.enter_context(functorch_config.patch(backward_pass_autocast="off"))
         if not inductor:
             stack.enter_context(native_kernels())
-        if inductor and _guards.TracingContext.try_get() is None:
-            mode = FakeTensorMode(allow_non_fake_inputs=True)
+        if mode is not None or _guards.TracingContext.try_get() is None:
+            mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
             stack.enter_context(_guards.tracing(_guards.TracingContext(mode)))
         yield

@@ -31,7 +31,6 @@ percent is each piece's own: that share of its unplanned peak, whatever the othe
 """
 
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -42,17 +41,18 @@ import torch
 from torch import fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from ..planner.capture import autocast_state
 from ..planner.errors import BudgetError
 from ..planner.pipeline import Planner
 from ..planner.plan import Side
 from ..planner.units import parse_bytes, show_bytes
+from ..solvers.warm import compile_planning
 from .compilation import Code
+from .identity import Arguments, likeness, tensor_source
 from .ledger import Ledger, Options, Room, Visit, burden, ledger_of, left_bytes, small_schedules, storages
-from .partition import Argument
 
 EVAL_FRAME = os.path.join("torch", "_dynamo", "eval_frame.py")
 NOT_USERS = tuple(str(Path(file).resolve().parent) + os.sep for file in (str(torch.__file__), __file__))
-NAME = re.compile(r"(?:_modules|_parameters|_buffers)\['([^']+)'\]")
 
 
 def memplan(
@@ -85,21 +85,21 @@ class Piece:
         self.ledger = ledger
         self.breaks = bool(getattr(reason, "graph_break", False))
         self.name = f"piece {ledger.pieces}{where_it_ends(reason)}"
-        self.lifted = [*gm.parameters(), *gm.buffers()]
-        self.sources = [Argument(*kind_and_name(tensor_source(node))) for node in gm.graph.nodes if node.op == "placeholder"]
+        self.lifted = dict(gm.named_parameters(remove_duplicate=False)) | dict(gm.named_buffers(remove_duplicate=False))
+        self.sources = [tensor_source(node) for node in gm.graph.nodes if node.op == "placeholder"]
         self.codes: dict[Any, Code] = {}
 
     def __call__(self, *args: Any) -> Any:
         """Run, planning first where there is no plan for such arguments, or where it does not fit what is left."""
         ledger = self.ledger
-        tensors = [value for value in (*self.lifted, *args) if isinstance(value, torch.Tensor)]
+        tensors = [value for value in (*self.lifted.values(), *args) if isinstance(value, torch.Tensor)]
         device = next((value.device.type for value in tensors if value.device.type != "cpu"), "cpu")
         machine = ledger.machine(device)
         inputs = storages(tensors, machine.tiers[0].rounding)
         ledger.enter()
         budget = ledger.budget(machine)
         room = ledger.room(inputs, budget) if budget is not None else None
-        key = (torch.is_grad_enabled(), tuple(facts(value) for value in args))
+        key = (torch.is_grad_enabled(), autocast_state(device), torch.is_autocast_cache_enabled(), likeness(args))
         code = self.codes.get(key)
         if code is None:
             last = self.is_last()
@@ -120,6 +120,10 @@ class Piece:
             ledger.holding.append(visit)
         return result
 
+    def arguments(self, args: Sequence[Any]) -> Arguments:
+        """What the tensors of a call are."""
+        return Arguments.of(self.lifted, self.sources, args)
+
     def is_last(self) -> bool:
         """Whether the model's call ends with this piece, as far as Dynamo and the stack of calls tell."""
         return not self.breaks and not self.ledger.cautious and ends_the_call()
@@ -130,6 +134,7 @@ class Piece:
         Raises:
             BudgetError: none fits what is left of the budget.
         """
+        compile_planning()
         planner.deadline = time.monotonic() + self.ledger.options.time_limit
         if room is None:
             capacity = planner.machine.tiers[0].capacity
@@ -179,27 +184,6 @@ def where_it_ends(reason: Any) -> str:
     """` (up to file:line)`, where Dynamo says so."""
     frames = getattr(reason, "user_stack", None) or []
     return f" (up to {frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno})" if frames else ""
-
-
-def tensor_source(node: fx.Node) -> str:
-    """The expression that an input of Dynamo's graph comes from."""
-    name = getattr(getattr(node, "_dynamo_source", None), "name", "")
-    return str(name() if callable(name) else name)
-
-
-def kind_and_name(source: str) -> tuple[str, str]:
-    """From an expression such as `L['self']._modules['head']._parameters['weight']` to what it is and its name."""
-    name = ".".join(NAME.findall(source))
-    if "_parameters[" in source:
-        return "parameter", name
-    return ("buffer", name) if "_buffers[" in source else ("input", source)
-
-
-def facts(value: Any) -> Any:
-    """What a plan depends on in an argument."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    return value.shape, value.stride(), value.dtype, value.device, value.requires_grad
 
 
 __all__ = ["Ledger", "Options", "Piece", "memplan"]

@@ -21,14 +21,19 @@ from ..planner.capture import Captured, autocast_state, capture, flatten_call, l
 from ..planner.cost import apply_costs
 from ..planner.errors import CaptureError, MemplanError, PlanMismatch
 from ..planner.graph import Source
+from ..planner.hooks import hook_tables, is_traced_hook
 from ..planner.inputs import TensorFacts, check_places, facts, places_of, same
 from ..planner.inputtext import rebuild_inputs
+from ..planner.reads import Watch
 from ..planner.standins import named_tensors
-from ..planner.structure import Structure, hooks_of, settings_of
+from ..planner.structure import Structure
+from ..planner.writes import Made, WriteBack, training_set
 from .arena import generate_static
 from .codegen import Generated, generate
+from .fed import Fed
 from .graphs import recorded
 from .homes import Homes, absence_of, bring_back
+from .together import Together
 from .updates import Updates
 
 if TYPE_CHECKING:
@@ -81,7 +86,7 @@ def captured_of(plan: "Plan", model: nn.Module, loss: Any, optimizer: Any) -> Ca
     known = plan.captured
     if known is None:
         return recapture(plan, model, loss, optimizer)
-    if known.model() is model and known.structure == Structure.of(model):
+    if known.model() is model and known.structure == Structure.of(model) and Watch(known.reads, [model]).whole():
         return known
     check_parameters(model, known)
     return recapture(plan, model, loss or known.loss, optimizer)
@@ -148,14 +153,24 @@ class _Runner:
         self.slots = [places.get(source.name) for source in code.arguments]
         self.modules = [(name, module.get_submodule(name)) for name, _ in captured.signature.training]
         self.children = [(owner._modules, dict(owner._modules)) for owner in module.modules()]
-        self.settings = [(name, part, key, value) for name, part in self.modules for key, value in settings_of(part)
-                         if type(part).__module__.startswith("torch.nn.")]  # fmt: skip
-        self.hooks = [(name, table, len(table)) for name, part in self.modules if name for table in hooks_of(part)]
+        self.hooks = [(owner, table, dict(table)) for owner, _, table in hook_tables(module)]
         self.tied = [(name, places[name], places[names[0]]) for names in captured.structure.tied for name in names[1:]]
         self.changing = {source.name for source, _ in captured.traced.mutations.values()}
         self.moved = moved_by(captured, code)
         whose = self.moved | {place.storage for place in captured.signature.places if place is not None}
         self.owners = [(name, place) for name, place in places.items() if name in whose]
+        self.together = Together(captured.traced)
+        self.fed = Fed(captured.traced)
+        own = training_set(captured.writes)
+        known = zip(self.modules, captured.signature.training, strict=True)
+        self.modes = [(name, part, training) for (name, part), (_, training) in known if name not in own]
+        self.look_up(captured.model())
+
+    def look_up(self, model: nn.Module | None, renewed: bool = False) -> None:
+        """Find what is watched and what is stored, in the planned module and in the model that it stands for."""
+        roots = [self.module] if model is None else [self.module, model]
+        self.watch = Watch(self.captured.reads, roots, renewed)
+        self.stores = WriteBack(self.captured.writes, roots)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         homes = self.code.homes
@@ -163,7 +178,9 @@ class _Runner:
             if homes is not None:
                 homes.restore()
             return self.original(*args, **kwargs)  # an evaluation: nothing is kept for a backward pass
-        inputs = self.given(args, kwargs)
+        check_saving()
+        leaves = self.check_call(args, kwargs)
+        inputs = self.fetched(leaves)
         if self.captured.train:
             results = _Planned.apply(self, *inputs)
         else:
@@ -171,8 +188,17 @@ class _Runner:
                 if homes is not None:
                     homes.begin()
                 results = self.code.forward(inputs)[0]
+        if self.captured.writes:
+            self.stores.store(lambda made: self.made(made, results, leaves))
         flat = [results[leaf] if isinstance(leaf, int) else leaf[0] for leaf in self.captured.outputs]
         return pytree.tree_unflatten(flat, self.captured.output_spec)
+
+    def made(self, made: Made, results: Any, leaves: list[Any]) -> Any:
+        """A tensor that forward stores."""
+        if made.kind == "named":
+            owner, _, key = made.name.rpartition(".")
+            return getattr(self.module.get_submodule(owner), key)
+        return results[made.index] if made.kind == "output" else leaves[made.index]
 
     def __reduce__(self) -> Any:
         raise MemplanError("a planned module cannot be pickled: save its state_dict(), and the plan with plan.save()")
@@ -188,9 +214,10 @@ class _Runner:
                                "apply the plan to the copy with an optimizer of its own")  # fmt: skip
         made = object.__new__(type(self))
         memo[id(self)] = made
-        shared = ("captured", "code", "changing", "__signature__")
+        shared = ("captured", "code", "changing", "fed", "__signature__")
         for key, value in vars(self).items():
-            setattr(made, key, value if key in shared else copy.deepcopy(value, memo))
+            if key not in ("watch", "stores"):
+                setattr(made, key, value if key in shared else copy.deepcopy(value, memo))
         return made
 
     def check_call(self, args: tuple, kwargs: dict) -> list[Any]:
@@ -222,7 +249,7 @@ class _Runner:
                 )
         self.check_memory(leaves)
         self.check_structure()
-        for (name, module), (_, training) in zip(self.modules, signature.training, strict=True):
+        for name, module, training in self.modes:
             if module.training != training:
                 mode = "training" if training else "evaluation"
                 raise PlanMismatch(
@@ -261,16 +288,17 @@ class _Runner:
                 if table.get(key) is not children.get(key):
                     done = "added" if key not in children else "removed" if key not in table else "replaced"
                     raise PlanMismatch(f"submodule {key} has been {done} since the plan was applied: plan again")
-        for name, part, key, value in self.settings:
-            now = vars(part).get(key)
-            if now is not value and now != value:
-                raise PlanMismatch(
-                    f"{name or 'the model'}.{key} was {value} when the plan was applied and is {now} now: plan again"
-                )
-        for name, table, count in self.hooks:
-            if len(table) > count:
-                raise PlanMismatch(f"module {name} has been given a hook since the plan was applied, and a planned step calls "
+        if "watch" not in vars(self):  # this is a copy, whose module is whole by now
+            self.look_up(None, renewed=True)
+        self.watch.check()
+        for owner, table, known in self.hooks:
+            if len(table) > len(known):
+                raise PlanMismatch(f"{owner} has been given a hook since the plan was applied, and a planned step calls "
                                    "none but the model's own: remove it, or hook the model itself")  # fmt: skip
+            for hook in [hook for key, hook in known.items() if table.get(key) is not hook and not is_traced_hook(hook)]:
+                name = getattr(hook, "__qualname__", type(hook).__name__)
+                raise PlanMismatch(f"{owner} has lost a hook ({name}) since the plan was applied, whose work is part of the "
+                                   "planned step: plan again")  # fmt: skip
         for name, (table, key), (first, other) in self.tied:
             if table.get(key) is not first.get(other):
                 raise PlanMismatch(f"{name} was tied to {other} when the plan was made and is not now: plan again")
@@ -281,7 +309,10 @@ class _Runner:
         Raises:
             PlanMismatch: the call, or the model by now, is not what was captured.
         """
-        leaves = self.check_call(args, kwargs)
+        return self.fetched(self.check_call(args, kwargs))
+
+    def fetched(self, leaves: list[Any]) -> list[torch.Tensor]:
+        """The same for a call that has been checked."""
         return [self.fetch(source, slot, leaves) for source, slot in zip(self.code.arguments, self.slots, strict=True)]
 
     def fetch(self, source: Source, slot: Any, leaves: list[Any]) -> torch.Tensor:
@@ -375,6 +406,10 @@ class _Planned(torch.autograd.Function):
         if saved is None:
             raise MemplanError("this planned step has run backward already and freed what it read: call the model again")
         for index, tangent in enumerate(tangents):
+            if tangent is not None and index not in ctx.wanted and index in runner.captured.stored:
+                raise PlanMismatch(f"a gradient reaches {runner.captured.stored[index]}, which the model's forward stores, and "
+                                   "the plan leaves it out: plan with loss=, a function that reads it from the model and adds "
+                                   "it to the scalar you differentiate")  # fmt: skip
             if tangent is not None and index not in ctx.wanted:
                 raise PlanMismatch("a gradient reaches an output of the model other than its loss, which the plan leaves out: "
                                    "plan with loss=, a function from the output to the scalar you differentiate")  # fmt: skip
@@ -382,8 +417,10 @@ class _Planned(torch.autograd.Function):
         for source, value, version in ctx.watched:
             if value._version != version and source.name not in changing:
                 raise MemplanError(f"{source.name} was changed in place between forward and backward: gradients would be wrong")
+        left_out = runner.fed.left_out(tangents)
         ctx.saved = None
         ctx.watched = None
+        runner.together.note()
         given = [laid_out(tangents[index], like) for index, like in runner.code.tangents.items()]
         updates = runner.code.updates
         try:
@@ -398,9 +435,23 @@ class _Planned(torch.autograd.Function):
             raise updates.explain(error) from error
         ctx.tokens = None
         result: list[torch.Tensor | None] = [None] * (1 + len(runner.code.arguments))
-        for position, gradient in zip(runner.code.gradients, found, strict=True):
-            result[1 + position] = gradient
+        for position, gradient, none in zip(runner.code.gradients, found, left_out, strict=True):
+            result[1 + position] = None if none else gradient
         return tuple(result)
+
+
+def check_saving() -> None:
+    """Refuse a call inside of hooks on saved tensors, which do not see those of a planned step.
+
+    Torch's own move or recompute what is saved, and change nothing: a plan decides that itself.
+
+    Raises:
+        MemplanError: there are such hooks, of somebody else's.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is not None and not getattr(hooks[0], "__module__", "torch").startswith("torch."):
+        name = getattr(hooks[0], "__qualname__", type(hooks[0]).__name__)
+        raise MemplanError(f"hooks on saved tensors ({name}) do not see those of a planned step: call it outside of them")
 
 
 def device_of(inputs: Iterable[torch.Tensor]) -> AbstractContextManager[Any]:

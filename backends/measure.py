@@ -5,9 +5,10 @@ one answer a line on its standard output, so that the caller's process neither g
 two such processes, one after the other: the first takes times, with the allocator as the user has it set, the second
 workspaces, with an allocator that gives memory back at once.
 
-A time during which a thread had to wait for a core says little of the op: such runs are left out (`planner.watch`). Ops with no
-other runs are timed once more in the end; what is still disturbed then is used, said, and taken again by the next plan that
-finds the machine quiet.
+A time during which a thread had to wait for a core says little of the op: such runs are left out (`planner.watch`). What no
+counter shows, fixed pieces of work do that are timed before, between and after the ops (`planner.gauge`). Ops with no
+other runs, and those of a slow moment, are timed once more in the end; what is still in doubt then is kept as an upper bound
+(`planner.cost.apply_costs`), said, and taken again by the next plan that finds the machine quieter.
 
 What accuracy to expect, seen on two cores of an Intel Xeon with torch 2.13 and an allocator that keeps what is freed:
 the ops of one planned training step add up to 1.10 (GPT-2), 1.06 (Llama), 1.03 (BERT), 0.97 (ViT) and 1.04 (ResNet-50)
@@ -34,16 +35,21 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
+
+import msgspec
 
 from ..planner.cost import Figures, Table, roofline
 from ..planner.errors import MemplanError
+from ..planner.estimate import work_of
+from ..planner.gauge import SLOW, Reading, Reference, is_possible, read_pace
 from ..planner.keys import measurable
 from ..planner.machine import Machine
-from ..planner.program import Program
+from ..planner.program import Op, Program
 from ..planner.watch import is_quiet
 from .calls import Call, NoRoom, build
 from .meters import return_memory_at_once, seconds_of, workspace_of
+from .timing import Answer, Timing
 
 KEY_LIMIT = 30.0  # seconds after which a key is given up and its worker killed
 END_LIMIT = 1.0  # seconds that a worker whose pipe has closed takes to end
@@ -66,10 +72,12 @@ def calibrate(
     threads: int | None = None,
     time_limit: float | None = 60.0,
     progress: Progress | None = None,
+    again: bool = False,
 ) -> int:
     """Measure the program's ops that the table lacks, the most expensive by roofline first, and store the figures.
 
-    Ops whose figures were disturbed are measured again, if the machine is quiet now; else there is a warning.
+    Ops whose figures were disturbed are measured again, if the machine is quieter now; else there is a warning. Of two
+    figures the less disturbed one counts, then the smaller.
 
     Args:
         program: what is to be planned.
@@ -79,39 +87,63 @@ def calibrate(
         threads: of torch on the CPU; default: as many as in this process.
         time_limit: seconds in all; None for no limit.
         progress: is told (measurements done, measurements to do).
+        again: measure all of the program's ops, and keep that instead of what the table has.
 
     Returns:
         How many keys were measured. Keys that cannot be run are remembered as such and not counted; those for which there was
         no memory are left to the next plan.
     """
-    known = [key for key in dict.fromkeys(op.key for op in program.ops) if measurable(key)]
-    wanted = {key for key in known if key not in table}
-    doubtful = {key for key in known if is_disturbed(table.get(key))}
-    if doubtful and is_quiet():
-        wanted |= doubtful
+    where = device or machine.device
+    ops = {op.key: op for op in reversed(program.ops) if measurable(op.key)}
+    doubtful = {key: figures for key in ops if (figures := table.get(key)) is not None and table.doubts(figures)}
+    wanted = {key for key in ops if again or key not in table}
+    if again:
+        table.reference.forget()
+    elif doubtful:
+        now = read_pace(where)
+        better = table.reference.is_better
+        wanted |= {key for key, figures in doubtful.items() if better(now, figures.reading, figures.disturbed)}
     found = {}
     if wanted:
-        worth = dict.fromkeys((key for key in known if key in wanted), 0.0)
+        worth = dict.fromkeys((op.key for op in program.ops if op.key in wanted), 0.0)
         for op in program.ops:
             if op.key in worth:
                 worth[op.key] += roofline(op, machine)
         keys = sorted(worth, key=lambda key: -worth[key])
-        found = measure(keys, device or machine.device, threads=threads, time_limit=time_limit, progress=progress)
-        table.update(found)
-        table.save()
-        doubtful = {key for key in known if is_disturbed(table.get(key))}
-    if doubtful:
-        warnings.warn(
-            f"{len(doubtful)} of {len(known)} ops of {program.name} were timed while other work held the cores: predicted "
-            "times are too long, and choices that rest on them may be worse; plan again when the machine is quiet",
-            stacklevel=2,
-        )
+        limits = {"threads": threads, "time_limit": time_limit}
+        found = measure(keys, where, **limits, progress=progress, reference=table.reference)
+        found = {key: with_work(figures, ops[key]) for key, figures in found.items() if is_plausible(figures, ops[key], where)}
+        if again:
+            table.replace(found)
+        else:
+            table.update(found)
+            table.save()
+    warn_of_doubts(program, table, list(ops))
     return sum(figures is not None for figures in found.values())
 
 
-def is_disturbed(figures: Figures | None) -> bool:
-    """Whether these are figures of which the time is only an upper bound."""
-    return figures is not None and figures.disturbed
+def with_work(figures: Figures | None, op: Op) -> Figures | None:
+    """The figures of an op, with what it does."""
+    return None if figures is None else figures._replace(work=work_of(op))
+
+
+def is_plausible(figures: Figures | None, op: Op, device: str) -> bool:
+    """Whether a machine of that pace can have been so fast; if not, a clock was wrong, and the op is left to the next plan."""
+    return figures is None or is_possible(figures.seconds, op.flops, op.traffic, figures.reading, device)
+
+
+def warn_of_doubts(program: Program, table: Table, known: Sequence[str]) -> None:
+    """Say how many of a program's ops have times that are upper bounds and no more."""
+    found = [figures for key in known if (figures := table.get(key)) is not None and table.doubts(figures)]
+    if not found:
+        return
+    slow = max(table.reference.slowness(figures.reading) for figures in found)
+    pace = f", or while the machine was up to {slow:.1f} times as slow as at its best" if slow > SLOW else ""
+    warnings.warn(
+        f"{len(found)} of {len(known)} ops of {program.name} were timed while other work held the cores{pace}: where like ops "
+        "take less, that is used instead, and choices that rest on them may be worse; plan again when the machine is quiet",
+        stacklevel=3,
+    )
 
 
 def measure(
@@ -122,6 +154,7 @@ def measure(
     repeats: int = 3,
     time_limit: float | None = None,
     progress: Progress | None = None,
+    reference: Reference | None = None,
 ) -> dict[str, Figures | None]:
     """Run every key on the device.
 
@@ -132,6 +165,7 @@ def measure(
         repeats: timed runs of each key at least; 2 where one run takes longer than a key's budget.
         time_limit: seconds in all; None for no limit.
         progress: is told (measurements done, measurements to do).
+        reference: the fastest that the device has been seen, which is told how fast it is now; default: nothing is known.
 
     Returns:
         For each key its figures, or None where it was tried and cannot be run: an unknown operator, an argument that no
@@ -143,7 +177,6 @@ def measure(
     """
     wanted = list(dict.fromkeys(keys))
     found: dict[str, Figures | None] = {}
-    times: dict[str, Answer] = {}
     if not wanted:
         return found
     if threads is None:
@@ -153,22 +186,17 @@ def measure(
     start = time.monotonic()
     limit = float("inf") if time_limit is None else time_limit
     with Worker(worker_command("time", device, threads, repeats)) as worker:
+        timing = Timing(worker, reference or Reference(None), start + limit * TIME_SHARE)
         for index, key in enumerate(wanted):
-            answer = worker.ask(key, start + limit * TIME_SHARE - time.monotonic())
-            if isinstance(answer, Answer):
-                times[key] = answer
-            elif answer is None:
-                found[key] = None
+            timing.ask(key)
             report(index + 1, total)
-        for key in [key for key, answer in times.items() if answer.disturbed]:
-            answer = worker.ask(key, start + limit * TIME_SHARE - time.monotonic())
-            if isinstance(answer, Answer):
-                times[key] = min(times[key], answer, key=lambda each: (each.disturbed, each.value))
+        timing.finish()
+    found |= dict.fromkeys(timing.refused)
     with Worker(worker_command("workspace", device, threads, repeats)) as worker:
-        for index, (key, taken) in enumerate(times.items()):
+        for index, (key, (taken, reading)) in enumerate(timing.times.items()):
             answer = worker.ask(key, start + limit - time.monotonic())
             if isinstance(answer, Answer):
-                found[key] = Figures(taken.value, int(answer.value), taken.disturbed)
+                found[key] = Figures(taken.value, int(answer.value), taken.disturbed, reading)
             elif answer is None:
                 found[key] = None
             report(len(wanted) + index + 1, total)
@@ -190,13 +218,6 @@ def torch_threads() -> int:
 
 LATER = "later"  # a key that a later plan may measure
 OUT_OF_MEMORY = -9  # SIGKILL: how a process ends that the system stops because memory has run out
-
-
-class Answer(NamedTuple):
-    """A worker's figure, seconds or bytes; and whether other work got in the way."""
-
-    value: float
-    disturbed: bool
 
 
 class Worker:
@@ -287,6 +308,19 @@ class Worker:
         value = answer.get("value")
         return Answer(float(value), bool(answer.get("disturbed"))) if isinstance(value, int | float) else None
 
+    def look(self, limit: float) -> Reading | None:
+        """How fast the machine is; None where the process does not say."""
+        if limit <= 0:
+            return None
+        if self.process is None:
+            self.start()
+        answer = self.exchange(b'{"look": true}', min(limit, KEY_LIMIT))
+        if answer is None:
+            self.end()
+        with suppress(KeyError, msgspec.ValidationError):
+            return msgspec.convert((answer or {})["reading"], Reading)
+        return None
+
     def exchange(self, line: bytes, limit: float) -> dict[str, Any] | None:
         """Send a line and read the answer; None where the process died or had to be killed."""
         process = self.process
@@ -315,6 +349,8 @@ def answer(request: dict[str, str], figure: Callable[[Call], tuple[float, bool]]
     Raises:
         RuntimeError: the error has broken the GPU's context, in which every later call would fail too: this process has to end.
     """
+    if "look" in request:
+        return {"reading": read_pace(request["device"])}
     if "key" not in request:
         return {"ready": True}
     try:

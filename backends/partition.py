@@ -9,7 +9,7 @@ what was saved and then the tangents, and returns one gradient, or None, for eac
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,14 +32,7 @@ from ..planner.nodes import is_call, is_pick
 from ..planner.program import Phase
 from ..planner.schedule import Free, Run, Schedule, Start
 from .codegen import Generated, get_state
-
-
-@dataclass(frozen=True)
-class Argument:
-    """What an input of a graph is to the user: `parameter`, `buffer` or `input`, and its name in the model."""
-
-    kind: str
-    name: str
+from .identity import Arguments
 
 
 @dataclass(frozen=True)
@@ -57,15 +50,23 @@ class Joint:
     returns: tuple[Any, ...]
 
 
-def describe(graph: fx.GraphModule, arguments: Sequence[Argument], forward_outputs: int, name: str, device: str) -> Joint:
+def describe(
+    graph: fx.GraphModule,
+    arguments: Arguments,
+    forward_outputs: int,
+    name: str,
+    device: str,
+    region_of: Callable[[fx.Node], int | None] = lambda cast: None,
+) -> Joint:
     """Lower a graph that AOTAutograd hands to a partitioner or to an inference compiler.
 
     Args:
         graph: left as it is.
-        arguments: what its inputs are, tangents left out; where their number differs, every input is plain.
+        arguments: what its inputs are.
         forward_outputs: how many of its outputs the forward pass returns; the gradients follow.
         name: the program's name.
         device: the type of device it runs on.
+        region_of: as for `planner.restore.merge_casts`.
 
     Raises:
         CaptureError: an op that cannot be planned.
@@ -97,6 +98,7 @@ def describe(graph: fx.GraphModule, arguments: Sequence[Argument], forward_outpu
         in_backward=False,
         trainable=set(),
         runs_on=device,
+        region_of=region_of,
     )
     outputs = tuple(value for value in returns if isinstance(value, fx.Node))
     return Joint(copied, dataclasses.replace(traced, outputs=outputs, mutations={}), returns)
@@ -110,27 +112,28 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     return copied
 
 
-def describe_inputs(nodes: list[fx.Node], arguments: Sequence[Argument]) -> dict[Any, Any]:
+def describe_inputs(nodes: list[fx.Node], arguments: Arguments) -> dict[Any, Any]:
     """Give each placeholder the descriptor of what it is to the user.
 
     Returns:
         For each descriptor that AOTAutograd gave, the one that stands in its place.
     """
-    placeholders = [node for node in nodes if node.op == "placeholder"]
-    tangents = [node for node in placeholders if isinstance(node.meta["desc"], TangentAOTInput)]
-    primals = [node for node in placeholders if not isinstance(node.meta["desc"], TangentAOTInput)]
-    known = list(arguments) if len(arguments) == len(primals) else [Argument("input", "")] * len(primals)
     renamed: dict[Any, Any] = {}
-    for index, (node, argument) in enumerate(zip(primals, known, strict=True)):
-        if argument.kind == "parameter":
+    tangents = 0
+    for index, node in enumerate(node for node in nodes if node.op == "placeholder"):
+        known = node.meta["desc"]
+        if isinstance(known, TangentAOTInput):
+            node.meta["desc"] = TangentAOTInput(output=PlainAOTOutput(idx=tangents))
+            tangents += 1
+            continue
+        argument = arguments.find(known)
+        if argument is not None and argument.kind == "parameter":
             desc: Any = ParamAOTInput(target=argument.name)
-        elif argument.kind == "buffer":
+        elif argument is not None and argument.kind == "buffer":
             desc = BufferAOTInput(target=argument.name)
         else:
             desc = PlainAOTInput(idx=index)
-        renamed[node.meta["desc"]] = node.meta["desc"] = desc
-    for index, node in enumerate(tangents):
-        node.meta["desc"] = TangentAOTInput(output=PlainAOTOutput(idx=index))
+        renamed[known] = node.meta["desc"] = desc
     return renamed
 
 
@@ -289,4 +292,4 @@ def unpack(packed: torch.Tensor) -> list[torch.Tensor]:
     return [part for part in (packed[:first].clone(), packed[first:].clone()) if part.numel()]
 
 
-__all__ = ["Argument", "Joint", "describe", "emit", "pack", "unpack"]
+__all__ = ["Joint", "describe", "emit", "pack", "unpack"]

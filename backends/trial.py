@@ -1,6 +1,7 @@
 """Real training steps in a fresh process, so that the peak of memory found is the steps' and nothing else's.
 
     python -m memplan.backends.trial < request.json      runs one `Request` and prints one `Trial`
+    python -m memplan.backends.trial --turns             the same, a step at a time, as `turns` asks for them
 
 On Linux a CPU step's peak is what the step adds to the process at its highest (VmHWM after a reset, less the resident
 size before the step) plus the tensors that were there already. On CUDA it is `max_memory_allocated`, in which cuBLAS's
@@ -27,6 +28,7 @@ import msgspec
 
 from ..planner.errors import MemplanError
 from ..planner.plan import OPTIMIZERS
+from ..planner.watch import Watch
 from .meters import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, cuda_environment, fill_heap, highest, reset_peak, resident
 
 if TYPE_CHECKING:
@@ -77,6 +79,7 @@ class Trial(msgspec.Struct, frozen=True):
         losses: the loss of each step, exactly, as `float.hex` writes it.
         gradients: a checksum of all gradients after each step, or of the parameters if `Request.in_backward`.
         copies: what a step moves to other tiers (`out`) and back (`in`), on average over the steps that are timed.
+        disturbed: how many of those other work held the cores in, where no other steps count.
     """
 
     peak: int | None
@@ -84,6 +87,20 @@ class Trial(msgspec.Struct, frozen=True):
     losses: tuple[str, ...]
     gradients: tuple[str, ...]
     copies: dict[str, Copies] = {}
+    disturbed: int = 0
+
+
+COMMAND = [sys.executable, "-P", "-m", "memplan.backends.trial"]
+
+
+def child_environment() -> dict[str, str]:
+    """Of a process that trains."""
+    return {**os.environ, **CHILD, **cuda_environment()}
+
+
+def name_of(request: Request) -> str:
+    """What an error calls a run."""
+    return f"the {'unplanned' if request.plan is None else 'planned'} run of {request.model}"
 
 
 def in_fresh_process(request: Request) -> Trial:
@@ -92,10 +109,8 @@ def in_fresh_process(request: Request) -> Trial:
     Raises:
         MemplanError: the process failed; the message has its reason.
     """
-    command = [sys.executable, "-P", "-m", "memplan.backends.trial"]
-    environment = {**os.environ, **CHILD, **cuda_environment()}
-    child = subprocess.run(command, input=msgspec.json.encode(request), env=environment, capture_output=True)
-    what = f"the {'unplanned' if request.plan is None else 'planned'} run of {request.model}"
+    child = subprocess.run(COMMAND, input=msgspec.json.encode(request), env=child_environment(), capture_output=True)
+    what = name_of(request)
     if child.returncode < 0:
         raise MemplanError(f"{what} was killed by signal {-child.returncode}: is there memory for it?")
     try:
@@ -117,64 +132,105 @@ def run(request: Request) -> Trial:
 
 def train(request: Request, model: "nn.Module", args: tuple, kwargs: dict[str, Any]) -> Trial:
     """The same for a model that is there."""
-    import torch
+    training = Training(request, model, args, kwargs)
+    training.begin_timing()
+    timed = [training.timed_step() for _ in range(request.steps + 1)][1:]
+    quiet = [seconds for seconds, disturbed in timed if not disturbed]
+    seconds = statistics.median(quiet or [seconds for seconds, _ in timed])
+    return training.trial(seconds, 0 if quiet else len(timed))
 
-    from ..planner.capture import find_loss
-    from ..planner.plan import load
 
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    kind = parameters[0].device.type if parameters else "cpu"
-    optimizer = None
-    if request.optimizer is not None:
-        # what a plan takes the optimizer's name for (`planner.optimizers.kept_by`)
-        fused = {"fused": True} if kind == "cuda" and request.optimizer in FUSED else {}
-        optimizer = getattr(torch.optim, OPTIMIZERS[request.optimizer])(parameters, lr=LEARNING_RATE, **fused)
-    given = optimizer if request.in_backward else None
-    called = model if request.plan is None else load(request.plan).apply(model, optimizer=given)
-    code = getattr(getattr(called, "forward", None), "code", None)
-    homes = getattr(code, "homes", None)
-    meter = Meter(kind)
+class Training:
+    """Steps of a model: first those for peaks, losses and gradients, when it is made; then, one by one, those for times."""
 
-    def step(number: int) -> float:
+    def __init__(self, request: Request, model: "nn.Module", args: tuple, kwargs: dict[str, Any]):
+        import torch
+
+        from ..planner.plan import load
+
+        self.request, self.model, self.inputs = request, model, (args, kwargs)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        kind = parameters[0].device.type if parameters else "cpu"
+        self.optimizer: Any = None
+        if request.optimizer is not None:
+            # what a plan takes the optimizer's name for (`planner.optimizers.kept_by`)
+            fused = {"fused": True} if kind == "cuda" and request.optimizer in FUSED else {}
+            self.optimizer = getattr(torch.optim, OPTIMIZERS[request.optimizer])(parameters, lr=LEARNING_RATE, **fused)
+        given = self.optimizer if request.in_backward else None
+        self.called = model if request.plan is None else load(request.plan).apply(model, optimizer=given)
+        self.code = getattr(getattr(self.called, "forward", None), "code", None)
+        self.homes = getattr(self.code, "homes", None)
+        self.peaks: list[int | None] = []
+        self.losses: list[str] = []
+        self.gradients: list[str] = []
+        self.timed = 0
+        self.step(0)  # compiles, fills caches, makes the optimizer's state
+        model.zero_grad(set_to_none=True)
+        self.measure(Meter(kind))
+
+    def step(self, number: int) -> float:
+        """One step; returns the loss, and so waits for the device."""
+        import torch
+
+        from ..planner.capture import find_loss
+
+        args, kwargs = self.inputs
         torch.manual_seed(number)
-        output = called(*args, **kwargs)
-        loss = find_loss(output)
+        loss = find_loss(self.called(*args, **kwargs))
         loss.backward()
-        if optimizer is not None:
-            optimizer.step()
-        return loss.item()  # waits for the device too
+        if self.optimizer is not None:
+            self.optimizer.step()
+        return loss.item()
 
-    step(0)  # compiles, fills caches, makes the optimizer's state
-    model.zero_grad(set_to_none=True)
-    resident = [*model.parameters(), *model.buffers(), *tensors((args, kwargs))]
-    resident += tensors(list(optimizer.state.values())) if optimizer is not None else []
-    storages = [tensor.untyped_storage() for tensor in resident]
-    fixed = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()) + arena_bytes(called)
-    peaks, losses, gradients = [], [], []
-    for number in range(1, request.steps + 1):
-        meter.reset()
-        losses.append(step(number).hex())
-        peaks.append(meter.peak(fixed))
-        if homes is not None:
-            homes.restore()
-        gradients.append(checksum(model, request.in_backward))
-        if homes is not None:
-            homes.begin()
-        model.zero_grad(set_to_none=True)
-    keep_freed_memory()
-    tiers = [*getattr(code, "tiers", {}).values(), *(homes.tiers.values() if homes is not None else ())]
-    for tier in tiers:
-        tier.reset()
-    seconds = []
-    for number in range(request.steps + 1):
-        began = time.perf_counter()
-        step(number)
-        seconds.append(time.perf_counter() - began)
-        model.zero_grad(set_to_none=True)
-    known = [peak for peak in peaks if peak is not None]
-    copies = {way: Copies(*(sum(getattr(tier.traffic[way], part) for tier in tiers) / len(seconds)
-                            for part in ("bytes", "busy", "stalled"))) for way in ("out", "in") if tiers}  # fmt: skip
-    return Trial(max(known, default=None), statistics.median(seconds[1:]), tuple(losses), tuple(gradients), copies)
+    def measure(self, meter: "Meter") -> None:
+        """Peaks, losses and gradients."""
+        model, homes = self.model, self.homes
+        resident = [*model.parameters(), *model.buffers(), *tensors(self.inputs)]
+        resident += tensors(list(self.optimizer.state.values())) if self.optimizer is not None else []
+        storages = [tensor.untyped_storage() for tensor in resident]
+        fixed = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()) + arena_bytes(self.called)
+        for number in range(1, self.request.steps + 1):
+            meter.reset()
+            self.losses.append(self.step(number).hex())
+            self.peaks.append(meter.peak(fixed))
+            if homes is not None:
+                homes.restore()
+            self.gradients.append(checksum(model, self.request.in_backward))
+            if homes is not None:
+                homes.begin()
+            model.zero_grad(set_to_none=True)
+
+    @property
+    def tiers(self) -> list[Any]:
+        """Where the step's copies go."""
+        homes = self.homes.tiers.values() if self.homes is not None else ()
+        return [*getattr(self.code, "tiers", {}).values(), *homes]
+
+    def begin_timing(self) -> None:
+        """From here on, the allocator is as users have it."""
+        keep_freed_memory()
+        for tier in self.tiers:
+            tier.reset()
+
+    def timed_step(self) -> tuple[float, bool]:
+        """The seconds of one step, and whether other work held the cores meanwhile. The first one warms up."""
+        with Watch() as watch:
+            began = time.perf_counter()
+            self.step(self.timed)
+            took = time.perf_counter() - began
+        self.model.zero_grad(set_to_none=True)
+        self.timed += 1
+        return took, watch.disturbed
+
+    def trial(self, seconds: float, disturbed: int) -> Trial:
+        """What was found, with what is made of the times."""
+        tiers = self.tiers
+        copies = {way: Copies(*(sum(getattr(tier.traffic[way], part) for tier in tiers) / max(self.timed, 1)
+                                for part in ("bytes", "busy", "stalled"))) for way in ("out", "in") if tiers}  # fmt: skip
+        known = [peak for peak in self.peaks if peak is not None]
+        return Trial(
+            max(known, default=None), seconds, tuple(self.losses), tuple(self.gradients), copies, disturbed
+        )  # fmt: skip
 
 
 def arena_bytes(called: Any) -> int:
@@ -266,16 +322,50 @@ class Meter:
 
 
 def main() -> None:
-    """Answer the request on standard input. What a model prints goes to standard error."""
+    """Answer the request on standard input, or those of `turns`. What a model prints goes to standard error."""
+    if "--turns" in sys.argv[1:]:
+        return serve_turns()
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
     answer: dict[str, Any]
     with redirect_stdout(sys.stderr):
         try:
             answer = msgspec.to_builtins(run(request))
         except Exception as error:  # whatever it is, the parent reports it in one line
-            kind = "" if isinstance(error, MemplanError) else f"{type(error).__name__}: "
-            answer = {"error": kind + " ".join(str(error).split())}
+            answer = reason_of(error)
     print(json.dumps(answer))
+    return None
+
+
+def serve_turns() -> None:
+    """A request on the first line of standard input; then `step` or `end` on each. Answers each line with one."""
+    from ..planner.models import load_model
+
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # a library that prints must not talk into the answers
+    training: Training | None = None
+    with redirect_stdout(sys.stderr):
+        for line in sys.stdin.buffer:
+            answer: dict[str, Any] = {}
+            try:
+                if training is None:
+                    request = msgspec.json.decode(line, type=Request)
+                    training = Training(request, *to_device(request.device, *load_model(request.model, meta=False)))
+                    training.begin_timing()
+                elif line.strip() == b"step":
+                    seconds, disturbed = training.timed_step()
+                    answer = {"seconds": seconds, "disturbed": disturbed}
+                else:
+                    answer = msgspec.to_builtins(training.trial(0.0, 0))
+            except Exception as error:  # whatever it is, the parent reports it in one line
+                answer = reason_of(error)
+            answers.write(json.dumps(answer).encode() + b"\n")
+            answers.flush()
+
+
+def reason_of(error: Exception) -> dict[str, str]:
+    """An error as an answer."""
+    kind = "" if isinstance(error, MemplanError) else f"{type(error).__name__}: "
+    return {"error": kind + " ".join(str(error).split())}
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def flatten(
             output=np.array([buffer in outputs for buffer in owned], np.bool_),
             repeatable=repeatable_until(ops),
             resident=program.resident_bytes - sum(program.buffers[buffer].bytes for buffer in homes),
-            boundary=program.boundary,
+            boundary=when.get(program.boundary, len(ops)),
             tiers=NO_TIERS if machine is None else tiers_of(machine),
             home=np.array([homes.get(buffer, 0) for buffer in owned], np.int8),
             changed_start=changed_start,

@@ -8,24 +8,33 @@ the same.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ..planner.program import Phase, Program
 
 
 @dataclass(frozen=True)
 class Reorder:
-    """Program -> an order of its ops, to be taken as the base order."""
+    """Order -> the same with what comes after the loss rearranged, to be taken as the base order."""
 
     name = "reorder"
 
-    def __call__(self, program: Program) -> list[int]:
-        """Op indices in time order: the forward pass as it was, the backward pass rearranged."""
+    def __call__(self, program: Program, order: Sequence[int] | None = None) -> list[int]:
+        """Op indices in time order: the forward pass as it was, the backward pass rearranged.
+
+        Args:
+            program: whose ops are ordered.
+            order: each op once; default: the program's own.
+        """
+        order = range(len(program.ops)) if order is None else order
         ops, made_by = program.ops, program.producer
-        waiting = {index for index, op in enumerate(ops) if op.phase is Phase.BACKWARD}
+        place = {index: at for at, index in enumerate(order)}
+        loss = place.get(program.boundary, len(order))
+        waiting = {index for index in order[loss + 1 :] if ops[index].phase is not Phase.UPDATE}
         if not waiting:
-            return list(range(len(ops)))
+            return list(order)
         readers: dict[int, int] = {}
         for index in waiting:
             for buffer in ops[index].reads:
@@ -33,6 +42,10 @@ class Reorder:
         held = set(program.outputs)
         size = [buffer.bytes if op >= 0 else 0 for buffer, op in zip(program.buffers, made_by, strict=True)]
         pending = {index: {made_by[buffer] for buffer in ops[index].reads} & waiting for index in waiting}
+        strange = {index for index in waiting if not ops[index].repeatable and not ops[index].target.startswith("aten.")}
+        ordered = sorted(strange | {index for index in waiting if ops[index].random})
+        for before, after in pairwise(ordered):  # other processes, and the stream of random numbers, count on their order
+            pending[after].add(before)
         users: dict[int, list[int]] = {}
         for index, needs in pending.items():
             for need in needs:
@@ -51,21 +64,22 @@ class Reorder:
             """Note what running a ready op would free."""
             made, freed = effect(index)
             if freed > 0:
-                freeing[index] = made, -freed, index
+                freeing[index] = made, -freed, place[index]
 
-        ready = sorted(index for index in waiting if not pending[index])
+        ready = sorted(place[index] for index in waiting if not pending[index])  # as places, and so is what is freeing
         freeing: dict[int, tuple[int, int, int]] = {}  # of the ready ops, those that free more than they make
         waits_for: dict[int, list[int]] = {}  # buffer -> ops that read it
         for index in waiting:
             for buffer in ops[index].reads:
                 waits_for.setdefault(buffer, []).append(index)
-        for index in ready:
-            consider(index)
+        for at in ready:
+            consider(order[at])
 
         def pick() -> Iterator[int]:
             while ready:
-                chosen = min(freeing.values())[2] if freeing else ready[0]
-                del ready[bisect_left(ready, chosen)]
+                at = min(freeing.values())[2] if freeing else ready[0]
+                del ready[bisect_left(ready, at)]
+                chosen = order[at]
                 freeing.pop(chosen, None)
                 pending[chosen] = {-1}  # no longer ready
                 yield chosen
@@ -74,7 +88,7 @@ class Reorder:
                 for user in users.get(chosen, ()):
                     pending[user].discard(chosen)
                     if not pending[user]:
-                        insort(ready, user)
+                        insort(ready, place[user])
                         consider(user)
                 for buffer in ops[chosen].reads:  # the last reader of a buffer is the one that frees it
                     if readers[buffer] == 1:
@@ -82,8 +96,5 @@ class Reorder:
                             if not pending[user]:
                                 consider(user)
 
-        backward = list(pick())
-        first = next(index for index, op in enumerate(ops) if op.phase is Phase.BACKWARD)
-        early = [index for index in range(len(ops)) if index < first]
-        late = [index for index in range(first, len(ops)) if ops[index].phase is not Phase.BACKWARD]
-        return [*early, *backward, *late]
+        early, late = order[: loss + 1], [index for index in order[loss + 1 :] if index not in waiting]
+        return [*early, *pick(), *late]

@@ -13,13 +13,18 @@ from ..passes.addresses import Place
 from ..passes.homes import Homes
 from ..passes.outside import LeaveOutside
 from ..passes.transfers import routes_of
-from .cost import Table, apply_costs
+from ..solvers.warm import compile_addresses, compile_planning
+from .cost import Table, apply_costs, coverage
+from .coverage import Coverage
 from .errors import BudgetError, CaptureError, MachineError, MemplanError
+from .estimate import Estimate
+from .floors import keep_floor, known_floor
+from .levers import levers_beyond, with_levers
 from .machine import Machine, named_machine
 from .pipeline import Answer, Planner
 from .plan import Counted, Plan, PlanBody, Recipe, Side, assemble, unlimited
 from .referee import referee
-from .schedule import LEVERS, check_levers
+from .schedule import LEVERS, Run, check_levers
 from .units import parse_bytes, shorten
 
 if TYPE_CHECKING:
@@ -67,7 +72,8 @@ def plan(
         allow: which levers may be used, out of "recompute", "reorder" and "offload"; default: "recompute" and "reorder".
             Offload moves activations to the tiers behind the device: the host's memory for a GPU, a file for a CPU (in
             `MEMPLAN_OFFLOAD`, or else beside the measurements).
-        time_limit: seconds for measuring and planning together, at most.
+        time_limit: seconds for measuring and planning together, at most; not counted is the compiling of the solvers, which
+            the first plan on a machine waits for.
         seed: of the search.
         arena: plan an address for every tensor that the step makes and keeps to itself: applied, the plan runs in one
             arena, made once, and fits the budget with it. Gradients and outputs are the caller's and lie beside it.
@@ -177,8 +183,9 @@ class Session:
         if progress is not None:
             progress("tracing the model", 0.0)
         began = time.monotonic()
-        self.time_limit = float(time_limit)
+        self.time_limit, self.progress, self.compile_seconds = float(time_limit), progress, 0.0
         self.lend_gradients = lend_gradients
+        self.optimizer = optimizer
         self.captured: Captured = capture(
             model, args, dict(kwargs or {}), train=train, loss=loss, optimizer=optimizer, in_backward=optimizer_in_backward,
             device=traced_device(known), runs_on=None if known is None else known.device,
@@ -193,19 +200,23 @@ class Session:
             counted=counted(model, optimizer, self.captured.program.device if known is None else known.device),
         )
         real = known is None and all(value.device.type != "meta" for value in model.parameters())
-        table = None
+        table, spoilt = None, False
+        self.smallest: dict[bool, Side | None] = {}  # the smallest schedule known, with an arena and without
+        self.placed: tuple[Any, Side] | None = None  # a schedule, and the same with addresses
         self.offload = "offload" in levers
+        self.allowed = frozenset(levers)
         if known is None:
-            from .local import device_key, local_machine
+            from .local import device_key, doubts_rates, local_machine
 
             known = local_machine(self.captured.program.device, offload=self.offload)
             if machine not in (None, "local", known.name):
                 raise MachineError(f"machine={machine!r}, but the model is on {known.device}: move it, or ask for 'local'")
-            table = Table(device_key(self.captured.program.device))
+            table, spoilt = Table(device_key(known.device)), doubts_rates(known.device)
             if real:
                 self.measure(known, table, progress)
         began = time.monotonic()
         known = self.machine = limit_tiers(known, host_budget)
+        self.table, self.spoilt = table, spoilt
         program = apply_costs(self.captured.program, known, table)
         routes = routes_of(known) if self.offload else []
         self.planner = Planner(
@@ -224,14 +235,25 @@ class Session:
 
         calibrate(self.captured.program, machine, table, time_limit=self.left(), progress=tell)
 
+    def covered(self, side: Side) -> Coverage:
+        """How much of a schedule's time was measured."""
+        runs = [step.op for step in side.schedule.instructions if isinstance(step, Run)]
+        alike = 0 if self.table is None else Estimate(self.table.samples(), self.machine).ops
+        return coverage(side.program, self.table, runs, alike, self.spoilt)
+
     def left(self) -> float:
         """Seconds that are left: of the first plan's time limit what measuring has not taken, of a later one's all."""
         return self.time_limit if self.began is None else max(0.0, self.began + self.time_limit - time.monotonic())
 
     def begin(self, arena: bool = False) -> Planner:
-        """The planner, which is told when to end."""
+        """The planner, which is told when to end; what has to be compiled first takes none of its time."""
+        took = compile_planning(self.progress) + (compile_addresses(self.progress) if arena else 0.0)
+        self.compile_seconds += took
+        if self.began is not None:
+            self.began += took
         planner = self.static_planner if arena else self.planner
         planner.deadline = time.monotonic() + self.left()
+        planner.known = None if arena else self.known(False)
         return planner
 
     @cached_property
@@ -239,7 +261,8 @@ class Session:
         """Plans steps that run in an arena."""
         from ..backends.arena import with_transients
 
-        return dataclasses.replace(self.planner, program=with_transients(self.planner.program, lent=self.lent), homes=())
+        program = with_transients(self.planner.program, lent=self.lent)
+        return dataclasses.replace(self.planner, program=program, homes=(), known=None)
 
     @cached_property
     def lent(self) -> tuple[int, ...]:
@@ -248,10 +271,39 @@ class Session:
 
         return lendable(self.captured.traced) if self.lend_gradients else ()
 
-    @cached_property
+    @property
     def static_floor(self) -> Side:
         """The smallest schedule known, in an arena."""
-        return self.place(self.static_planner.floor)
+        side = self.static_planner.floor
+        if self.placed is None or self.placed[0] is not side.schedule:
+            self.placed = side.schedule, self.place(side)
+        known = self.known(True)
+        return min([self.placed[1], *([] if known is None else [known])], key=lambda side: side.peak)
+
+    def known(self, arena: bool) -> Side | None:
+        """The smallest schedule that earlier plans have found, in this process or another."""
+        from ..backends.arena import with_transients
+
+        if arena not in self.smallest:
+            program, machine = self.planner.program, self.machine
+            self.smallest[arena] = known_floor(
+                program, machine, self.allowed, self.planner.homes, self.kind_of(arena),
+                lambda schedule: with_transients(program, schedule.outside, self.lent) if arena else program,
+            )  # fmt: skip
+        return self.smallest[arena]
+
+    def kind_of(self, arena: bool) -> str:
+        """What schedules with an arena, or without, are kept as."""
+        return f"arena {self.lent}" if arena else ""
+
+    def note(self, side: Side, arena: bool) -> int:
+        """Keep a schedule if none as small is known. Returns the bytes of the smallest."""
+        known = self.known(arena)
+        if known is not None and known.peak <= side.peak:
+            return known.peak
+        self.smallest[arena] = side
+        keep_floor(side, self.planner.program, self.machine, self.allowed, self.kind_of(arena))
+        return side.peak
 
     def place(self, side: Side) -> Side:
         """A schedule with addresses, and what the referee says of it."""
@@ -264,7 +316,16 @@ class Session:
         schedule, _ = Place()(program, self.machine, left)
         return Side(program, schedule, referee(program, unlimited(self.machine), schedule))
 
-    def solve_placed(self, budget: int) -> tuple[Answer, int]:
+    def levers(self, arena: bool, strategy: str | None) -> dict[str, int]:
+        """What is not allowed and would take less than the smallest step known, estimated in bytes."""
+        planner = self.planner if strategy is None else dataclasses.replace(self.planner, reorder=True)
+        found = levers_beyond(planner, self.captured.traced, self.optimizer, self.machine.device)
+        if not arena:
+            return found
+        without = {f"{name} and no arena": size for name, size in found.items()}
+        return {"no arena": planner.search.descent.peak if planner.recompute or planner.moves else planner.kept.peak} | without
+
+    def solve_placed(self, budget: int) -> tuple[Answer, Side]:
         """A plan whose arena and what lies beside it fit a budget: planned for less until they do; and the smallest known.
 
         Raises:
@@ -279,11 +340,11 @@ class Session:
             side = self.place(answer.side)
             if side.peak <= budget:
                 bound = min(planner.bound(budget), answer.bound, side.time)
-                return Answer(side, bound), min(self.static_floor.peak, side.peak)
+                return Answer(side, bound), min(self.static_floor, side, key=lambda each: each.peak)
             target -= side.peak - budget + number * budget // 200  # a little more each time, for the next one differs
         floor = self.static_floor
         if floor.peak <= budget:
-            return Answer(floor, min(planner.bound(budget), floor.time)), floor.peak
+            return Answer(floor, min(planner.bound(budget), floor.time)), floor
         raise planner.refuse(budget, floor)
 
     def plan(self, budget: int | str | None, arena: bool = False, strategy: str | None = None) -> Plan:
@@ -294,20 +355,26 @@ class Session:
             raise MemplanError("strategy='memo' has no addresses: plan without arena")
         if self.lend_gradients and not arena:
             raise MemplanError("lend_gradients=True lends gradients that lie in an arena: plan with arena=True")
-        began = time.monotonic()
         planner, self.began = self.begin(arena), None
+        began = time.monotonic()
         unplanned = planner.unplanned
         capacity = self.machine.tiers[0].capacity
         asked = None if budget is None else parse_bytes(budget, of=unplanned.peak)
         limit = min(asked if asked is not None else capacity, capacity)
-        if arena:
-            answer, minimum = self.solve_placed(limit)
-        elif strategy:
-            answer = planner.solve_memo(limit)
-            minimum = answer.side.peak
-        else:
-            answer = planner.solve(limit)
-            minimum = min(planner.floor.peak, answer.side.peak)
+        try:
+            if arena:
+                answer, lowest = self.solve_placed(limit)
+                minimum = self.note(lowest, arena)
+            elif strategy:
+                answer = planner.solve_memo(limit)
+                minimum = answer.side.peak
+            else:
+                answer = planner.solve(limit)
+                minimum = self.note(min(planner.quick_floor, answer.side, key=lambda each: each.peak), arena)
+        except BudgetError as error:
+            if strategy is None:
+                self.note(self.static_floor if arena else planner.floor, arena)
+            raise with_levers(error, limit, self.levers(arena, strategy)) from None
         body = PlanBody(
             program=answer.side.program,
             machine=self.machine,
@@ -319,6 +386,8 @@ class Session:
             minimum=minimum,
             capture_seconds=self.capture_seconds,
             solve_seconds=time.monotonic() - began + self.solve_began,
+            compile_seconds=self.compile_seconds,
+            coverage=self.covered(answer.side),
         )
         return assemble(body, answer.side, unplanned, self.captured)
 

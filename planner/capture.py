@@ -10,9 +10,9 @@ at their values takes the branch that it takes in eager mode.
 import inspect
 import threading
 import weakref
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,17 +20,26 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from .callers import noting_callers
 from .casts import cached_casts
 from .constants import Constants
 from .errors import CaptureError
 from .graph import Traced, lower
+from .hooks import no_observers
 from .inputs import Place, TensorFacts, check_leaf, children_of, facts, places_of
 from .optimizers import check_alone, kept_by
+from .plain_calls import noted_seeds
 from .plan import Counted
 from .program import Program
-from .standins import fake, fake_parameters, kept_tensors, named_tensors
+from .reach import Held, reach
+from .reached import check_gradients, reached
+from .reads import Fact, Log, facts_read
+from .rebinding import Rebinding, check_rebound, shares
+from .standins import fake, fake_parameters, named_tensors
+from .state import Change, Snapshot, refuse_drawing, untouched
 from .structure import Structure
 from .tracing import in_words, trace
+from .writes import Collector, Made, Write, WriteBack, built_once, merged, needs_second, same_graph
 
 PLAIN = bool | int | float | str | None
 TRACING = threading.RLock()  # tracing changes torch's tables and the model's
@@ -72,6 +81,9 @@ class Captured:
         model: a weak reference to the model that was traced.
         structure: what it was like.
         loss: the caller's loss function, if there is one.
+        reads: what of the model, beside its tensors, forward has read.
+        writes: what it stores, at every call.
+        stored: of traced outputs that are no outputs of the model's the name of what they are stored in.
     """
 
     program: Program
@@ -86,6 +98,9 @@ class Captured:
     model: weakref.ref[nn.Module]
     structure: Structure
     loss: Callable[[Any], torch.Tensor] | None
+    reads: tuple[Fact, ...] = ()
+    writes: tuple[Write, ...] = ()
+    stored: dict[int, str] = field(default_factory=dict)
 
 
 class _Step(nn.Module):
@@ -103,15 +118,26 @@ class _Step(nn.Module):
         self.output_spec: pytree.TreeSpec | None = None
         self.loss_leaf: int | None = None
         self.plain: frozenset[int] = frozenset()
-        self.replaced: list[tuple[str, torch.Tensor]] = []
+        self.found: list[Held] = []
+        self.log = Log([])
+        self.changes: list[Change] = []
+        self.writes: list[Write] = []
+        self.stored: dict[int, str] = {}
+        self.assigned: list[str] = []  # names of parameters and buffers whose `.data` was assigned to
+        self.attached: frozenset[int] = frozenset()  # what of the stored has to carry a gradient to the loss
+        self.reentrant = False  # a Function calls `backward()` in its backward pass
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         spec, fixed, train, own_loss = self.call
         rest = iter(tensors)
         leaves = [fixed[index] if index in fixed else next(rest) for index in range(spec.num_leaves)]
         args, kwargs = pytree.tree_unflatten(leaves, spec)
-        with cached_casts(self.mode, self.caches), kept_tensors(self.model) as self.replaced:
-            output = self.model.forward(*args, **kwargs)  # not its hooks: they run around the planned forward
+        before = Snapshot(self.found)
+        try:
+            output = self.call_model(args, kwargs)
+            self.changes = before.changes()
+        finally:
+            before.restore()
         flat, self.output_spec = pytree.tree_flatten(output)
         found: list[torch.Tensor] = []
         kept, plain = [], set()
@@ -135,8 +161,33 @@ class _Step(nn.Module):
                     advice = "set model.config.use_cache = False"
                 kind = type(leaf).__name__
                 raise CaptureError(f"the model returns a {kind}, of which memplan cannot see the tensors; {advice}")
+        self.collect(list(tensors), found, flat, plain)
         self.outputs, self.plain = tuple(kept), frozenset(plain)
         return tuple(found)
+
+    def call_model(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What the model returns."""
+        buffers = dict(self.model.named_buffers())
+        rebinding = Rebinding(self.model)
+        self.assigned = rebinding.assigned
+        with noting_callers(self.model), cached_casts(self.mode, self.caches), self.log.reading(), rebinding:
+            output = self.model.forward(*args, **kwargs)  # not its hooks: they run around the planned forward
+        check_rebound(self.model, buffers)
+        return output
+
+    def collect(self, inputs: list[torch.Tensor], found: list[torch.Tensor], flat: list[Any], plain: set[int]) -> None:
+        """What the model has stored; tensors that it does not return are added to what is found."""
+        collector = Collector(self.model, inputs, found, flat, {id(held.thing) for held in self.found})
+        self.writes = collector.collect(self.changes)
+        self.stored = {}
+        for name, value in zip(collector.extra, collector.extra_tensors, strict=True):
+            self.stored[len(found)] = name
+            if not value.requires_grad:
+                plain.add(len(found))
+            value = value if len(found) in self.attached else value.detach()
+            others = [*found, *inputs, *(tensor for _, tensor in named_tensors(self.model))]
+            alone = value._base is None and not any(shares(value, other) for other in others)
+            found.append(value if alone else value.clone())
 
 
 @dataclass(frozen=True)
@@ -251,27 +302,61 @@ def capture(
     updated = trainable(model, optimizer)
     counted = None if optimizer is None or not train else count_optimizer(
         model, optimizer, updated, runs_on or device, in_backward)  # fmt: skip
-    with TRACING, fake_parameters(model, mode, device) as names, ExitStack() as stack:
-        joint = trace(step, inputs, mode, train, stack)
-        loss_cost = trace_loss(step, joint.graph_module, loss, mode) if train and loss is not None else None
-        check_replaced(joint.graph_module, step.replaced)
-        if loss_cost is not None:
-            check_reached(joint.graph_module, loss_cost, step.plain)
-        stack.enter_context(in_words("plan what was traced"))
-        traced = lower(
-            joint.graph_module,
-            name=type(model).__name__,
-            device=device,
-            parameter_name=lambda target: names.get(target.removeprefix("model."), target.removeprefix("model.")),
-            input_leaf=lambda index: tensor_leaves[index],
-            train=train,
-            loss=loss_cost,
-            optimizer=counted,
-            in_backward=in_backward,
-            trainable=updated,
-            runs_on=runs_on or device,
-            region_of=mode.region_of,
-        )
+
+    def as_eager(other: Constants) -> tuple[_Step, list[torch.Tensor]]:
+        """The same step and inputs of another mode."""
+        given = [fake(other, leaf, device) for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        made = _Step(model, other, spec, fixed, train, loss is not None)
+        made.found, made.log, made.attached = step.found, Log(step.found), step.attached
+        return made, given
+
+    def parameter_name(target: str) -> str:
+        """The first of a parameter's names."""
+        return names.get(target.removeprefix("model."), target.removeprefix("model."))
+
+    seeds: list[str] = []
+    with TRACING, untouched(model, loss) as (step.found, randomness):
+        while True:
+            step.log = Log(step.found)
+            known = reached(model, device, as_eager) if train else None
+            step.reentrant = known is not None and known.reentrant
+            with ExitStack() as stack:
+                names = stack.enter_context(fake_parameters(model, mode, device))
+                stack.enter_context(nullcontext() if train else no_observers(model))
+                with noted_seeds(seeds), told_of(step):
+                    joint = trace(step, inputs, mode, train, stack, step.reentrant)
+                refuse_drawing(randomness.moved())
+                check_replaced(joint.graph_module, step.changes)
+                writes, reads = settle_writes(step, joint.graph_module, inputs, mode, train)
+                loss_cost = trace_loss(step, joint.graph_module, loss, mode) if train and loss is not None else None
+                wanted = step.stored.keys() & gradients_of(loss_cost) - step.plain if loss_cost is not None else set()
+                if wanted and not step.attached:
+                    step.attached = frozenset(wanted)  # the loss reads them: a gradient is to pass
+                    continue
+                mode.note_values(joint.graph_module)
+                if loss_cost is not None:
+                    check_reached(joint.graph_module, loss_cost, step.plain)
+                if known is not None:
+                    check_gradients(
+                        joint.graph_module, known, parameter_name, lambda index: leaf_names(model, spec)[tensor_leaves[index]]
+                    )
+                stack.enter_context(in_words("plan what was traced"))
+                traced = lower(
+                    joint.graph_module,
+                    name=type(model).__name__,
+                    device=device,
+                    parameter_name=parameter_name,
+                    input_leaf=lambda index: tensor_leaves[index],
+                    train=train,
+                    loss=loss_cost,
+                    optimizer=counted,
+                    in_backward=in_backward,
+                    trainable=updated,
+                    runs_on=runs_on or device,
+                    region_of=mode.region_of,
+                )
+                break
+    check_seeds(traced.program, seeds)
     assert step.output_spec is not None
     return Captured(
         program=traced.program,
@@ -292,19 +377,101 @@ def capture(
         model=weakref.ref(model),
         structure=structure,
         loss=loss,
+        reads=tuple(reads),
+        writes=tuple(on_leaves(writes, tensor_leaves)),
+        stored=step.stored,
     )
 
 
-def check_replaced(graph: fx.GraphModule, replaced: list[tuple[str, torch.Tensor]]) -> None:
+@contextmanager
+def told_of(step: "_Step") -> Iterator[None]:
+    """Say which parameter it is that forward gives other contents although its gradients need the old ones."""
+    try:
+        yield
+    except CaptureError as error:
+        if step.assigned and "modified by an inplace operation" in str(error):
+            raise CaptureError(f"the model assigns to {step.assigned[0]}.data after it has computed with it, and its gradients "
+                               "need the old contents: assign before") from error  # fmt: skip
+        raise
+
+
+def settle_writes(
+    step: "_Step", graph: fx.GraphModule, inputs: list[torch.Tensor], mode: Constants, train: bool
+) -> tuple[list[Write], list[Fact]]:
+    """What forward stores at every call, and what it reads that it does not store.
+
+    Raises:
+        CaptureError: the call after the first would do something else.
+    """
+    writes, changes, found = step.writes, step.changes, step.found
+    first = Snapshot(found)
+    written = {(id(change.held.thing), change.key) for change in changes}
+    reads = facts_read(step.log, found, written)
+    if not needs_second(writes, changes, step.log.seen):
+        return writes, reads
+    stored, outputs = step.stored, output_nodes(graph, "PlainAOTOutput")
+    try:
+        WriteBack(tuple(writes), [step.model]).store(lambda made: stand_in(step.model, made, outputs, inputs, mode))
+        step.found = reach(step.model)
+        try:
+            with ExitStack() as stack:
+                again = trace(step, inputs, mode, train, stack, step.reentrant)
+        except CaptureError as error:
+            raise CaptureError(built_once(writes)) from error
+        settled = merged(writes, step.writes)
+        if not same_graph(graph, again.graph_module) or step.stored.keys() != stored.keys():
+            raise CaptureError(built_once(writes))
+    finally:
+        first.restore()
+        step.found = found
+    step.writes, step.changes, step.stored = settled, changes, stored
+    return settled, reads
+
+
+def stand_in(model: nn.Module, made: Made, outputs: list[fx.Node], inputs: list[torch.Tensor], mode: Constants) -> torch.Tensor:
+    """A tensor of the tracer's for one that a first call has stored."""
+    if made.kind == "named":
+        return dict(named_tensors(model))[made.name]
+    like = inputs[made.index] if made.kind == "input" else outputs[made.index].meta["val"]
+    with mode:
+        return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
+
+
+def on_leaves(writes: list[Write], tensor_leaves: list[int]) -> list[Write]:
+    """Writes whose inputs are numbered as leaves of the call."""
+    return [replace(write, leaves=tuple(replace(leaf, index=tensor_leaves[leaf.index])
+                    if isinstance(leaf, Made) and leaf.kind == "input" else leaf for leaf in write.leaves))
+            for write in writes]  # fmt: skip
+
+
+def gradients_of(loss: fx.GraphModule) -> set[int]:
+    """The inputs of a loss's graph to which it sends a gradient."""
+    output = next(node for node in loss.graph.nodes if node.op == "output")
+    pairs = zip(output.args[0], output.meta["desc"], strict=True)
+    return {desc.grad_of.idx for node, desc in pairs if node is not None and type(desc).__name__ == "GradAOTOutput"}
+
+
+def check_replaced(graph: fx.GraphModule, changes: list[Change]) -> None:
     """Refuse a model that reads a plain tensor and puts another in its place: a plan would read the old one ever after.
 
     Raises:
         CaptureError: which.
     """
     found = [getattr(graph, str(node.target)) for node in graph.graph.find_nodes(op="get_attr")]
-    for key, value in replaced:
-        if any(value is constant for constant in found):
-            raise CaptureError(f"the model changes {key}, a tensor that is no buffer: use register_buffer")
+    for change in changes:
+        if any(change.before is constant for constant in found):
+            raise CaptureError(f"the model changes {change.name}, a tensor that is no buffer: use register_buffer")
+
+
+def check_seeds(program: Program, seeds: list[str]) -> None:
+    """Refuse a model that draws random numbers and sets the state of a generator: a planned step would only do the first.
+
+    Raises:
+        CaptureError: where.
+    """
+    if seeds and any(op.random for op in program.ops):
+        raise CaptureError(f"the model sets the state of a random generator at {seeds[0]}, which a planned step would not "
+                           "repeat: set it outside of the model, or give it what is drawn as an input")  # fmt: skip
 
 
 def check_reached(graph: fx.GraphModule, loss: fx.GraphModule, plain: frozenset[int]) -> None:
@@ -360,7 +527,8 @@ def trace_loss(
         def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
             flat = [tensors[leaf.index] if isinstance(leaf, _Leaf) else leaf for leaf in step.outputs]
             assert step.output_spec is not None
-            value = loss(pytree.tree_unflatten(flat, step.output_spec))
+            with stored_for_loss(step, tensors):
+                value = loss(pytree.tree_unflatten(flat, step.output_spec))
             if not isinstance(value, torch.Tensor) or value.dim() != 0:
                 shape = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
                 raise CaptureError(f"the loss function returns {shape}, not a scalar tensor: reduce it, as with .mean()")
@@ -371,11 +539,28 @@ def trace_loss(
 
     inputs = []
     with mode:
-        for value in values:
+        for index, value in enumerate(values):
             copy = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-            inputs.append(copy.requires_grad_(value.is_floating_point()))
+            plain = index in step.stored and index in step.plain
+            inputs.append(copy.requires_grad_(value.is_floating_point() and not plain))
     with ExitStack() as stack:
         return trace(Loss(), inputs, mode, True, stack).graph_module
+
+
+@contextmanager
+def stored_for_loss(step: "_Step", tensors: tuple[torch.Tensor, ...]) -> Iterator[None]:
+    """While the loss is computed the model holds what its forward has stored."""
+    before = Snapshot(step.found)
+    known = dict(named_tensors(step.model))
+    try:
+        rows = [
+            write for write in step.writes if all(not isinstance(leaf, Made) or leaf.kind != "input" for leaf in write.leaves)
+        ]
+        WriteBack(tuple(rows), [step.model]).store(
+            lambda made: tensors[made.index] if made.kind == "output" else known[made.name])  # fmt: skip
+        yield
+    finally:
+        before.restore()
 
 
 def output_nodes(graph: fx.GraphModule, kind: str) -> list[fx.Node]:

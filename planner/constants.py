@@ -11,14 +11,16 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, disable_fake_tensor_cache
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .layouts import IN_32_BITS, UNCACHED, real_stride
+from .layouts import IN_32_BITS, RECURRENT, UNCACHED, real_stride, recurrent_scratch
 from .nodes import is_view
 
 CONSTANT_ELEMENTS = 1 << 20  # constants larger than this are not evaluated while tracing
 CONSTANT_ROW = 1 << 23  # but positions, which lie along one dimension, are up to this size
 GROUPED = getattr(getattr(torch.ops.aten, "_grouped_mm", None), "default", None)
+LIFTS = {torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default}  # of a tensor written out in the code
 FACTORIES = {"arange", "ones", "zeros", "full", "scalar_tensor", "eye"}
 
 
@@ -47,6 +49,8 @@ class Constants(FakeTensorMode):
         region: the region that the model is called in; None where it is in none.
         asked: whether the model itself is asking for a cast.
         stores: for the storage of a tensor without values, by its identity: itself, and the fake one that stands in for it.
+        known: of real tensors that the model holds, by the identity of their storage: the storage, and the fake tensor that
+            was made first of those in it.
     """
 
     def __init__(self) -> None:
@@ -55,6 +59,7 @@ class Constants(FakeTensorMode):
         self.region = 0 if autocast_depth() else None
         self.asked = False
         self.stores: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+        self.known: dict[int, tuple[torch.UntypedStorage, FakeTensor]] = {}
 
     def may_turn_const(self, t: torch.Tensor) -> bool:
         return is_small(t) and not isinstance(t, FakeTensor) and t.device.type != "meta"
@@ -64,8 +69,12 @@ class Constants(FakeTensorMode):
             return self.grouped_product(*args, **(kwargs or {}))
         if any(not isinstance(value, FakeTensor) for value in written(func, args)):
             raise Refusal("the model changes a tensor that is no buffer: use register_buffer")
+        if func not in LIFTS:
+            args, kwargs = pytree.tree_map_only(torch.Tensor, self.stand_in, (args, kwargs or {}))
         if args and isinstance(args[0], FakeTensor) and args[0].constant is not None and is_view(func):
             return self.view_of_constant(func, types, args, kwargs or {})
+        if "fused_moving_avg_obs" in getattr(func, "_opname", ""):
+            check_observed(list(args), bool((kwargs or {}).get("per_row_fake_quant")))
         with disable_fake_tensor_cache(self) if func in UNCACHED else nullcontext():
             out: Any = super().dispatch(func, types, args, kwargs or {})
         stride = real_stride(func, args, out)
@@ -74,6 +83,13 @@ class Constants(FakeTensorMode):
         if func in IN_32_BITS:
             wide = {id(item): self.empty(types, item, item.stride(), torch.float32) for item in out}
             out = tuple(wide[id(item)] for item in out)  # one of them is there twice
+        if func is RECURRENT and torch.is_grad_enabled():
+            with _disable_current_modes():
+                shapes = tuple(tuple(value.shape) for value in args[:7])
+                rest = tuple(tuple(value) if isinstance(value, list) else value for value in args[7:])
+                size = recurrent_scratch(shapes, args[0].dtype, rest)
+            facts = {"dtype": torch.uint8, "device": args[0].device}
+            out = (*out[:3], super().dispatch(torch.ops.aten.empty.memory_format, types, ([size],), facts))
         if getattr(func, "namespace", "") == "aten" and func._opname in FACTORIES and isinstance(out, FakeTensor):
             plain = not any(isinstance(arg, torch.Tensor) for arg in args)
             if plain and is_small(out):
@@ -84,6 +100,43 @@ class Constants(FakeTensorMode):
             storage = out.untyped_storage()  # regions inside the model cannot be told apart: each cast has its own
             self.casts[storage._cdata] = storage, len(self.casts) + 1 if self.region is None else self.region
         return out
+
+    def stand_in(self, value: torch.Tensor) -> torch.Tensor:
+        """A fake tensor for a real one: tensors that share a storage have fake ones that do, else a view would pass for a copy.
+
+        Raises:
+            Refusal: a sparse or a quantized tensor.
+        """
+        if isinstance(value, FakeTensor):
+            return value
+        if value.layout is not torch.strided or value.is_quantized:
+            kind = "quantized" if value.is_quantized else "sparse"
+            raise Refusal(f"the model holds a {kind} tensor, and memplan plans dense ones: make it dense "
+                          f"(.{'dequantize' if value.is_quantized else 'to_dense'}()) before planning")  # fmt: skip
+        storage = value.untyped_storage()
+        if storage._cdata not in self.known:
+            with _disable_current_modes():
+                made = self.from_tensor(value.detach(), static_shapes=True)
+            self.known[storage._cdata] = storage, made
+        base = self.known[storage._cdata][1]
+        if facts_of_view(base) == facts_of_view(value) and base.requires_grad == value.requires_grad:
+            return base
+        with no_dispatch():
+            meta = torch.empty(0, dtype=value.dtype, device="meta")
+            meta.set_(base.untyped_storage(), value.storage_offset(), value.shape, value.stride())
+            made = FakeTensor(self, meta, value.device)
+        if value.is_conj():
+            torch._C._set_conj(made, True)
+        if value.is_neg():
+            torch._C._set_neg(made, True)
+        return made
+
+    def note_values(self, graph: fx.GraphModule) -> None:
+        """Give a graph's nodes of real tensors the fake ones that stood for them, whose storages their views share."""
+        for node in graph.graph.find_nodes(op="get_attr"):
+            value = getattr(graph, str(node.target))
+            if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor):
+                node.meta["val"] = self.stand_in(value)
 
     def empty(self, types: Any, like: torch.Tensor, stride: tuple[int, ...], dtype: torch.dtype) -> Any:
         """A fake tensor of another's shape and device, in new memory."""
@@ -114,6 +167,26 @@ class Constants(FakeTensorMode):
 
         with self:
             return make(one, two, offsets, out_dtype)
+
+
+def check_observed(args: list[Any], by_row: bool = False) -> None:
+    """Refuse a fake quantisation by channel that has not seen a batch: its kernel makes its buffers larger then.
+
+    Args:
+        args: of the kernel, by position: the value, two switches, the smallest value seen so far, ..., the axis of channels.
+        by_row: whether it works by channel, where that is not the next of them.
+
+    Raises:
+        Refusal: its buffers are not of the channels' number yet.
+    """
+    if (args[11] if len(args) > 11 else by_row) and args[3].numel() != args[0].shape[args[10]]:
+        raise Refusal("a fake quantisation has seen no batch yet, and its buffers take their size from the first: call the "
+                      "model once before planning")  # fmt: skip
+
+
+def facts_of_view(value: torch.Tensor) -> tuple:
+    """What tells two tensors of one storage apart."""
+    return value.shape, value.stride(), value.storage_offset(), value.dtype, value.device, value.is_conj(), value.is_neg()
 
 
 def autocast_depth() -> int:

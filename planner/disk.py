@@ -55,6 +55,17 @@ class DiskRates(msgspec.Struct, frozen=True):
         """Whether a plan can rest on the figures."""
         return min(self.write, self.read, self.write_duplex, self.read_duplex) > 0
 
+    def better(self, other: "DiskRates") -> "DiskRates":
+        """The better of each figure: what disturbs a probe only makes it worse."""
+        return DiskRates(
+            max(self.write, other.write),
+            max(self.read, other.read),
+            min(self.write_load, other.write_load),
+            min(self.read_load, other.read_load),
+            max(self.write_duplex, other.write_duplex),
+            max(self.read_duplex, other.read_duplex),
+        )
+
 
 def offload_directory() -> Path:
     """Where a step's files lie: `$MEMPLAN_OFFLOAD`, or `offload` beside the measurements. Made for this user alone.

@@ -10,11 +10,13 @@ class BudgetError(MemplanError, ValueError):
 
     Attributes:
         minimum: the smallest budget known to work, in bytes; None where the budget could not be read.
+        levers: what is not allowed and would take less, such as "optimizer_in_backward and offload" -> bytes, estimated.
     """
 
-    def __init__(self, message: str, minimum: int | None = None):
+    def __init__(self, message: str, minimum: int | None = None, levers: dict[str, int] | None = None):
         super().__init__(message)
         self.minimum = minimum
+        self.levers = levers or {}
 
 
 class CaptureError(MemplanError):

@@ -11,17 +11,38 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import fx
 
+from .callers import callers
 from .errors import CaptureError
 from .in_place import InPlace, in_place_form
-from .nodes import call_key, closure, cost_of_graph, count_flops, encode, is_call, is_random, is_tensor, results, span, unpicked
+from .nodes import (
+    call_key,
+    closure,
+    cost_of_graph,
+    count_flops,
+    encode,
+    in_flight,
+    is_call,
+    is_known,
+    is_random,
+    is_tensor,
+    results,
+    span,
+    unpicked,
+)  # fmt: skip
 from .optimizers import rows_of, update_op, update_ops
 from .program import Buffer, Kind, Op, Phase, Program
 from .restore import merge_casts, restore_dropout, sum_tied
 
 # BatchNorm in training mode reads the running statistics only to update them: its other results do not depend on them.
 STATISTICS = {"aten._native_batch_norm_legit_functional.default": (3, 4)}
+
+# Its state could be set by the model itself at each call, and would have to be put back for a repetition.
+GENERATOR = (
+    "the model draws from a torch.Generator that it is given (generator=): leave that out, or pass what is drawn as an input"
+)
 
 
 @dataclass(frozen=True)
@@ -136,11 +157,19 @@ class _Lowering:
         self.by_storage: dict[int, int] = {}
         self.sources: dict[fx.Node, Source] = {}
         self.resident: set[int] = set()  # buffers of sources, tangents among them
+        # what an operator of unknown kin has made or read: it may share memory with its operands, or still be at work on them
+        self.unsure = {
+            item.untyped_storage()._cdata
+            for node in graph.graph.nodes
+            if is_call(node) and not is_known(node)
+            for item in pytree.tree_leaves([arg.meta.get("val") for arg in (node, *node.all_input_nodes)])
+            if isinstance(item, torch.Tensor)
+        }
         self.in_place: dict[tuple[int, int], InPlace] = {}
         self.mutations: dict[int, tuple[Source, fx.Node]] = {}
         self.updates: dict[int, tuple[tuple[str, fx.Node], ...]] = {}
         self.states: dict[int, tuple[str, int]] = {}
-        self.where = ""
+        self.where: dict[fx.Node, str] = {}
 
     def run(
         self, name: str, train: bool, loss: Any, optimizer: Any, in_backward: bool, trainable: set[str], runs_on: str
@@ -160,6 +189,7 @@ class _Lowering:
             if node.op in ("placeholder", "get_attr"):
                 self.add_source(node, train)
         tangents = [node for node, source in self.sources.items() if source.kind == "tangent"]
+        self.where = callers(self.graph.graph)
         early, late = split(self.graph.graph, [*outputs, *(node for node, _ in changes)])
         changed = {self.owner[self.find(desc)] for _, desc in changes}
         for node in early:
@@ -212,6 +242,8 @@ class _Lowering:
         value = node.meta.get("val")
         if node.op == "get_attr":
             constant = getattr(self.graph, str(node.target))
+            if isinstance(constant, torch.Generator):
+                raise CaptureError(GENERATOR)
             if train and getattr(constant, "requires_grad", False):
                 raise CaptureError("the model uses a tensor that wants a gradient and is not one of its parameters: register "
                                    "it (nn.Parameter, nn.ParameterList)")  # fmt: skip
@@ -232,8 +264,10 @@ class _Lowering:
                 case "PlainAOTInput":
                     source, kind = Source("input", f"input {desc.idx}", self.input_leaf(desc.idx)), Kind.INPUT
                 case "TangentAOTInput" if not hasattr(desc.output, "idx"):
-                    raise CaptureError("the model changes a parameter or an input in its forward pass, and differentiates it, "
-                                       "as an embedding with max_norm does: change it outside")  # fmt: skip
+                    name = getattr(getattr(desc.output, "mutated_input", None), "target", None)
+                    told = f" ({self.parameter_name(name)})" if name else ""
+                    raise CaptureError(f"the model changes a parameter or an input in its forward pass{told}, and "
+                                       "differentiates it, as an embedding with max_norm does: change it outside")  # fmt: skip
                 case "TangentAOTInput":
                     source, kind = Source("tangent", "tangent", desc.output.idx), Kind.TEMPORARY
                 case other:
@@ -260,9 +294,8 @@ class _Lowering:
         parts = results(node)
         tensors = [arg for arg in node.all_input_nodes if arg in self.owner]
         shared = {self.owner[arg] for arg in tensors}
-        for parameter in (self.sources[arg] for arg in tensors if arg in self.sources):
-            if parameter.kind == "parameter":
-                self.where = parameter.name.rpartition(".")[0]
+        if any(isinstance(value, torch.Generator) for value in (*node.args, *node.kwargs.values())):
+            raise CaptureError(GENERATOR)
         if not isinstance(node.target, torch._ops.OpOverload):
             raise CaptureError(f"the model calls {node.target}, which memplan cannot plan; move it out of the model")
         if not parts and value is not None and not is_tensor(value):
@@ -283,13 +316,15 @@ class _Lowering:
         statistics = {self.owner[node.args[index]] for index in unread if isinstance(node.args[index], fx.Node)}  # type: ignore[index]
         if unread and not node.args[5]:  # not in training mode: the statistics do decide the result
             statistics = set()
-        reads = tuple(sorted(shared - statistics))
+        reads = tuple(sorted((shared - statistics) | {self.owner[arg] for arg in in_flight(node) if arg in self.owner}))
+        once = node.target._schema.is_mutable or not is_known(node)
         index = len(self.ops)
         reuse = []
         for operand in tensors:
             form = in_place_form(node, operand, tensors, self.owner) if len(parts) == 1 else None
             buffer = self.owner[operand]
-            if form is not None and buffer not in self.resident and (writes[0], buffer) not in reuse:
+            sure = operand.meta["val"].untyped_storage()._cdata not in self.unsure
+            if form is not None and sure and buffer not in self.resident and (writes[0], buffer) not in reuse:
                 reuse.append((writes[0], buffer))
                 self.in_place[index, buffer] = form
         self.ops.append(
@@ -301,12 +336,12 @@ class _Lowering:
                 reads=reads,
                 writes=tuple(writes),
                 reuse=tuple(reuse),
-                repeatable=not (set(reads) & changed) and not node.target._schema.is_mutable and bool(writes),
+                repeatable=not (set(reads) & changed) and not once and bool(writes),
                 random=is_random(node),
                 flops=count_flops(node),
                 workspace=unpicked(node, parts),
                 traffic=sum(span(arg.meta["val"]) for arg in tensors) + sum(span(item) for _, item in parts),
-                where=self.where,
+                where=self.where[node],
             )
         )
         self.nodes.append(node)
@@ -315,6 +350,14 @@ class _Lowering:
         """The op that gives a resident tensor its new contents, once, at the end of the forward pass."""
         target = self.find(desc)
         value = target.meta["val"]
+        found, name = node.meta["val"], self.sources[target].name
+        if (found.shape, found.dtype) != (value.shape, value.dtype):
+            raise CaptureError(f"the model turns the buffer {name} of shape {list(value.shape)} into {list(found.shape)}, "
+                               "as some do in their first call: call it once, and plan it then")  # fmt: skip
+        twins = [place for place in self.sources if place is not target and self.owner.get(place) == self.owner[target]]
+        if any(place.users for place in twins):
+            raise CaptureError(f"the model changes {name}, and reads its memory through another tensor that it holds: take "
+                               "that view of the buffer in forward, where it is read")  # fmt: skip
         self.mutations[len(self.ops)] = (self.sources[target], node)
         self.ops.append(
             Op(
@@ -413,40 +456,24 @@ class _Lowering:
 
 
 def split(graph: fx.Graph, outputs: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Call nodes of the forward pass, and the others in the order they are traced in.
+    """Call nodes of the forward pass and of the backward pass, each in the order in which eager runs them.
 
-    The forward pass is what the outputs need, and every draw of random numbers made in it (their order is part of the
-    result). A later node that no tangent reaches is moved to just before its first reader.
+    The forward pass is what was traced while the model's forward ran, also where only the backward pass needs it (a loss that
+    makes its gradients chunk by chunk), and what the outputs need. What nothing needs is left out, but for draws of random
+    numbers, whose order is part of the result. `passes/defer.py` says what of it had better wait for the backward pass.
     """
     order = {node: index for index, node in enumerate(graph.nodes)}
-    drawn = [
-        node
-        for node in graph.nodes
-        if is_call(node) and is_random(node) and "backward" not in str(node.meta.get("partitioner_tag"))
-    ]
-    early = closure([node for node in [*outputs, *drawn] if isinstance(node, fx.Node)])
-    tangents = [
-        node for node in graph.nodes if node.op == "placeholder" and "TangentAOTInput" in type(node.meta.get("desc")).__name__
-    ]
-    reached = set(tangents)
+    wanted = closure(next(node for node in graph.nodes if node.op == "output").all_input_nodes)
+    late = {node for node in graph.nodes if "TangentAOTInput" in type(node.meta.get("desc")).__name__}
     for node in graph.nodes:
-        if any(arg in reached for arg in node.all_input_nodes):
-            reached.add(node)
-    late: list[fx.Node] = []
-    done = set(early)
+        if ran_backward(node) or any(arg in late for arg in node.all_input_nodes):
+            late.add(node)
+    ran = [node for node in graph.nodes if is_call(node) and node not in late and (node in wanted or is_random(node))]
+    early = closure([node for node in [*outputs, *ran] if isinstance(node, fx.Node)])
+    calls = [node for node in sorted(early | wanted, key=order.__getitem__) if is_call(node)]
+    return [node for node in calls if node in early], [node for node in calls if node not in early]
 
-    def emit(node: fx.Node) -> None:
-        for arg in node.all_input_nodes:
-            if is_call(arg) and arg not in done and arg not in reached:
-                emit(arg)
-        done.add(node)
-        late.append(node)
 
-    wanted = closure([arg for arg in next(node for node in graph.nodes if node.op == "output").all_input_nodes])
-    for node in graph.nodes:
-        if is_call(node) and node in reached and node in wanted:
-            emit(node)
-    for node in graph.nodes:  # gradients that do not depend on any tangent, such as constant zeros
-        if is_call(node) and node in wanted and node not in done:
-            emit(node)
-    return sorted((node for node in early if is_call(node)), key=order.__getitem__), late
+def ran_backward(node: fx.Node) -> bool:
+    """Whether a node was traced after the backward pass began."""
+    return "backward" in str(node.meta.get("partitioner_tag"))

@@ -1,10 +1,11 @@
-"""Layouts, and a type, that torch's fake kernels get wrong.
+"""Layouts, a type and a size that torch's fake kernels get wrong.
 
 What tracing sees has to be what the device's kernel makes, for views follow it. Layouts were found by running torch's pointwise
 operators and their gradients on operands of different layouts, real and fake; the real ones lay their result out as their
 operands lie, in the order of the schema.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ UNCACHED = {
 
 # Its gradients are in 32 bits, whatever its operands are in: torch 2.11 takes them for 16 under autocast.
 IN_32_BITS = {torch.ops.aten.mkldnn_rnn_layer_backward.default}
+RECURRENT = torch.ops.aten.mkldnn_rnn_layer.default
 
 
 def real_stride(func: Any, args: tuple[Any, ...], found: Any) -> tuple[int, ...] | None:
@@ -32,3 +34,20 @@ def real_stride(func: Any, args: tuple[Any, ...], found: Any) -> tuple[int, ...]
     operands = [arg for arg in args if isinstance(arg, torch.Tensor) and arg.shape == found.shape]
     stride = tuple(compute_elementwise_output_strides(*operands))
     return None if stride == found.stride() else stride
+
+
+@cache
+def recurrent_scratch(shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, rest: tuple[Any, ...]) -> int:
+    """Bytes that the CPU's recurrent layer keeps for its backward kernel, several times its output.
+
+    Only oneDNN knows them, in pages and by the processor: the layer is run, once for all like it, on zeros.
+
+    Args:
+        shapes: of its seven tensors.
+        dtype: of its tensors.
+        rest: its other arguments; a list as a tuple.
+    """
+    tensors = [torch.zeros(shape, dtype=dtype) for shape in shapes]
+    settings = [list(value) if isinstance(value, tuple) else value for value in rest]
+    with torch.enable_grad():
+        return torch.ops.aten.mkldnn_rnn_layer.default(*tensors, *settings)[3].numel()

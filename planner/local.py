@@ -1,30 +1,29 @@
 """The machine at hand, as a `Machine`: what the system says, and what a probe of a second or so finds out.
 
-The probe's figures are kept beside the measurements (`cache.cache_directory`) and not taken again; capacities are asked
-for each time, for limits change. The disk is looked at (`disk`) only where offload is asked for.
+The probe's figures are kept beside the measurements (`cache.cache_directory`), with how fast the machine was then (`gauge`);
+they are taken again only where other work got in the way and the machine is quieter now, and then the better ones count.
+Capacities are asked for each time, for limits change. The disk is looked at (`disk`) only where offload is asked for.
 """
 
 import os
 import platform
-import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import msgspec
 
-from .cache import cache_directory, file_name, write_atomically
+from .cache import cache_directory, file_name, locked, write_atomically
 from .disk import RESERVE, DiskRates, free_bytes, offload_directory, probe_disk
 from .errors import MachineError
+from .gauge import Reading, Reference, read_pace, worse
 from .machine import PRESETS, Link, Machine, Tier, Unit, load_machine
+from .probe import Rates, probe, with_sure
 from .units import show_bytes
 from .workspaces import cublas_bytes
-
-if TYPE_CHECKING:
-    import torch
 
 PAGE = 4096  # bytes
 DISK_LATENCY = 1e-4  # seconds: estimate of handing a copy to the thread that does it, while torch's threads are busy
@@ -38,10 +37,6 @@ CUDA_ROUNDING = 512
 # first one, cuDNN and cuSOLVER among them, and what the allocator has cut up is not all of use again. Estimates.
 CUDA_RESERVE = 0.03  # of the GPU's memory
 CUDA_LATER = 1 << 30  # bytes
-TYPES = ("float32", "float64", "bfloat16", "float16")
-PRODUCT = {"cpu": 1024, "cuda": 8192}  # rows and columns of the matrices that the probe multiplies
-COPY = {"cpu": 64 << 20, "cuda": 512 << 20}  # bytes that it copies: more than any cache holds
-PROBE_TIME = 0.15  # seconds for each rate
 # Names that drivers report, with the preset whose figures hold for them.
 KNOWN_GPUS = {
     "H100 80GB HBM3": "h100-80gb",
@@ -54,63 +49,48 @@ KNOWN_GPUS = {
 ALLOCATOR_SETTINGS = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
-class Rates(msgspec.Struct, frozen=True):
-    """What a probe measured: operations per second by element type, bytes per second, seconds.
-
-    Attributes:
-        link: bytes per second to the host.
-        back: bytes per second from there.
-        duplex: the share of either that is left while copies go both ways.
-    """
-
-    flops: dict[str, float]
-    bandwidth: float
-    launch: float
-    link: float = 0.0
-    back: float = 0.0
-    duplex: float = 1.0
-
-    @property
-    def sound(self) -> bool:
-        """Whether a plan can rest on the figures."""
-        known = min(self.bandwidth, self.launch, self.flops.get("default", 0.0), *self.flops.values()) > 0
-        return known and (self.link > 0) == (self.back > 0)  # a file of before both ways were measured has one
-
-
 Figures = TypeVar("Figures", Rates, DiskRates)
 
 
-def local_machine(device: str = "cpu", offload: bool = False) -> Machine:
+class Probed(msgspec.Struct, frozen=True):
+    """A probe's file: its figures, and how fast the machine was meanwhile."""
+
+    figures: msgspec.Raw
+    reading: Reading
+
+
+def local_machine(device: str = "cpu", offload: bool = False, again: bool = False) -> Machine:
     """The machine that this process runs on.
 
     Args:
         device: `cpu`, or `cuda` for the current GPU with this host behind it.
         offload: put the disk behind the CPU's memory; the first time for a directory, that takes a probe of some twelve
             seconds. A GPU has this host behind it anyway.
+        again: forget what probes have found before.
 
     Raises:
         MachineError: there is no such device here, or no disk that files can be laid down on.
     """
     if device == "cpu":
-        return local_cpu(offload)
+        return local_cpu(offload, again)
     if device == "cuda":
-        return local_cuda()
+        return local_cuda(again)
     raise MachineError(f"no local machine for device {device!r}: it is 'cpu' or 'cuda'")
 
 
-def local_cpu(offload: bool = False) -> Machine:
+def local_cpu(offload: bool = False, again: bool = False) -> Machine:
     """This host, with its disk where offload is asked for.
 
     Sizes are rounded to pages: resident pages are what a limit on memory counts, and blocks large enough to matter are
     mapped singly. A small block takes less than its page; the error is on the safe side.
     """
-    rates = known_rates("cpu")
+    rates = known_rates("cpu", again)
     tiers = [Tier("device", memory_limit(), rates.bandwidth, rounding=PAGE, alignment=CPU_ALIGNMENT)]
     links = []
     if offload:
         directory = offload_directory()
         capacity = free_bytes(directory)
-        disk = kept("disk", f"{device_key()}, {directory}", DiskRates, lambda: probe_disk(directory))
+        disk = kept("disk", f"{device_key()}, {directory}", DiskRates, lambda: probe_disk(directory), "cpu", again)
         tiers.append(Tier("disk", capacity, min(disk.write, disk.read), rounding=PAGE, alignment=PAGE))
         links = [
             Link("device", "disk", disk.write, DISK_LATENCY, disk.write_load, disk.write_duplex),
@@ -122,7 +102,7 @@ def local_cpu(offload: bool = False) -> Machine:
     return machine
 
 
-def local_cuda() -> Machine:
+def local_cuda(again: bool = False) -> Machine:
     """The current GPU, with this host's memory behind it."""
     import torch
 
@@ -130,7 +110,7 @@ def local_cuda() -> Machine:
         raise MachineError("no GPU here that torch can use; name a preset instead, such as h100-80gb")
     capacity = gpu_room()
     name = torch.cuda.get_device_name()
-    rates = known_rates("cuda")
+    rates = known_rates("cuda", again)
     preset = next((preset for known, preset in KNOWN_GPUS.items() if known in name), None)
     if preset is not None and (PRESETS / f"{preset}.toml").is_file():
         known = load_machine(preset)
@@ -237,94 +217,66 @@ def control_group_limits(root: Path) -> list[int]:
 # Rates
 
 
-def known_rates(device: str) -> Rates:
+def known_rates(device: str, again: bool = False) -> Rates:
     """The probe's figures for the device."""
-    return kept("rates", device_key(device), Rates, lambda: probe(device))
+    return kept("rates", device_key(device), Rates, lambda: probe(device), device, again)
 
 
-def kept(prefix: str, key: str, kind: type[Figures], measure: Callable[[], Figures]) -> Figures:
-    """Figures of a kind for what the key names: read, or else measured and kept."""
-    path = cache_directory() / file_name(prefix, key)
-    with suppress(OSError, msgspec.MsgspecError, UnicodeDecodeError):
-        figures = msgspec.json.decode(path.read_bytes(), type=kind)
-        if figures.sound:
-            return figures
+def kept(
+    prefix: str, key: str, kind: type[Figures], measure: Callable[[], Figures], device: str, again: bool = False
+) -> Figures:
+    """Figures of a kind for what the key names: read, or else measured and kept.
+
+    Where other work got in the way of what is kept, or the machine was slow then, and neither is so now, they are measured
+    again; of each figure the better one counts.
+
+    Args:
+        prefix: of the file's name.
+        key: what the figures hold for.
+        kind: of figures.
+        measure: finds them.
+        device: whose pace tells what they are worth.
+        again: whatever is kept, measure and keep that instead.
+    """
+    path, reference = cache_directory() / file_name(prefix, key), Reference(device_key(device))
+    before = None if again else read_probed(path, kind)
+    if before is not None and not reference.doubts(before[1]):
+        return before[0]
+    begun = read_pace(device)
+    if before is not None and not reference.is_better(begun, before[1]):
+        return believed(before[0], device)
     figures = measure()
+    ended = read_pace(device)
+    reference.add([begun, ended])
+    reading = worse(begun, ended) or ended
+    if before is not None:
+        figures = before[0].better(figures)  # pyright: ignore[reportArgumentType]
+        reading = min(before[1], reading, key=lambda each: (each.disturbed, reference.slowness(each)))
     try:
-        write_atomically(path, msgspec.json.encode(figures))
+        with locked(path):
+            write_atomically(path, msgspec.json.encode(Probed(msgspec.Raw(msgspec.json.encode(figures)), reading)))
     except OSError as error:
         warnings.warn(f"cannot keep what was measured in {path}: {error.strerror}", stacklevel=2)
-    return figures
+    return believed(figures, device) if reference.doubts(reading) else figures
 
 
-def probe(device: str) -> Rates:
-    """Measure the device: a matrix product for each type, a copy, an op too small to count, copies to the host and back."""
-    import torch
-
-    small = torch.zeros(1, device=device)
-    flops = {}
-    for name in TYPES:
-        with suppress(RuntimeError):  # a type that the device does not multiply
-            flops[name] = product_rate(device, name)
-    flops["default"] = flops["float32"]
-    source = torch.ones(COPY[device], dtype=torch.uint8, device=device)
-    target = torch.ones_like(source)
-    copied = best_time(device, lambda: target.copy_(source))
-    launch = best_time(device, lambda: [small.add(1.0) for _ in range(100)]) / 100
-    host = link_rates(source, target) if device == "cuda" else ()
-    return Rates(flops, 2 * source.numel() / copied, launch, *host)
+def believed(figures: Figures, device: str) -> Figures:
+    """What is believed of figures that other work got in the way of."""
+    return with_sure(figures, device) if isinstance(figures, Rates) else figures
 
 
-def link_rates(source: "torch.Tensor", target: "torch.Tensor") -> tuple[float, float, float]:
-    """Bytes per second from the GPU to pinned memory and back, and the share of the slower that both at once leave."""
-    import torch
-
-    pinned = [torch.empty(source.numel(), dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-    streams = [torch.cuda.Stream() for _ in range(2)]
-
-    def out() -> None:
-        with torch.cuda.stream(streams[0]):
-            pinned[0].copy_(source, non_blocking=True)
-
-    def back() -> None:
-        with torch.cuda.stream(streams[1]):
-            target.copy_(pinned[1], non_blocking=True)
-
-    leaving, coming = best_time("cuda", out), best_time("cuda", back)
-    both = best_time("cuda", lambda: (out(), back()))
-    return source.numel() / leaving, source.numel() / coming, min(1.0, max(leaving, coming) / both)
+def doubts_rates(device: str) -> bool:
+    """Whether other work got in the way of the probe whose rates `local_machine` has."""
+    key = device_key(device)
+    found = read_probed(cache_directory() / file_name("rates", key), Rates)
+    return found is not None and Reference(key).doubts(found[1])
 
 
-def product_rate(device: str, dtype: str) -> float:
-    """Operations per second in a product of square matrices; smaller ones where the type is slow."""
-    import torch
-
-    rows = PRODUCT[device] // 4
-    while True:
-        matrix = torch.ones(rows, rows, dtype=getattr(torch, dtype), device=device)
-        seconds = best_time(device, lambda matrix=matrix: matrix @ matrix)
-        if rows >= PRODUCT[device] or 8 * seconds > PROBE_TIME:
-            return 2 * rows**3 / seconds
-        rows *= 2
-
-
-def best_time(device: str, action: Callable[[], object]) -> float:
-    """The least of several times: what disturbs a run can only lengthen it."""
-    import torch
-
-    def wait() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    best = float("inf")
-    start = time.perf_counter()
-    for turn in range(20):
-        begin = time.perf_counter()
-        action()
-        wait()
-        end = time.perf_counter()
-        if turn or end - start > PROBE_TIME:
-            best = min(best, end - begin)
-        if end - start > PROBE_TIME:
-            break
-    return best
+def read_probed(path: Path, kind: type[Figures]) -> tuple[Figures, Reading] | None:
+    """What a probe's file has; None where it has nothing that a plan can rest on, or does not say how fast the machine was."""
+    with suppress(OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        file = msgspec.json.decode(path.read_bytes(), type=Probed)
+        figures = msgspec.json.decode(file.figures, type=kind)
+        if figures.sound:
+            return figures, file.reading
+    return None

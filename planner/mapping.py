@@ -22,6 +22,7 @@ from ..solvers.overlap import least_time
 from ..solvers.placed import Addresses, solve_placed
 from ..solvers.residency import Mapped, Residency
 from ..solvers.spm import peaks, solve, with_capacity
+from ..solvers.warm import compile_addresses
 from .errors import BudgetError, InvalidSchedule, MachineError
 from .machine import Machine
 from .program import Program
@@ -168,8 +169,9 @@ class Mapper:
         Raises:
             BudgetError: some op alone needs more, and is named; or no addresses were found.
         """
-        began = time.monotonic()
         self.check(capacity)
+        compile_addresses()
+        began = time.monotonic()
         problem = with_capacity(self.problem, capacity)
         once = solve(problem, seconds, self.seed)
         assert once is not None

@@ -1,9 +1,4 @@
-"""Models by name, for the command line.
-
-    path/to/file.py:factory      a function in a file
-    package.module:factory       a function in a module
-    hf:llama?num_hidden_layers=4&batch=1&seq=128     a transformers configuration with overrides; nothing is downloaded.
-                                 A setting of a configuration inside it is text_config.hidden_size, say
+"""Models by name, for the command line: `planner/spec.py` has the names.
 
 A factory returns `(model, args)` or `(model, args, kwargs)`.
 """
@@ -11,47 +6,38 @@ A factory returns `(model, args)` or `(model, args, kwargs)`.
 import importlib
 import importlib.util
 import inspect
-import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl
 
 import torch
 from torch import Tensor, nn
 
 from .errors import MemplanError
+from .spec import ModelError, check_spec, is_file_name, split_query, suggestion
 
 Loaded = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
-
-
-class ModelError(MemplanError, ValueError):
-    """A model that cannot be found, built or called; the message says what to write instead."""
 
 
 def load_model(spec: str, *, meta: bool) -> Loaded:
     """The model that `spec` names, in training mode, with example arguments.
 
     Args:
-        spec: see the top of this file.
+        spec: see `planner/spec.py`.
         meta: put a transformers model and its inputs on the meta device, where they take no memory. A factory decides
             for itself where its model is.
 
     Raises:
         ModelError: what is wrong with `spec`, in one line.
     """
-    if spec.startswith("hf:"):
-        return load_transformers(spec.removeprefix("hf:"), meta=meta)
-    place, colon, name = spec.rpartition(":")
-    if not colon or not place or not name:
-        known = "path/to/file.py:factory, package.module:factory or hf:gpt2?n_layer=2"
-        raise ModelError(f"cannot read the model {spec!r}: write {known}")
+    if check_spec(spec).startswith("hf:"):
+        return load_transformers(spec, meta=meta)
+    place, _, name = spec.rpartition(":")
     factory = find_factory(place, name)
     check_factory(spec, factory)
     torch.manual_seed(0)
@@ -83,10 +69,8 @@ def check_factory(spec: str, factory: Callable[..., Any]) -> None:
 
 def find_factory(place: str, name: str) -> Callable[[], Any]:
     """The function `name` of the file or module `place`."""
-    if place.endswith(".py") or os.sep in place:
+    if is_file_name(place):
         path = Path(place)
-        if not path.is_file():
-            raise ModelError(f"no file {place}: write path/to/file.py:factory")
         found = importlib.util.spec_from_file_location(path.stem, path)
         if found is None or found.loader is None:
             raise ModelError(f"{place} is not a Python file: write path/to/file.py:factory")
@@ -134,15 +118,6 @@ def one_line(what: str) -> Iterator[None]:
         last = traceback.extract_tb(error.__traceback__)[-1]
         message = " ".join(str(error).split())
         raise ModelError(f"{what} failed at {last.filename}:{last.lineno}: {type(error).__name__}: {message}") from error
-
-
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """`; did you mean a, b?`, or what there is where nothing is close and the list is short."""
-    known = sorted(known)
-    close = get_close_matches(word, known, n=3, cutoff=0.5)
-    if close:
-        return f"; did you mean {', '.join(close)}?"
-    return f"; it has {', '.join(known)}" if 0 < len(known) <= 12 else ""
 
 
 # --- transformers
@@ -234,17 +209,11 @@ TASKS = (
 )
 
 
-def load_transformers(query: str, *, meta: bool) -> Loaded:
+def load_transformers(spec: str, *, meta: bool) -> Loaded:
     """A transformers model by configuration name, with random weights from seed 0 and inputs that give a loss."""
-    try:
-        import transformers
-    except ImportError:
-        raise ModelError("hf: models need transformers: pip install 'memplan[hf]'") from None
-    name, _, rest = query.partition("?")
-    try:
-        pairs = dict(parse_qsl(rest, keep_blank_values=True, strict_parsing=True)) if rest else {}
-    except ValueError:
-        raise ModelError(f"cannot read {rest!r} after hf:{name}?: write name=value&name=value") from None
+    import transformers
+
+    name, pairs = split_query(spec)
     known = importlib.import_module("transformers.models.auto.configuration_auto").CONFIG_MAPPING_NAMES
     if name not in known:
         raise ModelError(f"transformers has no model type {name!r}{suggestion(name, known)}")
@@ -255,7 +224,7 @@ def load_transformers(query: str, *, meta: bool) -> Loaded:
     ours = Ours(**{key: converted(key, pairs.pop(key), default) for key, default in vars(Ours()).items() if key in pairs})
     if min(ours.batch, ours.seq) < 1 or ours.image < 0:
         raise ModelError("batch, seq and image must be positive")
-    with one_line(f"hf:{query}"):
+    with one_line(spec):
         config = configured(transformers.AutoConfig.for_model(name), name, pairs)
         torch.manual_seed(0)
         with torch.device("meta" if meta else "cpu"):

@@ -10,6 +10,8 @@ import torch.utils._pytree as pytree
 from torch import fx
 from torch.utils.flop_counter import flop_registry
 
+PURE = {"aten", "prims", "torchvision", "mkldnn", "mkl", "onednn", "quantized", "quantized_decomposed"}
+
 
 def closure(nodes: list[fx.Node]) -> set[fx.Node]:
     """The nodes and all they are computed from."""
@@ -42,6 +44,25 @@ def is_view(func: Any) -> bool:
 def is_random(node: fx.Node) -> bool:
     """Whether the node draws random numbers. Attention without dropout has the tag of those that do, and draws none."""
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and argument(node, "dropout_p") != 0
+
+
+def is_known(node: fx.Node) -> bool:
+    """Whether an operator does nothing but compute, as far as anybody knows.
+
+    A schema does not tell whether a custom operator draws random numbers, counts its calls, or talks to other processes, so
+    only namespaces are known whose operators have been looked at.
+    """
+    return getattr(node.target, "namespace", "") in PURE
+
+
+def in_flight(node: fx.Node) -> list[fx.Node]:
+    """The tensors that a communication reads or writes until this call has waited for it."""
+    if getattr(node.target, "_opname", "") != "wait_tensor":
+        return []
+    started = node.all_input_nodes[0]
+    while is_pick(started):
+        started = started.all_input_nodes[0]
+    return started.all_input_nodes if is_call(started) else []
 
 
 def argument(node: fx.Node, name: str) -> Any:

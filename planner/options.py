@@ -1,16 +1,23 @@
-"""The options that commands share: their types, their help, and what is refused before anything is loaded."""
+"""The options that commands share: their types, their help, and what is refused of each before anything is loaded.
 
+What several of them together make no sense of is in `planner/asked.py`.
+"""
+
+import math
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .errors import BudgetError
+from .errors import BudgetError, MachineError, MemplanError
+from .machine import LOCAL, named_machine, preset_names
 from .plan import OPTIMIZERS
-from .schedule import LEVERS
+from .schedule import LEVERS, check_levers
+from .spec import check_spec, model_types
 from .units import parse_bytes
 
+SCRATCHPADS = ("M_R", "M_P", "M_H")  # as `planner/mapping.py` knows them
 PICTURES = (".png", ".svg", ".pdf")
 
 
@@ -25,13 +32,10 @@ class Method(StrEnum):
 Optimizer = StrEnum("Optimizer", {name.upper(): name for name in OPTIMIZERS})
 
 
-def planning(allow: str | None, optimizer: Optimizer | None, time_limit: float, seed: int, **others: Any) -> dict[str, Any]:
-    """The options that planning commands share, as the API takes them."""
-    chosen = {word.strip() for word in allow.split(",")} if allow is not None else None
-    if chosen is not None and not chosen <= set(LEVERS):
-        raise typer.BadParameter(f"--allow {allow}: choose from {', '.join(LEVERS)}, separated by commas")
-    name = optimizer.value if optimizer is not None else None
-    return {"allow": chosen, "optimizer": name, "time_limit": time_limit, "seed": seed, **others}
+class Rule(StrEnum):
+    """Strategies to compare with."""
+
+    MEMO = "memo"
 
 
 def readable(budget: str | None) -> str | None:
@@ -60,6 +64,42 @@ def readable_capacity(text: str | None) -> str | None:
     return text
 
 
+def readable_levers(allow: list[str] | None) -> list[str] | None:
+    """Levers that there are: the option may be given several times, and each time be a list."""
+    words = [word.strip() for text in allow or [] for word in text.split(",")]
+    try:
+        check_levers([word for word in words if word])
+    except MemplanError as error:
+        raise typer.BadParameter(str(error)) from None
+    return allow
+
+
+def a_machine(name: str | None) -> str | None:
+    """The name of a machine that there is, or of a file that describes one."""
+    try:
+        named_machine(name)
+    except MachineError as error:
+        raise typer.BadParameter(str(error)) from None
+    return name
+
+
+def a_scratchpad(size: str) -> str:
+    """Bytes that can be read, or one of COSMA's sizes."""
+    if size not in SCRATCHPADS:
+        try:
+            parse_bytes(size, what="scratchpad")
+        except BudgetError:
+            raise typer.BadParameter(f"{size!r}: give bytes, as 1048576 or 1MiB, or one of {', '.join(SCRATCHPADS)}") from None
+    return size
+
+
+def a_number(seconds: float) -> float:
+    """Not nan, which is neither below a least value nor above it."""
+    if math.isnan(seconds):
+        raise typer.BadParameter("nan: give seconds, 0 or more")
+    return seconds
+
+
 def writable(path: Path | None) -> Path | None:
     """A file that can be made, known before minutes are spent on what is to be in it."""
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
@@ -85,28 +125,86 @@ def output(help: str, *flags: str) -> Any:
     return typer.Option(*flags, help=help, metavar="FILE", callback=writable)
 
 
+def starting_with(names: list[str], incomplete: str) -> list[str]:
+    """Those that a shell may complete a word to."""
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def complete_machine(incomplete: str) -> list[str]:
+    """Names of machines."""
+    return starting_with([*LOCAL, *preset_names()], incomplete)
+
+
+def complete_levers(incomplete: str) -> list[str]:
+    """Levers, after those of a list that are there already."""
+    done, comma, word = incomplete.rpartition(",")
+    return [f"{done}{comma}{lever}" for lever in starting_with(list(LEVERS), word) if lever not in done.split(",")]
+
+
+def complete_model(incomplete: str) -> list[str]:
+    """`hf:` and transformers' model types."""
+    return starting_with([f"hf:{name}" for name in model_types()], incomplete) if incomplete.startswith("hf:") else ["hf:"]
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Show no progress.")]
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="file.py:factory, package.module:factory or hf:gpt2?n_layer=2&batch=4")
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="file.py:factory, package.module:factory or hf:gpt2?n_layer=2&batch=4",
+        callback=check_spec,
+        autocompletion=complete_model,
+    ),
 ]
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN.JSON", help="A file that `memplan plan -o` wrote.")]
 Budget = Annotated[
     str | None,
-    typer.Option(help="Bytes, 4GiB, or 60% of the unplanned peak; left out: the fastest.", callback=readable),
+    typer.Option(
+        metavar="BYTES", help="16GiB, bytes, or 60% of the unplanned peak; left out: the fastest step.", callback=readable
+    ),
 ]
-MachineName = Annotated[str | None, typer.Option("--machine", help="A preset, a TOML file, or local; see `memplan machines`.")]
-Allow = Annotated[str | None, typer.Option(help=f"What the plan may do: a list of {', '.join(LEVERS)}.")]
+MachineName = Annotated[
+    str | None,
+    typer.Option(
+        "--machine",
+        metavar="NAME",
+        help="What to plan for: see `memplan machines`, or a TOML file; left out: this machine.",
+        callback=a_machine,
+        autocompletion=complete_machine,
+    ),
+]
+Allow = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="LEVERS",
+        help=f"What the plan may do, of {', '.join(LEVERS)}; left out: reorder,recompute.",
+        callback=readable_levers,
+        autocompletion=complete_levers,
+    ),
+]
 Infer = Annotated[bool, typer.Option("--infer", help="Plan the forward pass alone.")]
-Counted = Annotated[Optimizer | None, typer.Option("--optimizer", help="Count this optimizer's state.")]
+Counted = Annotated[Optimizer | None, typer.Option("--optimizer", help="Count this optimizer's state and its step.")]
 InBackward = Annotated[
-    bool, typer.Option("--optimizer-in-backward", help="Update each parameter as soon as its gradient is complete.")
+    bool,
+    typer.Option("--optimizer-in-backward", help="With --optimizer: update each parameter once its gradient is complete."),
 ]
-TimeLimit = Annotated[float, typer.Option(help="Seconds that planning may take.", min=0.0)]
-Seed = Annotated[int, typer.Option(help="Of the search.", min=0, max=2**31 - 1)]
-Strategy = Annotated[str | None, typer.Option(help="memo: MEMO's own rule of offload, to compare with; left out: the fastest.")]
+TimeLimit = Annotated[
+    float,
+    typer.Option(metavar="SECONDS", help="At most, for measuring and planning together.", min=0.0, callback=a_number),
+]
+SearchLimit = Annotated[
+    float, typer.Option("--time-limit", metavar="SECONDS", help="Of search, at most.", min=0.0, callback=a_number)
+]
+Seed = Annotated[int, typer.Option(metavar="NUMBER", help="Of the search: the same seed, the same plan.", min=0, max=2**31 - 1)]
+Strategy = Annotated[Rule | None, typer.Option(help="MEMO's own rule of offload, to compare with; left out: the fastest plan.")]
 HostBudget = Annotated[
     str | None,
-    typer.Option(help="Bytes that may be used in each tier behind the device: 64GiB, or 50% of it.", callback=readable_host),
+    typer.Option(
+        metavar="BYTES",
+        help="With offload: 64GiB, or 50% of the host's memory (of the disk's room, behind a CPU), at most.",
+        callback=readable_host,
+    ),
 ]
-Placed = Annotated[bool, typer.Option("--arena", help="Plan addresses too: the step runs in one arena, made once.")]
+Placed = Annotated[bool, typer.Option("--arena", help="Plan addresses too: the step runs in one arena, allocated once.")]
 Lent = Annotated[bool, typer.Option("--lend-gradients", help="With --arena: gradients lie in it until the next forward pass.")]

@@ -17,8 +17,6 @@ import numpy as np
 
 from ..passes.liveness import Liveness
 from ..passes.problem import Flat, flatten
-from ..passes.promptly import Promptly
-from ..passes.reorder import Reorder
 from ..passes.transfers import Transfers, routes_of
 from ..solvers.bound import CutModel
 from ..solvers.master import Master, find_slots
@@ -33,6 +31,7 @@ from .program import Program
 from .referee import Report, referee
 from .schedule import Free, Run, Start
 from .units import show_bytes
+from .ways import orders_of, others_of
 
 Progress = Callable[[str, float], None]
 CUT_OPS = 30_000  # ops of all linear programs of one bound together
@@ -61,6 +60,8 @@ class Planner:
         homes: resident buffers that may lie in the first such tier before the step and after it; see `passes/homes.py`.
         seed: of the search; the same seed, program and budget give the same schedule.
         effort: simulations per start of the search; by default as many as a few seconds allow.
+        order: the base order, as op indices; by default the best of those that the levers allow, and then others are tried too.
+        known: a schedule of the program that was found before.
     """
 
     program: Program
@@ -73,9 +74,12 @@ class Planner:
     effort: int | None = None
     progress: Progress | None = None
     deadline: float = field(default=float("inf"))
+    order: tuple[int, ...] | None = None
+    known: Side | None = None
 
     def __post_init__(self) -> None:
         self.homes = self.homes if self.moves else ()
+        self._lowest: tuple[np.ndarray, Side] | None = None  # a solution and its schedule
 
     @cached_property
     def unplanned(self) -> Side:
@@ -85,17 +89,15 @@ class Planner:
         return Side(eager, schedule, referee(eager, unlimited(self.machine), schedule))
 
     @cached_property
+    def orders(self) -> list[list[int]]:
+        """The base orders that may be taken, the best first."""
+        return orders_of(self.program, self.reorder) if self.order is None else [list(self.order)]
+
+    @cached_property
     def flat(self) -> Flat:
-        """The arrays that the solvers work on, ops in base order: the rearranged one where its peak is no higher."""
+        """The arrays that the solvers work on, ops in base order."""
         machine = self.machine if self.offload else None
-        program = self.program
-        homes = dict.fromkeys(self.homes, 1)
-        traced = self.restricted(flatten(program, Promptly()(program, range(len(program.ops))), machine, homes))
-        if not self.reorder:
-            return traced
-        moved = self.restricted(flatten(program, Promptly()(program, Reorder()(program)), machine, homes))
-        peaks = [score(flat.problem, flat.problem.keep_all(), 0).peak for flat in (traced, moved)]
-        return moved if peaks[1] <= peaks[0] else traced
+        return self.restricted(flatten(self.program, self.orders[0], machine, dict.fromkeys(self.homes, 1)))
 
     def restricted(self, flat: Flat) -> Flat:
         """The same, with no op that may be repeated if recomputation is not allowed."""
@@ -209,12 +211,43 @@ class Planner:
         """Nothing repeated, everything freed as soon as it can be."""
         return self.finish(self.flat.problem.keep_all(), None)
 
-    @cached_property
+    @property
     def floor(self) -> Side:
-        """The smallest schedule known."""
+        """The smallest schedule known: looked for until the time is up, then in other orders and with fewer levers."""
+        return self.least([self, *self.others])
+
+    @property
+    def quick_floor(self) -> Side:
+        """The smallest schedule known, for which large programs are not searched in other orders."""
+        return self.least([self, *(self.others if len(self.program.ops) <= SMALL else ())])
+
+    def least(self, ways: "list[Planner]") -> Side:
+        """The smallest schedule that planners know, or that was known before; they look for it until the time is up."""
+        sides = [] if self.known is None else [self.known]
+        for way in [way for each in ways for way in (each, each.still) if way is not None]:
+            if way is self or way.begun or time.monotonic() <= self.deadline:
+                way.deadline = self.deadline
+                sides.append(way.lowest())
+        return min(sides, key=lambda side: side.peak)
+
+    def lowest(self) -> Side:
+        """The smallest schedule known in this base order, with these levers."""
         if not (self.recompute or self.moves) or self.search.space.uses == 0:
             return self.kept
-        return self.finish(self.search.smallest, None)
+        solution = self.search.smallest
+        if self._lowest is None or self._lowest[0] is not solution:
+            self._lowest = solution, self.finish(solution, None)
+        return self._lowest[1]
+
+    @property
+    def begun(self) -> bool:
+        """Whether the smallest schedule has been looked for."""
+        return "search" in self.__dict__ and "descent" in self.search.__dict__
+
+    @cached_property
+    def others(self) -> "list[Planner]":
+        """Planners of other base orders, and with fewer levers, whose schedules may be taken."""
+        return others_of(self)
 
     @cached_property
     def memo_solution(self) -> np.ndarray | None:
@@ -252,21 +285,45 @@ class Planner:
             raise self.refuse(budget, self.kept)
         self.tell("bounding", 0.0)
         bound = self.bound(budget)
-        side = self.fastest(budget, bound)
+        side = self.fastest(budget, bound, self.known is not None and self.known.peak <= budget)
+        for way in self.others:
+            side, bound = self.faster(way, budget, side, bound)
+        if side is None and self.known is not None and self.known.peak <= budget:
+            side, bound = self.known, min(bound, self.known.time)
         if side is None:
             raise self.refuse(budget, self.floor)
         return Answer(side, min(bound, side.time))
 
-    def fastest(self, budget: int, bound: float) -> Side | None:
-        """The fastest schedule found, if one is; it moves nothing where moving saves less than it is worth."""
+    def faster(self, way: "Planner", budget: int, side: Side | None, bound: float) -> tuple[Side | None, float]:
+        """The better of what is known and what another planner finds, with its bound: asked where it can be better."""
+        if side is not None and time.monotonic() > self.deadline:
+            return side, bound
+        way.deadline = self.deadline
+        least = way.bound(budget)
+        margin = WORTH if len(self.program.ops) > SMALL else 0.0
+        if side is not None and least >= side.time * (1 - margin):
+            return side, bound
+        found = way.fastest(budget, least, side is not None or (self.known is not None and self.known.peak <= budget))
+        if found is None or (side is not None and found.time >= side.time):
+            return side, bound
+        return found, least
+
+    def fastest(self, budget: int, bound: float, met: bool) -> Side | None:
+        """The fastest schedule found, if one is; it moves nothing where moving saves less than it is worth.
+
+        Args:
+            budget: bytes.
+            bound: seconds that no schedule is faster than.
+            met: a schedule that meets the budget is known.
+        """
         still = None
         if self.still is not None:
             now = time.monotonic()
             self.still.deadline = now + max(self.deadline - now, 0.0) / 2
-            still = self.still.fastest(budget, self.still.bound(budget))
+            still = self.still.fastest(budget, self.still.bound(budget), met)
         if not np.isfinite(bound) or (still is not None and still.time <= bound / (1 - WORTH)):
             return still
-        solution = self.search.fastest(budget, bound)
+        solution = self.search.fastest(budget, bound, met or still is not None)
         side = None if solution is None else self.finish(solution, budget)
         if still is not None and (side is None or side.time > still.time * (1 - WORTH)):
             return still
@@ -275,7 +332,9 @@ class Planner:
     @cached_property
     def still(self) -> "Planner | None":
         """The planner of steps that move nothing, in whose smaller space a search finds more; None where this is one."""
-        return dataclasses.replace(self, offload=False, homes=()) if self.moves and self.recompute else None
+        if not (self.moves and self.recompute):
+            return None
+        return dataclasses.replace(self, offload=False, homes=(), order=tuple(self.orders[0]))
 
     def refuse(self, budget: int, smallest: Side) -> BudgetError:
         """The error for a budget below the floor."""

@@ -10,6 +10,7 @@ from ..solvers.allocate import pack
 from ..solvers.formulations import pack_mip, pack_sat
 from ..solvers.share import clipped, pack_sharing
 from ..solvers.storage import Packing, Status, peak_of
+from ..solvers.warm import compile_addresses
 from .addresses import alignment_of, approve, no_packing, overwritten, storage_of
 from .errors import MemplanError
 from .trace import Trace, read_trace, write_trace
@@ -130,6 +131,7 @@ def find_places(
     trace = read_trace(file)
     parts = trace.by_pool()
     rooms = capacities(capacity, file, list(parts))
+    compile_addresses(report)
     report("placing", 0.0)
     began = time.perf_counter()
     offsets, pools = [0] * len(trace.ids), []

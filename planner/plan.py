@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from .coverage import Coverage
 from .errors import PlanMismatch
 from .files import write_file
 from .machine import Machine
 from .program import Program
 from .referee import Report, referee
 from .schedule import Run, Schedule, Start
-from .units import show_bytes, show_seconds
+from .summary import one_line, summary
+from .units import show_bytes, show_count, show_seconds
 
 if TYPE_CHECKING:
     from torch import nn
@@ -151,7 +153,7 @@ class Counts(msgspec.Struct, frozen=True):
     offload: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Side:
     """One schedule's figures: peak bytes and seconds, as the referee predicts them.
 
@@ -165,6 +167,10 @@ class Side:
     schedule: Schedule
     report: Report
 
+    def __repr__(self) -> str:
+        what = f"{show_count(len(self.schedule.instructions), 'instruction')} for {self.program.name}"
+        return f"<memplan.Side: {what}, peak {show_bytes(self.peak)}, {show_seconds(self.time)}>"
+
     @property
     def peak(self) -> int:
         """Largest number of bytes live on the device."""
@@ -176,7 +182,7 @@ class Side:
         return self.report.time
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """A schedule that fits a budget.
 
@@ -186,13 +192,16 @@ class Plan:
         budget: bytes allowed; None where none was asked for.
         planned: the schedule and what the referee says of it.
         unplanned: the same for the step as eager PyTorch runs it.
-        status: `optimal` when `gap` is zero, else `feasible`.
+        status: `optimal` when `gap` is zero: nothing better is possible; else `feasible`: it fits, and may not be the best.
         gap: how much faster than this plan the best schedule can be at most: `(time - bound) / time`; of a mapping onto a
             scratchpad, how many fewer bytes it can move.
         bound: a lower bound on the time of any schedule within the budget.
         minimum: the smallest budget known to work.
         capture_seconds: time spent tracing.
         solve_seconds: time spent planning.
+        compile_seconds: time spent before that on compiling the solvers, or on loading what was compiled before.
+        coverage: how much of the predicted time was measured, on what and when; None where that is not known, as of a plan
+            that an older memplan saved.
     """
 
     program: Program
@@ -207,6 +216,8 @@ class Plan:
     capture_seconds: float
     solve_seconds: float
     recipe: Recipe
+    compile_seconds: float = 0.0
+    coverage: Coverage | None = None
     captured: "Captured | None" = field(default=None, repr=False, compare=False)
 
     @property
@@ -247,39 +258,14 @@ class Plan:
         return {f"{link.source} to {link.target}": size for link, size in links if size}
 
     def summary(self) -> str:
-        """A few lines for people."""
-        rows = [
-            ("", "planned", "unplanned"),
-            ("peak", show_bytes(self.peak), show_bytes(self.unplanned.peak)),
-            ("step time (predicted)", show_seconds(self.time), show_seconds(self.unplanned.time)),
-        ]
-        widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        counts, mapped = self.counts, self.recipe.mapped
-        asked = "none" if self.budget is None else show_bytes(self.budget)
-        lines += [
-            f"budget {asked} on {self.machine.name}; smallest known to work {show_bytes(self.minimum)}",
-            f"{self.status}, within {self.gap:.1%} of the {'fewest bytes' if mapped else 'fastest'} possible; "
-            + (f"{counts.keep} activations kept, {counts.recompute} recomputed, " if not mapped else "")
-            + f"{counts.offload} moved",
-            f"traced in {self.capture_seconds:.1f} s, solved in {self.solve_seconds:.1f} s; "
-            f"{len(self.program.ops)} ops, {len(self.program.buffers)} buffers",
-        ]
-        if self.moved:
-            lines.append("moved in a step: " + ", ".join(f"{show_bytes(size)} {link}" for link, size in self.moved.items()))
-        if self.schedule.homes:
-            away = sum(self.program.buffers[buffer].bytes for buffer, _ in self.schedule.homes)
-            where = " and ".join(sorted({self.machine.tiers[tier].name for _, tier in self.schedule.homes}))
-            what = "inputs and outputs" if mapped else "parameters and optimizer state"
-            lines.append(f"between their uses {show_bytes(away)} of {what} are on {where}")
-        if self.arena:
-            beside = f" and {len(self.schedule.outside)} short-lived results" if self.schedule.outside else ""
-            most = "other gradients, outputs" if self.schedule.lent else "gradients, outputs"
-            rest = "" if mapped else f"; {most}{beside} lie outside it"
-            lines.append(f"addresses planned: one arena of {show_bytes(self.arena)}{rest}")
-        if self.schedule.lent:
-            lines.append(f"{len(self.schedule.lent)} gradients lie in the arena: drop them before the next forward pass")
-        return "\n".join(lines)
+        """Some lines for people: peak and time beside the unplanned ones, the budget, and how good the plan is."""
+        return summary(self)
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def __repr__(self) -> str:
+        return one_line(self)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON: program, machine, schedule, and how to capture the model again.
@@ -301,6 +287,8 @@ class Plan:
             minimum=self.minimum,
             capture_seconds=self.capture_seconds,
             solve_seconds=self.solve_seconds,
+            compile_seconds=self.compile_seconds,
+            coverage=self.coverage,
         )
         raw = msgspec.json.encode(body)
         head = msgspec.json.encode({"format": FORMAT, "sha256": hashlib.sha256(raw).hexdigest()})
@@ -345,6 +333,8 @@ class PlanBody(msgspec.Struct, frozen=True):
     minimum: int
     capture_seconds: float
     solve_seconds: float
+    compile_seconds: float = 0.0
+    coverage: Coverage | None = None
 
 
 def load(path: str | Path) -> Plan:
@@ -391,6 +381,8 @@ def check_figures(path: str | Path, body: PlanBody, planned: Side) -> None:
         "gap": gap is not None and not 0 <= gap <= 1,
         "capture_seconds": not 0 <= body.capture_seconds < float("inf"),
         "solve_seconds": not 0 <= body.solve_seconds < float("inf"),
+        "compile_seconds": not 0 <= body.compile_seconds < float("inf"),
+        "coverage": body.coverage is not None and not body.coverage.is_sound,
     }
     for name in [name for name, is_wrong in wrong.items() if is_wrong]:
         raise PlanMismatch(f"{path} has a {name} that its schedule contradicts: plan again")
@@ -413,6 +405,8 @@ def assemble(body: PlanBody, planned: Side, unplanned: Side, captured: "Captured
         capture_seconds=body.capture_seconds,
         solve_seconds=body.solve_seconds,
         recipe=body.recipe,
+        compile_seconds=body.compile_seconds,
+        coverage=body.coverage,
         captured=captured,
     )
 

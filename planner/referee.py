@@ -26,7 +26,7 @@ RULES = {
     "reuse": "bytes are taken over only where the op can, from a buffer the step owns, of the same size",
     "random": "ops that draw random numbers run for the first time in base order, for they share one stream",
     "free": "only a live buffer is freed, never one the caller owns or is given, never one in flight",
-    "order": "the loss follows the whole forward pass, the update the whole backward pass",
+    "order": "the loss follows the forward pass, but for what can be repeated and so may wait; the update follows everything",
     "copy": "a copy starts from a live buffer, and is waited for once, where it was started",
     "home": "a resident buffer whose home is another tier lies there before the step and after it, with its last contents, "
     "and is changed only on the device; an output with such a home lies there, and there alone, after the step",
@@ -153,7 +153,8 @@ def referee(program: Program, machine: Machine, schedule: Schedule, budget: int 
                 refuse("random", f"{op.name} draws after {program.ops[last_draw].name}", at)
             last_draw = max(last_draw, step.op) if op.random and not runs[step.op] else last_draw
             if op.phase is Phase.LOSS:
-                late = [o.name for o, n in zip(program.ops[: program.boundary], runs, strict=False) if not n]
+                early = zip(program.ops[: program.boundary], runs, strict=False)
+                late = [o.name for o, n in early if not n and (o.random or not o.repeatable)]
                 if late:
                     refuse("order", f"the loss runs before {late[0]}", at)
             if op.phase is Phase.UPDATE:

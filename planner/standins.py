@@ -67,25 +67,3 @@ def fake(mode: Constants, tensor: torch.Tensor, device: str) -> torch.Tensor:
         made = torch.empty(0, dtype=tensor.dtype, device=device)
         made.set_(known[1], tensor.storage_offset(), tensor.shape, tensor.stride())  # type: ignore[arg-type]
     return made.requires_grad_(tensor.requires_grad) if tensor.is_floating_point() or tensor.is_complex() else made
-
-
-@contextmanager
-def kept_tensors(model: nn.Module) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """Put back what a traced call leaves in the attributes of modules: the fake tensors that it stores there.
-
-    Yields:
-        A list, filled at the end: tensors, neither parameters nor buffers, in whose place the call has put others, by name.
-    """
-    before = [(vars(module), dict(vars(module))) for module in model.modules()]
-    replaced: list[tuple[str, torch.Tensor]] = []
-    try:
-        yield replaced
-    finally:
-        for own, was in before:
-            for key in [key for key, value in own.items() if isinstance(value, torch.Tensor) and was.get(key) is not value]:
-                if isinstance(was.get(key), torch.Tensor):
-                    replaced.append((key, was[key]))
-                if key in was:
-                    own[key] = was[key]
-                else:
-                    del own[key]

@@ -1,43 +1,70 @@
-"""What a command shows: its answer, the progress of long work, and the error that ended it."""
+"""What a command shows in the end: its answer on standard output, or the error that ended it, and its exit status."""
 
 import json
+import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import suppress
+from io import StringIO
 from typing import Any, NoReturn
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from .errors import BudgetError, InvalidSchedule
+from .errors import BudgetError, InvalidSchedule, MemplanError
+from .flags import in_flags
 
-Report = Callable[[str, float], None]
-
-console = Console(stderr=True, highlight=False)
-
-
-def answer(as_json: bool, facts: dict[str, Any], shown: RenderableType) -> None:
-    """The command's result: `facts` on standard output for programs, or `shown` on standard error for people."""
-    if as_json:
-        print(json.dumps(facts))
-    else:
-        console.print(shown)
+WIDE = 10_000  # columns: a terminal wraps what is too long for it, and rich would cut it off
+INTERRUPTED = 130  # as shells have it: 128 and the number of the signal
+BROKEN_PIPE = 141
 
 
-@contextmanager
-def progress(stage: str) -> Iterator[Report]:
-    """A spinner with elapsed time while standard error is a terminal. Yields what to call with (stage, share done).
+def answer(as_json: bool, facts: dict[str, Any], *shown: RenderableType) -> None:
+    """The command's result on standard output: `facts` as one object for programs, or what is `shown`, for people.
 
-    What is printed meanwhile goes to standard error: a user's model may print, and standard output is for the answer.
+    Raises:
+        MemplanError: standard output is closed, or full.
     """
-    if not console.is_terminal:
-        with redirect_stdout(sys.stderr):
-            yield lambda stage, done: None
+    if as_json:
+        put(json.dumps(facts))
         return
-    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    with redirect_stdout(sys.stderr), Progress(*columns, console=console, transient=True) as bars:
-        task = bars.add_task(stage, total=None)
-        yield lambda stage, done: bars.update(task, description=stage, completed=done, total=1.0 if done > 0 else None)
+    text = StringIO()
+    console = Console(file=text, force_terminal=Console().is_terminal, highlight=False, width=WIDE)
+    for part in shown:
+        console.print(part)
+    put("\n".join(line.rstrip() for line in text.getvalue().splitlines()))
+
+
+def put(text: str) -> None:
+    """Print on standard output, at once. Where its reader has gone, the process ends as if by the signal of a broken pipe.
+
+    Raises:
+        MemplanError: standard output is closed, or full.
+    """
+    if sys.stdout is None:
+        raise MemplanError("standard output is closed: there is nowhere to print the answer")
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        drop_output()
+        raise SystemExit(BROKEN_PIPE) from None
+    except OSError as error:
+        drop_output()
+        raise MemplanError(f"cannot write the answer to standard output: {error.strerror}") from None
+
+
+def drop_output() -> None:
+    """Let what is left for standard output go nowhere: the interpreter's last flush would end in a traceback."""
+    with suppress(OSError, ValueError):  # not a file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def warn(message: object) -> None:
+    """A warning, in one line."""
+    say("warning: " + in_flags(" ".join(str(message).split())), "yellow")
+
+
+def say(line: str, style: str = "") -> None:
+    """A line on standard error, after the program's name; in colour on a terminal."""
+    Console(stderr=True, highlight=False, width=WIDE).print(f"memplan: {line}", style=style or None, markup=False)
 
 
 def fail(error: Exception, as_json: bool) -> NoReturn:
@@ -48,15 +75,23 @@ def fail(error: Exception, as_json: bool) -> NoReturn:
         message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     else:
         message = " ".join(str(error).split())
+    if error.__cause__ is None:  # else the message quotes somebody else's, and perhaps a line of the user's code
+        message = in_flags(message)
+    facts: dict[str, Any] = {"error": message, "kind": type(error).__name__}
+    if isinstance(error, BudgetError):
+        facts |= {"minimum_budget": error.minimum, "levers": error.levers}
+    if isinstance(error, InvalidSchedule):
+        facts |= {"rule": error.rule, "instruction": error.instruction}
+    end(facts, message, status_of(error), as_json)
+
+
+def end(facts: dict[str, Any], line: str, status: int, as_json: bool) -> NoReturn:
+    """End the process with a line on standard error, and with `facts` on standard output for programs."""
     if as_json:
-        facts: dict[str, Any] = {"error": message, "kind": type(error).__name__}
-        if isinstance(error, BudgetError):
-            facts["minimum_budget"] = error.minimum
-        if isinstance(error, InvalidSchedule):
-            facts |= {"rule": error.rule, "instruction": error.instruction}
-        print(json.dumps(facts))
-    print(f"memplan: {message}", file=sys.stderr)
-    raise SystemExit(status_of(error))
+        with suppress(MemplanError):  # the line below still tells
+            put(json.dumps(facts))
+    say(line, "red")
+    raise SystemExit(status)
 
 
 def status_of(error: Exception) -> int:

@@ -11,21 +11,44 @@ import torch
 from torch import nn
 from torch._functorch import config as functorch_config
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from .asides import unasked
 from .constants import Refusal
 from .errors import CaptureError
 from .native import native_kernels
+from .plain_calls import gathered, no_saving, plain_calls
+
+IN_DATA = {
+    DataDependentOutputException: "the model takes a number out of a tensor ({}), and a plan needs branches and numbers that "
+                                  "do not depend on data: keep it as a Python number, or compute with the tensor",
+    DynamicOutputShapeException: "the data decide a shape ({}), and a plan needs shapes that are known: use torch.where or "
+                                 "masked_fill, or an index of a fixed size",
+}  # fmt: skip
 
 
-def trace(step: nn.Module, inputs: list[torch.Tensor], mode: FakeTensorMode, train: bool, stack: ExitStack) -> Any:
-    """AOTAutograd's joint graph with descriptors, or a `CaptureError` that names the model's line."""
+def trace(
+    step: nn.Module, inputs: list[torch.Tensor], mode: FakeTensorMode, train: bool, stack: ExitStack, reentrant: bool = False
+) -> Any:
+    """AOTAutograd's joint graph with descriptors, or a `CaptureError` that names the model's line.
+
+    Args:
+        step: what to trace.
+        inputs: fake tensors.
+        mode: theirs.
+        train: trace the backward pass too.
+        stack: ends with the tracing; the graph is to be used before.
+        reentrant: a `Function` calls `backward()` in its backward pass: see `planner.plain_calls.gathered`.
+    """
     with in_words("trace the model"):
         stack.enter_context(quiet("torch._subclasses.fake_tensor"))  # what goes wrong is told in one line
         stack.enter_context(mode)
         stack.enter_context(native_kernels())
         stack.enter_context(unasked())
+        stack.enter_context(plain_calls())
+        stack.enter_context(no_saving())
+        if reentrant:
+            stack.enter_context(gathered(step))
         stack.enter_context(functorch_config.patch(backward_pass_autocast="off"))  # where `backward()` should be called
         stack.enter_context(torch.enable_grad() if train else torch.no_grad())
         return aot_export_joint_with_descriptors(stack, step, tuple(inputs), decompositions={})
@@ -53,6 +76,10 @@ def in_words(doing: str) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         kind = "" if isinstance(error, Refusal) else f"{type(error).__name__}: "
+        if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
+            kind, reason = "", IN_DATA[type(error)].format(reason)
+        elif "resize a view tensor" in reason:
+            kind, reason = "", "it gives a buffer another size: if only its first call does, call it once before planning"
         raise CaptureError(f"cannot {doing}{model_line(error)}: {kind}{reason}") from error
 
 
@@ -62,7 +89,8 @@ def model_line(error: BaseException) -> str:
     library = sysconfig.get_paths()["stdlib"]
     theirs, modules = [], []
     for frame in traceback.extract_tb(error.__traceback__):
-        if "/torch/nn/modules/" in frame.filename and not frame.filename.endswith("/module.py"):
+        inside = "/torch/nn/modules/" in frame.filename or "/torch/ao/" in frame.filename
+        if inside and not frame.filename.endswith(("/module.py", "/container.py")):
             modules.append(frame)
         standard = frame.filename.startswith((library, "<")) and "site-packages" not in frame.filename
         if not standard and "/torch/" not in frame.filename and not frame.filename.startswith(here):

@@ -77,8 +77,27 @@ def show_bytes(size: float) -> str:
 
 
 def show_seconds(seconds: float) -> str:
-    """`12.3 ms`: three significant digits."""
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if abs(seconds) >= scale:
-            return f"{seconds / scale:.3g} {unit}"
-    return f"{seconds * 1e9:.3g} ns"
+    """`12.3 ms`: three significant digits, or all before the point."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6), ("ns", 1e-9)):
+        if abs(seconds) >= 0.9995 * scale or (unit == "ns" and seconds):  # what is rounded to a whole unit is one
+            figure = seconds / scale
+            return f"{figure:.0f} {unit}" if abs(figure) >= 100 else f"{figure:.3g} {unit}"
+    return "0 s"
+
+
+def show_share(share: float) -> str:
+    """`12.3%`; what is not nothing is not shown as nothing."""
+    return "0%" if not share else "less than 0.1%" if 0 < share < 0.0005 else f"{share:.1%}"
+
+
+def show_change(figure: float, before: float) -> str:
+    """`12.3% more`, `12.3% less`, `the same` or `2.5 times as much`: a figure beside the one before."""
+    share = figure / before - 1 if before > 0 else 0.0
+    if share >= 1:
+        return f"{1 + share:.3g} times as much"
+    return "the same" if abs(share) < 0.0005 else f"{abs(share):.1%} {'more' if share > 0 else 'less'}"
+
+
+def show_count(count: int, what: str) -> str:
+    """`1 op`, `2 ops`."""
+    return f"{count} {what}{'' if count == 1 else 's'}"

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from .compiled import compiled
 from .master import Slots
 from .replay import evaluate
 from .segments import Segments
@@ -147,7 +147,7 @@ def anneal(
     return best, float(time)
 
 
-@njit(cache=True)
+@compiled()
 def _shifted(time, source, target, opened, boundary, ops):  # pragma: no cover
     """A time of one segment's gap as it applies to another's."""
     if time <= boundary or time >= ops:
@@ -155,7 +155,7 @@ def _shifted(time, source, target, opened, boundary, ops):  # pragma: no cover
     return max(boundary, min(time + opened[target] - opened[source], ops))
 
 
-@njit(cache=True)
+@compiled()
 def _draw(fresh, slot, before, at, last, segment, opened, boundary, fine, tiers, movable, home):  # pragma: no cover
     """Change a slot's times in place."""
     own = segment[slot]
@@ -232,7 +232,7 @@ def _draw(fresh, slot, before, at, last, segment, opened, boundary, fine, tiers,
         fresh[BEGIN], fresh[HOLD], fresh[EAGER] = -1, -1, 0
 
 
-@njit(cache=True)
+@compiled()
 def _place(
     solution, former, changed, moved, fresh, source, slot, target, gap, before, at, segment, opened, boundary, ops, movable
 ):  # pragma: no cover
@@ -254,7 +254,7 @@ def _place(
     return real
 
 
-@njit(cache=True)
+@compiled()
 def _relative(slot, fresh, owner, slot_of, use_start, use, producer, read_start, read, write_start, write):  # pragma: no cover
     """A slot that a slot's new times concern: of another output, or of an input, of the op that is to run then; or -1."""
     now = fresh[SINCE] if fresh[SINCE] < NEVER else fresh[HOLD]
@@ -276,7 +276,7 @@ def _relative(slot, fresh, owner, slot_of, use_start, use, producer, read_start,
     return slot_of[index + buffer]
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _anneal(
     seconds, workspace, size, producer, read_start, read, write_start, write, reuse_start, reuse_new, reuse_old,
     use_start, use_list, output, repeatable, resident, tiers, home, changed_start, changed_list,
@@ -285,7 +285,10 @@ def _anneal(
 ):  # fmt: skip # pragma: no cover
     np.random.seed(seed)
     slots, segments, ops = len(gap), len(kind), len(seconds)
-    base = seconds.sum() if seconds.sum() > 0 else 1.0
+    base = 0.0
+    for op in range(ops):  # seconds.sum(), whose errors in words take numba seconds to compile
+        base += seconds[op]
+    base = base if base > 0 else 1.0
     time, _, excess, _ = evaluate(
         seconds, workspace, size, producer, read_start, read, write_start, write, reuse_start, reuse_new, reuse_old,
         use_start, use_list, output, repeatable, resident, tiers, home, changed_start, changed_list, solution, budget,

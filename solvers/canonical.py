@@ -24,8 +24,8 @@ from itertools import count
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from .compiled import compiled
 from .storage import FREE, Storage
 
 SOLVED, NONE, STOPPED, OPEN = 1, 0, -1, 2
@@ -81,7 +81,7 @@ class State(NamedTuple):
     stop: np.ndarray  # set by another thread
 
 
-@njit(cache=True)
+@compiled()
 def _neighbours(span_start, first, last, begin, end):  # pragma: no cover
     """Pairs of buffers that are live at the same time, as (start, neighbours)."""
     count = len(begin)
@@ -147,7 +147,7 @@ def make_state(storage: Storage, instance: Instance, stop: np.ndarray) -> State:
     )  # fmt: skip
 
 
-@njit(cache=True)
+@compiled()
 def _fits(instance, state, i, offset):  # pragma: no cover
     """Whether no pinned buffer to come is in the way."""
     for k in range(instance.near_start[i], instance.near_start[i + 1]):
@@ -158,7 +158,7 @@ def _fits(instance, state, i, offset):  # pragma: no cover
     return True
 
 
-@njit(cache=True)
+@compiled()
 def _bound(instance, state, rank, capacity, use, depth, low, high):  # pragma: no cover
     """Whether the buffers to come at this depth may still fit, as far as lifts and sections tell."""
     frame, row = state.frames[depth], state.members[depth]
@@ -202,7 +202,7 @@ def _bound(instance, state, rank, capacity, use, depth, low, high):  # pragma: n
     return True
 
 
-@njit(cache=True)
+@compiled()
 def _open(instance, state, rank, capacity, use, depth):  # pragma: no cover
     """Look at a node for the first time: SOLVED, NONE, STOPPED, or OPEN if there is something to try."""
     frame, row = state.frames[depth], state.members[depth]
@@ -230,7 +230,7 @@ def _open(instance, state, rank, capacity, use, depth):  # pragma: no cover
     return OPEN if _bound(instance, state, rank, capacity, use, depth, low, high) else NONE
 
 
-@njit(cache=True)
+@compiled()
 def _descend(instance, state, depth, many, floor, floor_rank, mark, level):  # pragma: no cover
     """Set up the next depth's frame; its members are written already."""
     child = state.frames[depth + 1]
@@ -238,7 +238,7 @@ def _descend(instance, state, depth, many, floor, floor_rank, mark, level):  # p
     child[MARK], child[LEVEL] = mark, level
 
 
-@njit(cache=True)
+@compiled()
 def _next_group(instance, state, depth):  # pragma: no cover
     """The next group of buffers to come that shares no time with the others, as a node below; SOLVED after the last."""
     frame, row = state.frames[depth], state.members[depth]
@@ -255,7 +255,7 @@ def _next_group(instance, state, depth):  # pragma: no cover
     return OPEN
 
 
-@njit(cache=True)
+@compiled()
 def _regroup(instance, state, depth):  # pragma: no cover
     """Take back what the groups of a node have placed."""
     frame, row = state.frames[depth], state.members[depth]
@@ -265,7 +265,7 @@ def _regroup(instance, state, depth):  # pragma: no cover
         state.placed[row[x]] = False
 
 
-@njit(cache=True)
+@compiled()
 def _take_back(instance, state, depth):  # pragma: no cover
     """Undo the placement of a node."""
     i, mark = state.frames[depth][CHOSEN], state.frames[depth][MARK]
@@ -277,7 +277,7 @@ def _take_back(instance, state, depth):  # pragma: no cover
             state.total[s] += instance.padded[i]
 
 
-@njit(cache=True)
+@compiled()
 def _next_choice(instance, state, rank, use, depth):  # pragma: no cover
     """Place the next candidate of a node, with a node below for the rest; NONE if there is no other candidate."""
     frame, row = state.frames[depth], state.members[depth]
@@ -322,7 +322,7 @@ def _next_choice(instance, state, rank, use, depth):  # pragma: no cover
     return OPEN
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _search(instance, state, rank, capacity, use):  # pragma: no cover
     """Depth first from where it stopped before; returns SOLVED, NONE or STOPPED."""
     depth = state.depth[0]

@@ -10,15 +10,15 @@ import heapq
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from .canonical import Instance
+from .compiled import compiled
 from .storage import FREE, Storage
 
 ORDERS = ("size", "area", "lifetime", "crowd", "start")
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _first_fit(size, pin, near_start, near, alignment, order, best):  # pragma: no cover
     """Offsets of buffers placed one after the other, pinned ones first; into the tightest gap if `best`."""
     count = len(size)
@@ -79,7 +79,7 @@ def lowest_first(storage: Storage) -> np.ndarray:
     return _lowest_first(storage.padded, *storage.hull, storage.sections[2])
 
 
-@njit(cache=True)
+@compiled()
 def _unlink(i, head, after, before, slot):  # pragma: no cover
     """Take buffer i out of the list of its slot."""
     if before[i] >= 0:
@@ -90,7 +90,7 @@ def _unlink(i, head, after, before, slot):  # pragma: no cover
         before[after[i]] = before[i]
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _lowest_first(size, begin, end, sections):  # pragma: no cover
     """The skyline is a list of segments: `right[s]` ends the one that starts at s, `height[s]` is its height.
 

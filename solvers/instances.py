@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 import numpy as np
-from numba import njit
 
+from .compiled import compiled
 from .storage import Storage, make_storage
 
 
-@njit(cache=True)
+@compiled()
 def _cut(count, duration, height, share, draws):  # pragma: no cover
     """Cut `count - 1` times; each time a piece drawn by area is halved, across time with probability `share`."""
     lower, upper = np.zeros(count, np.int64), np.zeros(count, np.int64)

@@ -1,7 +1,8 @@
 """The compiled simulation behind `timeline`: a solution -> events, events -> bytes and time."""
 
 import numpy as np
-from numba import njit
+
+from .compiled import compiled
 
 SINCE, BEGIN, HOLD, EAGER, MOVE = range(5)  # rows of a solution: see `timeline`
 NEVER = 2**30  # a time after any base time: the `since` of a buffer's last gap, which no use ends
@@ -9,13 +10,13 @@ EVENTS = 2_000  # that a solution may come to in any case
 OUT, OUT_DELAY, OUT_LOAD, IN, IN_DELAY, IN_LOAD, ROOM, RATE = range(8)  # columns of `tiers`
 
 
-@njit(cache=True)
+@compiled()
 def limit_of(ops):  # pragma: no cover
     """How many events a solution may come to; one that repeats ops more often is taken for impossible."""
     return max(8 * ops + 64, EVENTS)
 
 
-@njit(cache=True)
+@compiled()
 def stays(buffer, base, upcoming, output, solution):  # pragma: no cover
     """Until when a buffer that is resident at a base time stays so."""
     gap = upcoming[buffer] + buffer
@@ -27,13 +28,13 @@ def stays(buffer, base, upcoming, output, solution):  # pragma: no cover
     return -1
 
 
-@njit(cache=True)
+@compiled()
 def is_eager(bits, move, bit):  # pragma: no cover
     """Whether an interval starts at its time though nobody needs the value: fetches do."""
     return bits >> bit & 1 or move > 0
 
 
-@njit(cache=True)
+@compiled()
 def find_starts(ops, use_start, solution):  # pragma: no cover
     """What is made though nobody needs it, as linked lists: (first of each base time, next of each, buffer, gap)."""
     count = 0
@@ -55,7 +56,7 @@ def find_starts(ops, use_start, solution):  # pragma: no cover
     return first, following, owner, place
 
 
-@njit(cache=True)
+@compiled()
 def find_tiers(buffers, use_start, solution, home):  # pragma: no cover
     """For each buffer the tier that it may be fetched from, else 0."""
     tier = home.copy()
@@ -71,7 +72,7 @@ def find_tiers(buffers, use_start, solution, home):  # pragma: no cover
     return tier
 
 
-@njit(cache=True)
+@compiled()
 def lasts(output, home, tier):  # pragma: no cover
     """Buffers that are live at the end: outputs, and what might be at home elsewhere and stays."""
     lasting = output.copy()
@@ -81,7 +82,7 @@ def lasts(output, home, tier):  # pragma: no cover
     return lasting
 
 
-@njit(cache=True)
+@compiled()
 def expand(
     producer, read_start, read, write_start, write, use_start, use, output, repeatable, home, solution
 ):  # pragma: no cover
@@ -178,7 +179,7 @@ def expand(
     return order, when, count, tier
 
 
-@njit(cache=True)
+@compiled()
 def find_last(order, when, count, read_start, read, write_start, write, output):  # pragma: no cover
     """For each buffer that an event touches, in the order of events, whether its life ends there, or begins there to last.
 
@@ -213,7 +214,7 @@ def find_last(order, when, count, read_start, read, write_start, write, output):
     return flags
 
 
-@njit(cache=True)
+@compiled()
 def arrival(begin, seconds, busy, rate):  # pragma: no cover
     """When a copy ends, the link the other way being busy until a time and the rate a share until then: `Machine.arrival`."""
     if busy <= begin:
@@ -222,7 +223,7 @@ def arrival(begin, seconds, busy, rate):  # pragma: no cover
     return begin + seconds + (1 - rate) * (shared if seconds >= rate * shared else seconds / rate)
 
 
-@njit(cache=True)
+@compiled()
 def copy_out(buffer, link, clock, size, tiers, free_out, free_in, there, queue, tail):  # pragma: no cover
     """Put a buffer into a link's queue as its value is complete. Returns the clock, with what copying costs computing."""
     copying = size[buffer] / tiers[link, OUT]
@@ -234,7 +235,7 @@ def copy_out(buffer, link, clock, size, tiers, free_out, free_in, there, queue, 
     return clock + tiers[link, OUT_LOAD] * copying
 
 
-@njit(cache=True)
+@compiled()
 def replay(
     seconds, workspace, size, read_start, read, write_start, write, reuse_start, reuse_new, reuse_old, output, resident, tiers,
     home, changed_start, changed, order, when, count, tier, budget, memory,
@@ -398,7 +399,7 @@ def replay(
     return clock, peak, excess + worst
 
 
-@njit(cache=True)
+@compiled()
 def evaluate(
     seconds, workspace, size, producer, read_start, read, write_start, write, reuse_start, reuse_new, reuse_old,
     use_start, use, output, repeatable, resident, tiers, home, changed_start, changed, solution, budget,

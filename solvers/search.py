@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from .anneal import anneal, make_space
+from .descent import Descent, least_of
 from .master import Master
 from .timeline import KEEP, SINCE, Problem, score
 
@@ -82,7 +83,7 @@ class Search:
         ops = max(self.ops, 1)
         return self.effort or int(max(min(10_000 * ops, 2.4e7 / ops), 2000))
 
-    def fastest(self, budget: int, bound: float) -> np.ndarray | None:
+    def fastest(self, budget: int, bound: float, met: bool = False) -> np.ndarray | None:
         """The best solution found within the budget, or None.
 
         From every start; then, for programs so small that each op is a large step, several times more from nothing
@@ -91,6 +92,7 @@ class Search:
         Args:
             budget: bytes.
             bound: seconds that no solution is faster than.
+            met: something is known that meets the budget, so that nothing need be found once the time is up.
         """
         hot = max(0.01, 0.5 / max(self.ops, 1))
         nothing = self.problem.keep_all()
@@ -101,11 +103,13 @@ class Search:
         for number in range(0, len(tries) + TOGETHER, TOGETHER):
             if number and best.solution is not None and (best.seconds <= bound * (1 + GOOD) or self.late()):
                 break
+            if number and met and self.late():
+                break
             self.tell("searching", number / (len(tries) + TOGETHER))
             batch = tries[number : number + TOGETHER]
             if not batch:
                 if best.solution is None:
-                    best = self.rated(self.smallest, budget)
+                    best = self.rated(self.descend(None if met else budget), budget)
                 if best.solution is None:
                     break
                 batch = [(best.solution, self.steps, hot / 3)] * TOGETHER
@@ -113,35 +117,35 @@ class Search:
             best = min([best, *found], key=lambda each: each.seconds)
         return best.solution
 
-    @cached_property
+    @property
     def smallest(self) -> np.ndarray:
-        """The solution of smallest peak known: the search run for ever smaller budgets, whatever the time."""
+        """The solution of smallest peak known, looked for until the time is up."""
+        return self.descend(None)
+
+    def descend(self, budget: int | None) -> np.ndarray:
+        """The solution of smallest peak known.
+
+        Args:
+            budget: bytes that are wanted: the search goes on until it finds them or has come to its end, whatever the time, so
+                that whether a budget is met depends on nothing else.
+        """
+        descent = self.descent
+        while not descent.done and (not descent.number or not self.late() or (budget is not None and descent.peak > budget)):
+            self.tell("finding the smallest budget", descent.number / descent.rounds)
+            descent.step()
+        return descent.best
+
+    @cached_property
+    def descent(self) -> Descent:
+        """The search for the smallest peak, at its beginning: the best of what needs no search."""
         problem = self.problem
         bases = [problem.keep_all(), *([problem.keep_all(away=1.0, ahead=0.0)] if problem.home.any() else [])]
         rules = [rule for base in bases for rule in (base, *self.rules(base))]
         choices = [choice for choice in rules if score(problem, choice, 2**62).excess <= 0]
         peaks = [score(problem, choice, 0).peak for choice in choices]
-        best, peak = choices[int(np.argmin(peaks))], min(peaks)
-        current, tries, shrink = best, 0, 0.9
         steps = max(min(self.steps // 4, 40_000), 500)
         rounds = FLOOR_ROUNDS if self.ops <= LARGE else FLOOR_ROUNDS // 2
-        for number in range(rounds):
-            if number and self.late():
-                break
-            self.tell("finding the smallest budget", number / rounds)
-            target = int(problem.resident + (peak - problem.resident) * shrink)
-            answers = self.improve([(current, steps, heat) for heat in (0.01, 0.03)], target, 2 * number, care=0.05)
-            found = min(answers, key=lambda each: (each.seconds, score(problem, each.solution, target).excess))
-            current = found.solution  # what comes closest, if nothing fits: the next round goes on from it
-            if np.isfinite(found.seconds):
-                best, peak, tries = current, score(problem, current, target).peak, 0
-            else:
-                tries += 1
-                if tries == 3:
-                    current, tries, shrink = best, 0, 1 - (1 - shrink) / 2.5
-            if shrink > 0.995:
-                break
-        return best
+        return Descent(problem, self.improve, steps, rounds, choices[int(np.argmin(peaks))], min(peaks), least_of(problem))
 
     def improve(self, tries: Sequence[tuple[np.ndarray, int, float]], budget: int, seed: int, care: float = 1.0) -> list[Found]:
         """Annealing from several (solution, steps, heat) at once, in threads: what each found, in their order."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from memplan.solvers.compiled import code_directory
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE))  # `strategies` and `exact` are for every test file
@@ -27,7 +28,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test reads or writes the user's measurements."""
+    """No test reads or writes the user's measurements. What numba has compiled is kept, for processes that tests start."""
+    if os.environ.get("NUMBA_CACHE_DIR") is None and (folder := code_directory()) is not None:
+        monkeypatch.setenv("NUMBA_CACHE_DIR", folder)
     monkeypatch.setenv("MEMPLAN_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 

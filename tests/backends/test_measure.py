@@ -6,15 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from memplan.backends import measure as measuring
-from memplan.backends import meters
+from memplan.backends import meters, timing
 from memplan.backends.calls import NoRoom, Unmeasurable, build, free_bytes
 from memplan.backends.measure import answer, calibrate, measure
 from memplan.backends.meters import allocator_extra, cuda_environment, seconds_of
 from memplan.planner.cost import Figures, Table
 from memplan.planner.errors import MemplanError
+from memplan.planner.estimate import Work
+from memplan.planner.gauge import Reading, Reference
 from memplan.planner.machine import Machine, Tier, Unit
 from memplan.planner.program import Buffer, Kind, Op, Phase, Program
 from memplan.planner.watch import Watch, is_quiet, waited
@@ -166,6 +169,30 @@ def test_a_crash_loses_one_key(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == {ADD: Figures(4096.0, 4096), CRASH: None, SLOW: Figures(4096.0, 4096)}
 
 
+PACED = """
+import json, sys
+paces = iter([1.0, 3.0, 1.0, 1.0, 1.0])
+seconds = {"one": [3.0, 1.0], "two": [3.0]}
+for line in sys.stdin:
+    request = json.loads(line)
+    if "look" in request:
+        print(json.dumps({"reading": [7, next(paces), 1.0, False]}), flush=True)
+    else:
+        print(json.dumps({"value": seconds.get(request.get("key"), [4096.0]).pop(0)}), flush=True)
+"""
+
+
+def test_what_was_timed_in_a_slow_moment_is_timed_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each time has the slower of the readings around it, and the better one counts; other processes take the workspaces."""
+    commands = iter([[sys.executable, "-c", PACED], [sys.executable, "-c", FAKE]])
+    monkeypatch.setattr(measuring, "worker_command", lambda *_: next(commands))
+    monkeypatch.setattr(timing, "SPAN", 0.0)
+    reference = Reference("a device", tmp_path)
+    reference.add([Reading(1, 1.0, 1.0)] * 2)
+    found = measure(["one"], threads=1, reference=reference)
+    assert found == {"one": Figures(1.0, 4096, False, Reading(7, 1.0, 1.0))}
+
+
 def test_a_hanging_kernel_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """For good on a quiet machine; beside other work it may have been that."""
     monkeypatch.setattr(measuring, "worker_command", lambda *_: [sys.executable, "-c", FAKE])
@@ -235,15 +262,59 @@ def one_op_program() -> Program:
 def test_disturbed_figures_are_told_and_taken_again_in_quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     answers = [{ADD: Figures(2.0, 0, True)}, {ADD: Figures(1.0, 0)}]
     monkeypatch.setattr(measuring, "measure", lambda *_, **__: answers.pop(0))
+    now = Reading(1, 1e-3, 1e-3)
+    monkeypatch.setattr(measuring, "read_pace", lambda device: now)
     program = one_op_program()
     with pytest.warns(UserWarning, match="1 of 1 ops of toy were timed while other work held the cores"):
         assert calibrate(program, MACHINE, Table("a device", tmp_path)) == 1
-    monkeypatch.setattr(measuring, "is_quiet", lambda: False)
+    now = now._replace(disturbed=True)
     with pytest.warns(UserWarning, match="timed while other work"):
         assert calibrate(program, MACHINE, Table("a device", tmp_path)) == 0
-    monkeypatch.setattr(measuring, "is_quiet", lambda: True)
+    now = now._replace(disturbed=False)
     assert calibrate(program, MACHINE, Table("a device", tmp_path)) == 1
-    assert Table("a device", tmp_path).get(ADD) == Figures(1.0, 0)
+    found = Table("a device", tmp_path).get(ADD)
+    assert found is not None
+    assert found[:3] == (1.0, 0, False)
+    assert found.work == Work("t", "float32", 0.0, 0)
+
+
+def test_figures_of_a_slow_hour_are_taken_again_in_a_faster_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing waited for a core then; the readings alone tell. As slow as then, they stay, and are told."""
+    slow, fast = Reading(1, 2e-3, 1e-3), Reading(2, 1e-3, 1e-3)
+    answers = [{ADD: Figures(2.0, 0, reading=slow)}, {ADD: Figures(1.0, 0, reading=fast)}]
+    monkeypatch.setattr(measuring, "measure", lambda *_, **__: answers.pop(0))
+    program, table, now = one_op_program(), Table("a device", tmp_path), slow
+    monkeypatch.setattr(measuring, "read_pace", lambda device: now)
+    assert calibrate(program, MACHINE, table) == 1
+    table.reference.add([fast, fast])
+    with pytest.warns(UserWarning, match=r"timed while .* or while the machine was up to 2\.0 times as slow as at its best"):
+        assert calibrate(program, MACHINE, table) == 0
+    now = fast
+    assert calibrate(program, MACHINE, table) == 1
+    assert calibrate(program, MACHINE, table) == 0
+
+
+def test_measuring_again_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Then what was known, of the pace too, counts for nothing."""
+    answers = [{ADD: Figures(1.0, 0)}, {ADD: Figures(2.0, 0)}]
+    monkeypatch.setattr(measuring, "measure", lambda *_, **__: answers.pop(0))
+    table = Table("a device", tmp_path)
+    table.reference.add([Reading(1, 1e-9, 1e-9)] * 2)
+    calibrate(one_op_program(), MACHINE, table)
+    calibrate(one_op_program(), MACHINE, table, again=True)
+    found = Table("a device", tmp_path)
+    assert (found.get(ADD) or Figures(0.0, 0)).seconds == 2.0
+    assert found.reference.slowness(Reading(1, 1.0, 1.0)) == 1.0
+
+
+def test_a_time_that_cannot_be_is_left_to_the_next_plan(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A thousand times the work of the reference in the same time."""
+    reading = Reading(1, 1e-3, 1e-3)
+    monkeypatch.setattr(measuring, "measure", lambda *_, **__: {ADD: Figures(1e-6, 0, reading=reading)})
+    program, table = one_op_program(), Table("a device", tmp_path)
+    heavy = msgspec.structs.replace(program, ops=(msgspec.structs.replace(program.ops[0], flops=2.0 * 512**3),))
+    assert calibrate(heavy, MACHINE, table) == 0
+    assert ADD not in table
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, runs: list[tuple[float, bool]]) -> list[float]:

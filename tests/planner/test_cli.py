@@ -45,9 +45,9 @@ def saved(tmp_path: Path) -> Path:
 
 
 def call(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int, str, str]:
-    """Exit status, standard output and standard error of a command."""
+    """Exit status, standard output and standard error of a command, without its progress."""
     try:
-        cli.main([str(word) for word in words])
+        cli.main([*(str(word) for word in words), "--quiet"])
     except SystemExit as ended:
         status = ended.code
     else:
@@ -66,7 +66,7 @@ def test_plan_prints_one_object_and_writes_the_file(capsys, monkeypatch, tmp_pat
 
     monkeypatch.setattr(api, "plan", made, raising=False)
 
-    words = ("--budget", "60%", "--optimizer", "adamw", "--allow", "recompute,reorder", "--machine", "h200", "--infer")
+    words = ("--budget", "60%", "--optimizer", "adamw", "--allow", "recompute", "--allow", "reorder", "--machine", "h200")
     status, out, err = call(capsys, "plan", MODEL, *words, "--json", "-o", tmp_path / "p.json")
 
     assert (status, err) == (0, "")
@@ -81,6 +81,8 @@ def test_plan_prints_one_object_and_writes_the_file(capsys, monkeypatch, tmp_pat
         "minimum_budget",
         "capture_seconds",
         "solve_seconds",
+        "compile_seconds",
+        "measured",
         "counts",
         "machine",
         "ops",
@@ -93,7 +95,7 @@ def test_plan_prints_one_object_and_writes_the_file(capsys, monkeypatch, tmp_pat
     assert asked["device"] == "meta"
     assert asked["kwargs"] == {"input_ids", "labels"}
     assert asked["allow"] == {"recompute", "reorder"}
-    assert (asked["budget"], asked["optimizer"], asked["machine"], asked["train"]) == ("60%", "adamw", "h200", False)
+    assert (asked["budget"], asked["optimizer"], asked["machine"], asked["train"]) == ("60%", "adamw", "h200", True)
 
 
 @pytest.mark.filterwarnings("default")
@@ -109,12 +111,14 @@ def test_a_warning_is_one_line_beside_the_answer(capsys, monkeypatch):
     assert err == "memplan: warning: 3 of 9 ops were timed [badly]\n"
 
 
-def test_people_get_tables_on_standard_error(capsys, saved):
+def test_people_get_tables_on_standard_output(capsys, saved):
+    """Where they can be piped; without colour, and as wide as they are."""
     status, out, err = call(capsys, "show", saved)
 
-    assert (status, out) == (0, "")
-    assert "planned" in err
-    assert "4 ms" in err
+    assert (status, err) == (0, "")
+    assert "planned" in out
+    assert "4 ms" in out
+    assert "\x1b" not in out
 
 
 @pytest.mark.parametrize(
@@ -234,17 +238,21 @@ def test_sweep_prints_the_curve(capsys, monkeypatch, tmp_path):
     assert [point["budget"] for point in facts["points"]] == [6 << 20, 4 << 20]
     assert facts["points"][0]["overhead"] == pytest.approx(1 / 3)
     assert (tmp_path / "c.csv").read_text().splitlines()[0] == "budget,peak,time,overhead,gap,status"
-    assert call(capsys, "sweep", MODEL)[1] == ""
+    assert "6 MiB" in call(capsys, "sweep", MODEL)[1]
 
 
 def test_run_puts_predictions_beside_measurements(capsys, monkeypatch):
-    from memplan.backends import trial
+    from memplan.backends import trial, turns
 
-    def pretend(request):
-        return trial.Trial(None if request.plan else 5 << 20, 0.01, ((0.5).hex(), float("nan").hex()), ("x", "y"))
+    def pretend(plain, planned, peaks, device, tell):
+        assert (plain.plan, peaks, device) == (None, (4 << 20, small_plan().peak), "cuda")
+        assert planned.plan
+        losses = (0.5).hex(), float("nan").hex()
+        trials = (trial.Trial(peak, 0.01, losses, ("x", "y")) for peak in (5 << 20, None))
+        return turns.Comparison(*trials, 1.25, rounds=3, disturbed=2)
 
     monkeypatch.setattr(api, "plan", lambda *_, **__: small_plan(), raising=False)
-    monkeypatch.setattr(trial, "in_fresh_process", pretend)
+    monkeypatch.setattr(turns, "compare", pretend)
 
     status, out, _ = call(capsys, "run", MODEL, "--json")
     shown = call(capsys, "run", MODEL)
@@ -253,13 +261,17 @@ def test_run_puts_predictions_beside_measurements(capsys, monkeypatch):
     assert status == 0
     assert facts["unplanned"]["peak"] == {"predicted": 4 << 20, "measured": 5 << 20}
     assert facts["planned"]["losses"] == [0.5, None]
+    assert facts["ratio"]["measured"] == 1.25
+    assert facts["rounds"] == {"counted": 3, "in_turns": True, "disturbed": 2}
+    assert "times: 1.250 of unplanned" in shown[2]
+    assert "other work held the cores in 2 of 3" in " ".join(shown[2].split())
     assert facts["losses_equal"]
     assert facts["gradients_equal"]
-    assert "bit-equal" in shown[2]
+    assert "bit-equal" in shown[1]
 
 
 def test_calibrate_says_what_is_known_of_the_step(capsys):
-    status, out, _ = call(capsys, "calibrate", MODEL, "--json")
+    status, out, _ = call(capsys, "calibrate", MODEL, "--json", "--time-limit", "600")
 
     facts = json.loads(out)
     assert status == 0

@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from memplan.planner import local
 from memplan.planner.cost import Figures, Table, apply_costs, coverage, roofline
+from memplan.planner.estimate import Work
+from memplan.planner.gauge import Reading
 from memplan.planner.keys import measurable
 from memplan.planner.local import control_group_limits, device_key, local_machine, memory_limit
 from memplan.planner.machine import Machine, Tier, Unit, load_machine, preset_names
@@ -133,6 +136,74 @@ def test_disturbed_figures_give_way(tmp_path: Path) -> None:
         assert table.get("one") == min(first, second)
 
 
+def test_figures_of_a_slow_hour_give_way(tmp_path: Path) -> None:
+    """As soon as the machine has been seen to be faster, though no counter said anything: even before they are taken again."""
+    slow, fast = Reading(100, 3e-3, 3e-3), Reading(200, 1e-3, 3e-3)
+    table = Table("a device", tmp_path)
+    table.reference.add([slow, slow])
+    table.update({"one": Figures(3.0, 0, reading=slow)})
+    assert not table.doubts(table.get("one"))
+    table.reference.add([fast])  # a single reading might be a wrong clock's
+    assert not table.doubts(table.get("one"))
+    table.reference.add([fast])
+    assert table.doubts(table.get("one"))
+    table.save()
+    again = Table("a device", tmp_path)
+    assert again.doubts(again.get("one"))
+    again.update({"one": Figures(3.5, 0, reading=fast)})
+    assert again.get("one") == Figures(3.5, 0, reading=fast)
+
+
+def test_the_smaller_of_two_quiet_times_stays(tmp_path: Path) -> None:
+    """A second measurement never replaces a smaller time by a larger one, nor any by nothing."""
+    table = Table("a device", tmp_path)
+    for seconds in (2.0, 1.0, 1.5):
+        table.update({"one": Figures(seconds, 0)})
+    table.update({"one": None})
+    assert table.get("one") == Figures(1.0, 0)
+
+
+def test_measuring_anew_replaces_what_is_there(tmp_path: Path) -> None:
+    table = Table("a device", tmp_path)
+    table.update({"one": Figures(1.0, 0), "two": Figures(1.0, 0)})
+    table.save()
+    table.replace({"one": Figures(2.0, 0)})
+    assert Table("a device", tmp_path).get("one") == Figures(2.0, 0)
+    assert Table("a device", tmp_path).get("two") == Figures(1.0, 0)
+
+
+def test_what_was_measured_beside_other_work_is_bounded_by_its_kind(tmp_path: Path) -> None:
+    """Ops of the kind took twice their roofline in quiet; one was timed at 460 times its own, one at 1.2 times."""
+    keys = [key("aten.mm.default", tensor(8, 8), tensor(8, 8), size) for size in range(12)]
+    table = Table("a device", tmp_path)
+    work = Work("aten.mm.default", "float32", 1e9, 0)
+    table.update({each: Figures(4.0, 8, work=work) for each in keys[:10]})
+    table.update({keys[10]: Figures(920.0, 16, True, work=work), keys[11]: Figures(2.4, 24, True, work=work)})
+    program = Program("toy", (Buffer("x", 512, Kind.INPUT),), tuple(op(each, flops=1e9) for each in keys), ())
+    costed = apply_costs(program, MACHINE, table)
+    assert [made.seconds for made in costed.ops] == pytest.approx([4.0] * 11 + [2.4])
+    assert [made.workspace for made in costed.ops[10:]] == [16, 24]
+    found = coverage(costed, table)
+    assert found.share == 1.0
+    assert found.disturbed == pytest.approx(6.4 / 46.4)
+
+
+def test_what_was_not_measured_is_estimated_by_its_kind(tmp_path: Path) -> None:
+    """Figures of another model correct the roofline: by kind where there are enough, by all else; too few say nothing."""
+    other = [key("aten.mm.default", tensor(16, 16), tensor(16, 16), size) for size in range(8)]
+    table = Table("a device", tmp_path)
+    buffers = Buffer("x", 512, Kind.INPUT), Buffer("y", 512, Kind.TEMPORARY)
+    program = Program("toy", buffers, (op(MM, flops=1e9), op(MM16, flops=1e9)), ())
+    table.update({each: Figures(6.0, 0, work=Work("aten.mm.default", "float32", 1e9, 0)) for each in other[:7]})
+    assert [made.seconds for made in apply_costs(program, MACHINE, table).ops] == pytest.approx([2.0, 0.5])
+    table.update({other[7]: Figures(0.5, 0, work=Work("aten.add.Tensor", "float32", 1e8, 0))})
+    costed = apply_costs(program, MACHINE, table)
+    assert [made.seconds for made in costed.ops] == pytest.approx([6.0, 1.5])
+    assert coverage(costed, table, alike=8).describe("toy") == (
+        "times: none measured, estimated from the rates of toy, corrected by 8 measured ops; memplan calibrate measures them"
+    )
+
+
 @pytest.mark.parametrize(
     "content",
     [b"", b"\xff\xfe", b"[1, 2]", b'{"device": "a device", "entries": {"k": [1', b"[" * 100_000],
@@ -152,7 +223,7 @@ def test_a_broken_file_is_a_warning(tmp_path: Path, content: bytes) -> None:
 
 def test_impossible_figures_are_left_out(tmp_path: Path) -> None:
     path = Table("a device", tmp_path).path
-    path.write_text(json.dumps({"device": "a device", "entries": {"a": [-1.0, 0], "b": [1.0, 8, False]}, "format": 3}))
+    path.write_text(json.dumps({"device": "a device", "entries": {"a": [-1.0, 0], "b": [1.0, 8, False]}, "format": 4}))
     with pytest.warns(UserWarning, match="impossible"):
         table = Table("a device", tmp_path)
     assert len(table) == 1
@@ -182,6 +253,7 @@ def test_costs_come_from_the_table_first(tmp_path: Path) -> None:
     assert apply_costs(costed, MACHINE, table) == costed
     assert str(coverage(costed, table)) == "1 of 2 ops measured, 75.0% of 2 s"
     assert coverage(costed, None).measured == 0
+    assert coverage(costed, table, runs=[0, 1, 1]).seconds == 2.5  # a run that is repeated counts again
     assert apply_costs(program, MACHINE).ops[0].seconds == pytest.approx(2.0)
 
 
@@ -199,6 +271,7 @@ def test_presets_are_sound() -> None:
 
 def test_local_machine_is_probed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEMPLAN_CACHE", str(tmp_path))
+    monkeypatch.setattr(local, "read_pace", lambda device: Reading(1, 1e-3, 1e-3))
     machine = local_machine()
     assert machine.name == "local-cpu"
     assert 0 < machine.tiers[0].capacity <= memory_limit()

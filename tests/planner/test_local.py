@@ -2,18 +2,22 @@
 
 import os
 import stat
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from memplan.planner import disk, local
+from memplan.planner import disk, local, probe
 from memplan.planner.disk import DiskRates, each_chunk, file_system, offload_directory, probe_disk, usual_time
 from memplan.planner.errors import MachineError
-from memplan.planner.local import PAGE, Rates, local_machine, memory_available
+from memplan.planner.gauge import Reading, Reference
+from memplan.planner.local import PAGE, Rates, device_key, doubts_rates, local_machine, memory_available
 from memplan.planner.workspaces import cublas_bytes
 
 GIB = 1 << 30
+QUIET = Reading(1, 1e-3, 1e-3)
 MOUNTS = """\
 27 1 254:0 / / rw,relatime - ext4 /dev/vda rw,discard
 25 24 0:23 / /dev/shm rw,relatime shared:3 master:1 - tmpfs tmpfs rw,size=24684096k
@@ -38,6 +42,7 @@ def probes(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
     monkeypatch.setattr(local, "probe", lambda device: Rates({"default": 1e9}, bandwidth=1e9, launch=1e-6))
     monkeypatch.setattr(local, "probe_disk", measure)
+    monkeypatch.setattr(local, "read_pace", lambda device: QUIET)
     return seen
 
 
@@ -78,6 +83,89 @@ def test_rates_are_measured_once_for_a_directory(probes: list[Path], tmp_path: P
     monkeypatch.setenv("MEMPLAN_OFFLOAD", str(tmp_path / "elsewhere"))
     local_machine(offload=True)
     assert probes[2] == (tmp_path / "elsewhere").resolve()
+
+
+@pytest.fixture
+def pace(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A machine whose pace and whose probe's rates a test sets."""
+    state: dict[str, Any] = {"reading": QUIET, "rates": Rates({"default": 1e11}, 1e10, 1e-6), "probes": 0}
+
+    def take(device: str) -> Rates:
+        state["probes"] += 1
+        return state["rates"]
+
+    monkeypatch.setattr(local, "probe", take)
+    monkeypatch.setattr(local, "read_pace", lambda device: state["reading"])
+    return state
+
+
+def flops() -> float:
+    """Of the machine at hand."""
+    return local_machine().units[0].flops["default"]
+
+
+def test_a_probe_beside_other_work_is_tried_again_in_quiet(pace: dict[str, Any]):
+    """Not while it goes on; and until then no rate is believed that any such processor beats."""
+    pace |= {"reading": Reading(1, 3e-3, 1e-3, disturbed=True), "rates": Rates({"default": 6e8}, 1e8, 1e-4)}
+    assert flops() > 5e9
+    assert local_machine().units[0].launch <= 5e-6
+    assert doubts_rates("cpu")
+    assert pace["probes"] == 1
+
+    pace |= {"reading": QUIET, "rates": Rates({"default": 2e11}, 1e10, 1e-6)}
+    assert flops() == 2e11
+    assert flops() == 2e11
+    assert not doubts_rates("cpu")
+    assert pace["probes"] == 2
+
+
+def test_a_probe_of_a_slow_hour_is_tried_again_once_a_faster_one_is_known(pace: dict[str, Any]):
+    """What slowed the machine showed in no counter then."""
+    slow = Reading(1, 3e-3, 3e-3)
+    pace |= {"reading": slow, "rates": Rates({"default": 5e10}, 1e10, 1e-6)}
+    assert flops() == 5e10
+    pace["reading"] = QUIET
+    assert flops() == 5e10
+    Reference(device_key()).add([QUIET, QUIET])
+    pace["rates"] = Rates({"default": 2e11}, 5e9, 1e-6)
+    machine = local_machine()
+    assert machine.units[0].flops["default"] == 2e11
+    assert machine.tiers[0].bandwidth == 1e10  # the better of each
+
+
+def test_a_probe_can_be_asked_for_anew(pace: dict[str, Any]):
+    assert flops() == 1e11
+    pace["rates"] = Rates({"default": 5e10}, 1e10, 1e-6)
+    assert flops() == 1e11
+    assert local_machine(again=True).units[0].flops["default"] == 5e10
+    assert flops() == 5e10
+
+
+def test_a_probe_of_before_paces_were_known_is_not_believed(pace: dict[str, Any]):
+    """It says neither when it was taken nor beside what."""
+    assert flops() == 1e11
+    next(Path(os.environ["MEMPLAN_CACHE"]).glob("rates-*.json")).write_text(
+        '{"flops": {"default": 6e8}, "bandwidth": 1e9, "launch": 1e-5}'
+    )
+    assert flops() == 1e11
+    assert pace["probes"] == 2
+
+
+def test_disks_better_figures_count():
+    one, other = DiskRates(2e9, 1e9, 0.5, 0.25, 0.75, 0.5), DiskRates(1e9, 2e9, 0.25, 0.5, 0.5, 0.75)
+    assert one.better(other) == DiskRates(2e9, 2e9, 0.25, 0.25, 0.75, 0.75) == other.better(one)
+
+
+def test_the_least_but_one_of_a_probes_times_counts(monkeypatch: pytest.MonkeyPatch):
+    """One run that cannot be has no say."""
+    now, lengths = [0.0], iter([0.05, 1e-9, 0.02, 0.03, 0.04, 0.06])
+    monkeypatch.setattr(probe.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(probe, "Watch", lambda: nullcontext(SimpleNamespace(disturbed=False)))
+
+    def action() -> None:
+        now[0] += next(lengths)
+
+    assert probe.best_time("cpu", action) == pytest.approx(0.02)
 
 
 def test_capacity_is_what_is_free_now_less_a_reserve(probes: list[Path], monkeypatch: pytest.MonkeyPatch):
@@ -143,7 +231,7 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch, free: int, total: int, reserved
     for name, value in facts.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     rates = Rates({"default": 1e12}, bandwidth=1e12, launch=1e-6, link=1e10, back=1e10)
-    monkeypatch.setattr(local, "known_rates", lambda device: rates)
+    monkeypatch.setattr(local, "known_rates", lambda device, again=False: rates)
 
 
 def test_a_gpu_is_not_filled_to_the_last_byte(monkeypatch: pytest.MonkeyPatch):

@@ -1,0 +1,1 @@
+"""The commands: each parses its own options, calls the API, and prints."""

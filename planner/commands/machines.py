@@ -1,0 +1,114 @@
+"""`memplan machines` and `memplan calibrate`: what can be planned for, and how fast this machine is."""
+
+import shutil
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from ..asked import refuse
+from ..errors import MachineError
+from ..options import Infer, Json, Model, Quiet, TimeLimit
+from ..progress import progress
+from ..tables import table
+from ..terminal import answer
+from ..units import show_bytes, show_count
+
+if TYPE_CHECKING:
+    from ..machine import Machine
+
+
+def machines(quiet: Quiet = False, as_json: Json = False) -> None:
+    """The machines that can be planned for."""
+    with progress("asking this machine for its rates", quiet):
+        import msgspec
+
+        from ..local import local_machine
+        from ..machine import load_machine, preset_names
+
+        known = {machine.name: machine for machine in [local_machine("cpu"), *local_gpu()]}
+        known |= {name: load_machine(name) for name in preset_names()}
+    rows = []
+    for name, machine in known.items():
+        tier, unit = machine.tiers[0], machine.units[0]
+        best = max(unit.flops.values())
+        rows.append(
+            (
+                name,
+                machine.device,
+                show_bytes(tier.capacity),
+                f"{tier.bandwidth / 1e9:.0f} GB/s",
+                f"{unit.flops.get('float32', unit.flops['default']) / 1e12:.4g}",
+                f"{best / 1e12:.4g}",
+                ", ".join(other.name for other in machine.tiers[1:]),
+            )
+        )
+    heads = ("machine", "device", "memory", "bandwidth", "TFLOP/s float32", "best type", "memory behind it")
+    answer(
+        as_json,
+        {"machines": {name: msgspec.to_builtins(machine) for name, machine in known.items()}},
+        table(heads, rows),
+    )
+
+
+def local_gpu() -> "list[Machine]":
+    """The machine of this host's GPU, if it has one. Only then is torch imported."""
+    from ..local import local_machine
+
+    if shutil.which("nvidia-smi") is None:
+        return []
+    try:
+        return [local_machine("cuda")]
+    except MachineError:
+        return []
+
+
+def calibrate(
+    model: Model,
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu or cuda.")] = "cpu",
+    infer: Infer = False,
+    offload: Annotated[bool, typer.Option("--offload", help="Measure the disk behind a CPU's memory too.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Measure anew, whatever was measured before.")] = False,
+    time_limit: TimeLimit = 60.0,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Measure a model's ops, for plans with real times."""
+    refuse(
+        (device not in ("cpu", "cuda"), f"--device {device}: what is calibrated is this machine's cpu or cuda"),
+        (offload and device != "cpu", "--offload measures the disk behind a CPU's memory: leave it out with --device cuda"),
+    )
+    with progress("loading torch", quiet) as report:
+        import msgspec
+
+        from ...backends.measure import calibrate as measure
+        from ..capture import capture
+        from ..cost import Table as Costs
+        from ..cost import apply_costs, coverage
+        from ..local import device_key, local_machine
+        from ..models import load_model
+
+        report("asking this machine for its rates", 0.0)
+        machine = local_machine(device, offload, again)
+        report("building the model", 0.0)
+        module, args, kwargs = load_model(model, meta=True)
+        report("tracing the model", 0.0)
+        program = capture(module, args, kwargs, train=not infer, device=machine.device).program
+        costs = Costs(device_key(machine.device))
+        report("measuring ops", 0.0)
+        count = measure(
+            program,
+            machine,
+            costs,
+            time_limit=time_limit,
+            progress=lambda done, total: report("measuring ops", done / max(total, 1)),
+            again=again,
+        )
+    known = coverage(apply_costs(program, machine, costs), costs)
+    facts = {"machine": machine.name, "measured": count, "ops": len(program.ops), "coverage": msgspec.to_builtins(known),
+             "disturbed": known.disturbed, "file": str(costs.path), "links": msgspec.to_builtins(machine.links)}  # fmt: skip
+    lines = [f"{show_count(count, 'operator')} measured on {machine.name}; the table is {costs.path}", f"of the step: {known}"]
+    lines += [known.describe(machine.name)] if known.measured else []
+    lines += [f"{link.source} to {link.target}: {link.bandwidth / 1e9:.2f} GB/s, {link.duplex:.0%} of it while copies go both "
+              f"ways; computing loses {link.load:.0%} of the time" for link in machine.links]  # fmt: skip
+    answer(as_json, facts, Text("\n".join(lines)))

@@ -1,0 +1,347 @@
+"""What a model's forward stores: found while it is traced, and stored again after every planned call.
+
+A planned call runs none of the model's Python, so what that would have left in attributes, dicts and lists has to be left by
+the plan. Tensors are further outputs of the step. Everything else has to be the same after every call, which a second trace
+shows that goes on from what the first has left: what it changes again is a count, and what makes it do something else was
+built on first use. Both are refused.
+"""
+
+import collections
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from .errors import CaptureError
+from .nodes import encode
+from .reach import FUNCTIONS, TABLES, Held, Step, take
+from .reads import is_plain
+from .state import MISSING, Change, is_traced
+
+HOOKS = "hooks"
+
+
+@dataclass(frozen=True)
+class Made:
+    """Stands for a tensor in what is stored.
+
+    Attributes:
+        kind: `output` of the step, `input` of the call, or `named`, a parameter or buffer of the model.
+        index: which output, or which of the call's tensors.
+        name: of the parameter or buffer.
+    """
+
+    kind: str
+    index: int = -1
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Write:
+    """One thing that is stored.
+
+    Attributes:
+        way: from the model to what it is stored in.
+        key: attribute or key; None for the elements of a list or deque.
+        name: what to call it.
+        how: `set`, `delete`, `replace` (all elements) or `extend`.
+        leaves: the value's leaves, `Made` for a tensor.
+        spec: how they nest.
+    """
+
+    way: tuple[Step, ...]
+    key: Any
+    name: str
+    how: str
+    leaves: tuple[Any, ...]
+    spec: pytree.TreeSpec | None
+
+    def value(self, made: Callable[[Made], Any]) -> Any:
+        """What is stored, with tensors in place."""
+        assert self.spec is not None
+        return pytree.tree_unflatten([made(leaf) if isinstance(leaf, Made) else leaf for leaf in self.leaves], self.spec)
+
+    @property
+    def tensors_alone(self) -> bool:
+        """Whether it is one tensor."""
+        return self.how == "set" and len(self.leaves) == 1 and isinstance(self.leaves[0], Made)
+
+
+class Collector:
+    """Turns what a traced call has changed into writes, and the tensors among them into outputs of the step.
+
+    Attributes:
+        outputs: the tensors that the step returns; those that are stored and not among them are added.
+        extra: names of what was added, in order.
+    """
+
+    def __init__(
+        self, model: nn.Module, inputs: list[torch.Tensor], outputs: list[torch.Tensor], flat: list[Any], known: set[int]
+    ):
+        self.model = model
+        self.inputs = {id(value): index for index, value in enumerate(inputs)}
+        tensors = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
+        self.returned = {id(value): index for index, value in enumerate(tensors)}
+        self.named = {id(value): name for name, value in tensors_of(model)}
+        self.outputs = outputs
+        self.extra: list[str] = []
+        self.extra_tensors: list[torch.Tensor] = []
+        self.known = known
+
+    def collect(self, changes: list[Change]) -> list[Write]:
+        """The writes.
+
+        Raises:
+            CaptureError: something is stored that no plan can store again.
+        """
+        writes = []
+        for change in changes:
+            thing, after = change.held.thing, change.after
+            if is_quiet(self.model, change):
+                continue
+            if change.key is None:
+                how, value = elements(change)
+            else:
+                how, value = ("delete", None) if after is MISSING else ("set", after)
+            if isinstance(thing, set):
+                raise CaptureError(f"the model changes {change.name}, a set, in its forward pass, which a plan cannot do: "
+                                   "do that outside of forward")  # fmt: skip
+            leaves, spec = pytree.tree_flatten(None if id(value) in self.known else value)
+            leaves = [value] if id(value) in self.known else leaves
+            told = tuple(self.leaf(leaf, change.name) for leaf in leaves)
+            if isinstance(thing, nn.Module) and told and isinstance(told[0], Made) and told[0].kind == "named":
+                raise CaptureError(f"the model stores its {told[0].name} in {change.name} too in its forward pass: do that "
+                                   "outside, or read it where it is")  # fmt: skip
+            writes.append(Write(change.held.way, change.key, change.name, how, told, spec))
+        return writes
+
+    def leaf(self, value: Any, name: str) -> Any:
+        """What is noted of one leaf."""
+        if isinstance(value, torch.Tensor):
+            if id(value) in self.named:
+                return Made("named", name=self.named[id(value)])
+            if id(value) in self.inputs:
+                return Made("input", self.inputs[id(value)])
+            if not is_traced(value):
+                return value  # one that was there before
+            if id(value) not in self.returned:
+                self.returned[id(value)] = len(self.outputs) + len(self.extra)
+                self.extra.append(name)
+                self.extra_tensors.append(value)
+            return Made("output", self.returned[id(value)])
+        if is_plain(value) or isinstance(value, type | FUNCTIONS) or id(value) in self.known:
+            return value
+        raise CaptureError(f"the model stores a {type(value).__name__} in {name} in its forward pass, which a plan cannot "
+                           "make anew at every call: store tensors, numbers, or lists and dicts of them")  # fmt: skip
+
+
+def tensors_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers by name."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def is_quiet(model: nn.Module, change: Change) -> bool:
+    """Whether a change is of no interest: a value that is equal to the old one, or what torch's modules keep for themselves.
+
+    Raises:
+        CaptureError: forward changes parameters, submodules or hooks, or registers buffers.
+    """
+    held, key, before, after = change.held, change.key, change.before, change.after
+    if before is not MISSING and is_plain(before) and type(before) is type(after) and is_plain(after):
+        if before == after or repr(before) == repr(after):
+            return True
+    if isinstance(held.thing, nn.RNNBase) and key in ("_flat_weights", "_flat_weight_refs"):
+        return True
+    if is_table(held, "_buffers") and isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor):
+        return False  # bound anew
+    if is_table(held, *TABLES):
+        kind = {"_parameters": "parameter", "_buffers": "buffer", "_modules": "submodule"}[str(held.way[-1].key)]
+        done = (
+            "registers a" if before is MISSING or before is None else "removes its" if after in (None, MISSING) else "replaces"
+        )
+        advice = "call the model once before planning, so that it is there" if done == "registers a" else "do that outside"
+        raise CaptureError(f"the model {done} {kind} {change.name} in its forward pass: {advice}")
+    if isinstance(held.thing, dict) and held.way and HOOKS in str(held.way[-1].key):
+        raise CaptureError(f"the model adds or removes hooks ({change.name.partition('[')[0]}) in its forward pass: "
+                           "do that outside")  # fmt: skip
+    return False
+
+
+def is_table(held: Held, *names: str) -> bool:
+    """Whether it is one of a module's own tables."""
+    return isinstance(held.thing, dict) and bool(held.way) and held.way[-1].how == "vars" and held.way[-1].key in names
+
+
+def elements(change: Change) -> tuple[str, list[Any]]:
+    """How a list or deque has changed, and to what: new elements at its end, or all of them."""
+    before, after = change.before, change.after
+    if isinstance(change.held.thing, collections.deque):
+        for gone in range(len(before) + 1):
+            kept = before[gone:]
+            if len(after) >= len(kept) and all(a is b for a, b in zip(kept, after, strict=False)):
+                return "extend", after[len(kept) :]
+    if before and len(after) >= len(before) and all(a is b for a, b in zip(before, after, strict=False)):
+        return "extend", after[len(before) :]
+    return "replace", after
+
+
+def store(write: Write, thing: Any, value: Any) -> None:
+    """Store one thing."""
+    if write.key is None:
+        if write.how == "extend":
+            thing.extend(value)
+        elif isinstance(thing, collections.deque):
+            thing.clear()
+            thing.extend(value)
+        else:
+            thing[:] = value
+    elif isinstance(thing, dict):
+        thing.pop(write.key, None) if write.how == "delete" else thing.__setitem__(write.key, value)
+    elif callable(thing) and hasattr(thing, "__globals__"):
+        thing.__globals__[write.key] = value
+    elif isinstance(thing, nn.Module):
+        vars(thing).pop(write.key, None) if write.how == "delete" else vars(thing).__setitem__(write.key, value)
+    elif write.how == "delete":
+        delattr(thing, write.key)
+    else:
+        object.__setattr__(thing, write.key, value) if not isinstance(thing, type) else setattr(thing, write.key, value)
+
+
+class WriteBack:
+    """Writes of one model, with the things that they go to looked up.
+
+    Attributes:
+        rows: each write with what it is stored in.
+    """
+
+    def __init__(self, writes: tuple[Write, ...], roots: list[Any]):
+        """Find the things.
+
+        Args:
+            writes: what is stored.
+            roots: the model, and whatever shares all but its own attributes.
+        """
+        self.rows = [(write, take(root, write.way)) for write in writes for root in (roots if not write.way else roots[:1])]
+
+    def store(self, made: Callable[[Made], Any]) -> None:
+        """Store everything."""
+        values: dict[int, Any] = {}
+        for write, thing in self.rows:
+            if write.how != "delete" and id(write) not in values:
+                values[id(write)] = write.value(made)
+            store(write, thing, values.get(id(write)))
+
+
+def training_set(writes: Iterable[Write]) -> set[str]:
+    """Names of the modules whose training mode forward sets itself."""
+    return {write.name.rpartition(".")[0] for write in writes if write.key == "training"}
+
+
+def needs_second(writes: list[Write], changes: list[Change], seen: dict[tuple[int, str], Any]) -> bool:
+    """Whether a further trace has to show that the next call does the same: not for a tensor that is written unread."""
+    alone = {(write.way, write.key) for write in writes if write.tensors_alone}
+    for change in changes:
+        if is_table(change.held, "_buffers"):
+            continue  # a buffer's old contents are an input of the graph
+        if (change.held.way, change.key) not in alone or isinstance(change.held.thing, dict):
+            return True
+        if seen.get((id(change.held.thing), change.key), MISSING) is change.before:
+            return True
+    return bool(writes) and not changes
+
+
+def merged(first: list[Write], second: list[Write]) -> list[Write]:
+    """The writes of every call, from those of the first and of the one after it.
+
+    Args:
+        first: from the model as it is.
+        second: from what the first has left.
+
+    Raises:
+        CaptureError: the second call stores something else.
+    """
+    known = {(write.way, write.key): write for write in second}
+    result = []
+    for write in first:
+        again = known.pop((write.way, write.key), None)
+        if again is None:
+            if any(isinstance(leaf, Made) for leaf in write.leaves):
+                raise CaptureError(built_once(first))
+            result.append(write)
+        elif again.how == "extend" and write.how in ("replace", "extend") and shape_of(again) == shape_of(write):
+            result.append(again)
+        elif again.how == write.how and shape_of(again) == shape_of(write):
+            result.append(write)
+        else:
+            raise CaptureError(counted(write, again))
+    if known:
+        raise CaptureError(built_once(list(known.values())))
+    return result
+
+
+def shape_of(write: Write) -> Any:
+    """A write without the numbers of outputs."""
+    return write.spec, tuple((leaf.kind, leaf.name) if isinstance(leaf, Made) else leaf for leaf in write.leaves)
+
+
+def built_once(writes: list[Write]) -> str:
+    """The refusal of a model whose second call does something else."""
+    names = ", ".join(write.name for write in writes[:3]) + ", ..." * (len(writes) > 3)
+    return (f"the model's second call does something else than its first, by what it stores in {names}: call the model once "
+            "before planning, so that what it builds on first use is there; what it carries from call to call belongs in "
+            "buffers")  # fmt: skip
+
+
+def counted(write: Write, again: Write) -> str:
+    """The refusal of a value that each call changes."""
+    one, two = (value_told(each) for each in (write, again))
+    return (f"the model changes {write.name} at every call (to {one}, then to {two}), and a planned call runs none of its "
+            "Python: count in a buffer (register_buffer), or outside of forward")  # fmt: skip
+
+
+def value_told(write: Write) -> str:
+    """A stored value in a few words."""
+    if any(isinstance(leaf, Made) for leaf in write.leaves):
+        return f"{len(write.leaves)} values"
+    return repr(write.value(lambda made: None))[:40]
+
+
+def same_graph(one: fx.GraphModule, other: fx.GraphModule) -> bool:
+    """Whether two traced steps are one: the same calls on the same operands, and constants of the same values."""
+    first, second = list(one.graph.nodes), list(other.graph.nodes)
+    if len(first) != len(second):
+        return False
+    pair = dict(zip(first, second, strict=True))
+    for node, twin in pair.items():
+        if node.op != twin.op or (node.op in ("call_function", "placeholder") and str(node.target) != str(twin.target)):
+            return False
+        if node.op == "get_attr":
+            if not equal_constants(getattr(one, str(node.target)), getattr(other, str(twin.target))):
+                return False
+            continue
+        leaves, twins = pytree.tree_leaves((node.args, node.kwargs)), pytree.tree_leaves((twin.args, twin.kwargs))
+        if len(leaves) != len(twins):
+            return False
+        for leaf, other_leaf in zip(leaves, twins, strict=True):
+            if isinstance(leaf, fx.Node):
+                if pair[leaf] is not other_leaf:
+                    return False
+            elif encode(leaf) != encode(other_leaf):
+                return False
+    return True
+
+
+def equal_constants(one: Any, other: Any) -> bool:
+    """Whether two constants of graphs are one."""
+    one, other = (getattr(value, "constant", None) if hasattr(value, "fake_mode") else value for value in (one, other))
+    if one is other:
+        return one is not None
+    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
+        return False
+    with _disable_current_modes():
+        return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)

@@ -1,0 +1,72 @@
+"""Every block of code in README and docs/ runs as it stands, and the site builds without a warning."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+SHOWN = {"", "text", "sh", "json", "toml", "csv"}  # not run: output, installation, files
+RUNNER = """
+import json, os, shlex, subprocess, sys
+space = {"__name__": "__main__"}
+for kind, code, line in json.load(open(sys.argv[1])):
+    if kind == "python":
+        exec(compile("\\n" * line + code, f"<{sys.argv[2]}>", "exec"), space)
+    else:
+        for command in code.replace("\\\\\\n", " ").splitlines():
+            words = shlex.split(command.removeprefix("$ "))
+            assert words[0] == "memplan", command
+            subprocess.run([sys.executable, "-P", "-m", "memplan.planner.cli", *words[1:]], check=True)
+"""
+
+
+def blocks(page: str) -> list[tuple[str, str, int]]:
+    """Language, text and first line of each block of a page."""
+    text = (ROOT / page).read_text()
+    return [(found[1], found[2], text[: found.start()].count("\n") + 1) for found in FENCE.finditer(text)]
+
+
+RUN = [page for page in PAGES if any(kind in ("python", "console") for kind, _, _ in blocks(page))]
+
+
+def test_blocks_say_what_they_are():
+    """A block is Python or commands, which run, or of a language that is only shown."""
+    for page in PAGES:
+        for kind, _, line in blocks(page):
+            assert kind in SHOWN | {"python", "console"}, f"{page}:{line}: ```{kind}"
+
+
+@pytest.fixture(scope="module")
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Measurements that the pages share."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.mark.parametrize("page", RUN)
+def test_the_blocks_of_a_page_run(page: str, tmp_path: Path, shared_cache: Path):
+    """In their order, as one script, in an empty folder."""
+    import json
+
+    (tmp_path / "blocks.json").write_text(json.dumps([block for block in blocks(page) if block[0] in ("python", "console")]))
+    (tmp_path / "runner.py").write_text(RUNNER)
+    environment = {**os.environ, "MEMPLAN_CACHE": str(shared_cache), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run([sys.executable, "runner.py", "blocks.json", page], cwd=tmp_path, env=environment,
+                          capture_output=True, text=True, timeout=600)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_site_builds(tmp_path: Path):
+    """Strictly: a link or a name that leads nowhere is an error."""
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for page in PAGES:
+        if page.startswith("docs/"):
+            assert (tmp_path / "site" / page.removeprefix("docs/")).with_suffix(".html").is_file()
