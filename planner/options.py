@@ -184,7 +184,10 @@ Allow = Annotated[
     ),
 ]
 Infer = Annotated[bool, typer.Option("--infer", help="Plan the forward pass alone.")]
-Counted = Annotated[Optimizer | None, typer.Option("--optimizer", help="Count this optimizer's state and its step.")]
+Counted = Annotated[
+    Optimizer | None,
+    typer.Option("--optimizer", metavar="NAME", help="Count this optimizer's state and its step: any of torch's."),
+]
 InBackward = Annotated[
     bool,
     typer.Option("--optimizer-in-backward", help="With --optimizer: update each parameter once its gradient is complete."),
