@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ..planner.errors import MemplanError
+from ..planner.plan import OPTIMIZERS
 from ..planner.watch import Watch
 from .fresh import python_running
 from .meters import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, cuda_environment, fill_heap, highest, reset_peak, resident
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 # Blocks of this size and more go back to the system when freed, so that the resident size follows the tensors.
 CHILD = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 LARGEST_THRESHOLD = 32 << 20  # DEFAULT_MMAP_THRESHOLD_MAX in glibc
-OPTIMIZERS = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
+FUSED = ("sgd", "adam", "adamw")
 LEARNING_RATE = 1e-3
 
 
@@ -154,8 +155,8 @@ class Training:
         self.optimizer: Any = None
         if request.optimizer is not None:
             # what a plan takes the optimizer's name for (`planner.optimizers.kept_by`)
-            fused = True if kind == "cuda" else None
-            self.optimizer = getattr(torch.optim, OPTIMIZERS[request.optimizer])(parameters, lr=LEARNING_RATE, fused=fused)
+            fused = {"fused": True} if kind == "cuda" and request.optimizer in FUSED else {}
+            self.optimizer = getattr(torch.optim, OPTIMIZERS[request.optimizer])(parameters, lr=LEARNING_RATE, **fused)
         given = self.optimizer if request.in_backward else None
         self.called = model if request.plan is None else load(request.plan).apply(model, optimizer=given)
         self.code = getattr(getattr(self.called, "forward", None), "code", None)

@@ -440,12 +440,11 @@ def check_model(model: Any, kwargs: Any) -> None:
 
 def counted(model: "nn.Module", optimizer: Any, device: str) -> Counted | None:
     """What a plan's file keeps of an optimizer that is more than a name."""
-    from .capture import trainable
-    from .optimizers import kept_by
+    from .capture import count_optimizer, trainable
 
     if optimizer is None or isinstance(optimizer, str):
         return None
-    return Counted(kept_by(optimizer, device), tuple(sorted(trainable(model, optimizer))))
+    return count_optimizer(model, optimizer, trainable(model, optimizer), device)
 
 
 def host_bytes(budget: int | str, capacity: int) -> int:

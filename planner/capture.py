@@ -27,6 +27,7 @@ from .errors import CaptureError
 from .graph import Traced, lower
 from .hooks import no_observers
 from .inputs import Place, TensorFacts, check_leaf, children_of, facts, places_of
+from .optimizers import check_alone, kept_by
 from .plain_calls import noted_seeds
 from .plan import Counted
 from .program import Program
@@ -299,6 +300,8 @@ def capture(
     step = _Step(model, mode, spec, fixed, train, loss is not None)
     step.training = model.training  # without `train()`, which would reach into the model
     updated = trainable(model, optimizer)
+    counted = None if optimizer is None or not train else count_optimizer(
+        model, optimizer, updated, runs_on or device, in_backward)  # fmt: skip
 
     def as_eager(other: Constants) -> tuple[_Step, list[torch.Tensor]]:
         """The same step and inputs of another mode."""
@@ -346,7 +349,7 @@ def capture(
                     input_leaf=lambda index: tensor_leaves[index],
                     train=train,
                     loss=loss_cost,
-                    optimizer=optimizer,
+                    optimizer=counted,
                     in_backward=in_backward,
                     trainable=updated,
                     runs_on=runs_on or device,
@@ -489,6 +492,18 @@ def check_reached(graph: fx.GraphModule, loss: fx.GraphModule, plain: frozenset[
         if node is not None and type(desc).__name__ == "GradAOTOutput" and desc.grad_of.idx not in fed | plain:
             raise CaptureError(f"the loss reads output {desc.grad_of.idx} of the model, which is a view of another output, or "
                                "a parameter: return a clone of it")  # fmt: skip
+
+
+def count_optimizer(model: nn.Module, optimizer: Any, updated: set[str], device: str, in_backward: bool = False) -> Counted:
+    """What counts of an optimizer: its figures, and the names of the parameters that it updates.
+
+    Raises:
+        CaptureError: it is unknown, cannot be tried out, or has to see all parameters at once and is to run in backward.
+    """
+    held = {name: value for name, value in model.named_parameters() if name in updated}
+    if in_backward:
+        check_alone(optimizer, held)
+    return Counted(kept_by(optimizer, device, held), tuple(sorted(updated)))
 
 
 def trainable(model: nn.Module, optimizer: Any) -> set[str]:

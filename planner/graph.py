@@ -88,13 +88,15 @@ class Traced:
 
     @property
     def shared(self) -> set[int]:
-        """Buffers in which several different tensors of the model lie: pieces of one flat tensor, say."""
+        """Buffers in which several different tensors lie: pieces of one flat tensor, say, or an optimizer's small state."""
         parts: dict[int, set[tuple[Any, ...]]] = {}
         for node in self.sources:
             if node in self.owner:
                 value = node.meta["val"]
                 parts.setdefault(self.owner[node], set()).add((value.storage_offset(), value.shape, value.stride()))
-        return {buffer for buffer, found in parts.items() if len(found) > 1}
+        unnamed = {index for index, buffer in enumerate(self.program.buffers)
+                   if buffer.kind is Kind.STATE and index not in self.states}  # fmt: skip
+        return {buffer for buffer, found in parts.items() if len(found) > 1} | unnamed
 
 
 def lower(
@@ -394,13 +396,14 @@ class _Lowering:
 
     def add_update(self, optimizer: Any, trainable: set[str], runs_on: str) -> None:
         """The optimizer's state as resident buffers, and its step as the last op."""
-        parameters = {
-            self.owner[node]: node.meta["val"]
+        names = {
+            self.owner[node]: source.name
             for node, source in self.sources.items()
             if source.kind == "parameter" and source.name in trainable
         }
+        sizes = {buffer: self.buffers[buffer].bytes for buffer in names}
         gradients = [index for index, buffer in enumerate(self.buffers) if buffer.kind is Kind.GRADIENT]
-        states, op = update_op(optimizer, parameters, gradients, len(self.buffers), runs_on)
+        states, op = update_op(optimizer, sizes, names, gradients, len(self.buffers), runs_on)
         self.buffers.extend(states)
         self.ops.append(op)
         self.nodes.append(None)
@@ -422,10 +425,10 @@ class _Lowering:
         names = {buffer: rows[0][0] for buffer, rows in pairs.items()}
         made = {buffer: at for at, op in enumerate(self.ops) for buffer in op.writes}
         rows = rows_of(sizes, {buffer: max(made.get(gradient, -1) for gradient in row) for buffer, row in read.items()})
-        states, ops = update_ops(optimizer, sizes, read, names, rows, len(self.buffers), runs_on)
-        for number in range(len(states)):
-            buffer = list(pairs)[number % len(pairs)]
-            self.states[len(self.buffers) + number] = names[buffer], number // len(pairs)
+        states, whose, ops = update_ops(optimizer, sizes, read, names, rows, len(self.buffers), runs_on)
+        for index, state in enumerate(whose, len(self.buffers)):
+            if state.number is not None:
+                self.states[index] = names[state.parameter], state.number
         self.buffers.extend(states)
         for row, op in zip(rows, ops, strict=True):
             self.updates[len(self.ops)] = tuple(pair for buffer in row for pair in pairs[buffer])

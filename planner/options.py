@@ -12,6 +12,7 @@ import typer
 
 from .errors import BudgetError, MachineError, MemplanError
 from .machine import LOCAL, named_machine, preset_names
+from .plan import OPTIMIZERS
 from .schedule import LEVERS, check_levers
 from .spec import check_spec, model_types
 from .units import parse_bytes
@@ -28,12 +29,7 @@ class Method(StrEnum):
     MIP = "mip"
 
 
-class Optimizer(StrEnum):
-    """Optimizers whose state can be counted."""
-
-    SGD = "sgd"
-    ADAM = "adam"
-    ADAMW = "adamw"
+Optimizer = StrEnum("Optimizer", {name.upper(): name for name in OPTIMIZERS})
 
 
 class Rule(StrEnum):
@@ -188,7 +184,10 @@ Allow = Annotated[
     ),
 ]
 Infer = Annotated[bool, typer.Option("--infer", help="Plan the forward pass alone.")]
-Counted = Annotated[Optimizer | None, typer.Option("--optimizer", help="Count this optimizer's state and its step.")]
+Counted = Annotated[
+    Optimizer | None,
+    typer.Option("--optimizer", metavar="NAME", help="Count this optimizer's state and its step: any of torch's."),
+]
 InBackward = Annotated[
     bool,
     typer.Option("--optimizer-in-backward", help="With --optimizer: update each parameter once its gradient is complete."),

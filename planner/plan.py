@@ -2,7 +2,7 @@
 
 import hashlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,18 +25,44 @@ if TYPE_CHECKING:
     from .capture import Captured
 
 FORMAT = 1
+# torch's optimizers that can be counted, by the names that users write
+OPTIMIZERS = {name.lower(): name for name in (
+    "SGD", "Adam", "AdamW", "Adadelta", "Adafactor", "Adagrad", "Adamax", "ASGD", "Muon", "NAdam", "RAdam", "RMSprop", "Rprop"
+)}  # fmt: skip
+
+
+class Made(msgspec.Struct, frozen=True):
+    """What an optimizer makes for one parameter, found out by a step of it.
+
+    Attributes:
+        states: bytes of each state tensor of the parameter's shape, in the order in which the optimizer makes them.
+        others: bytes of all other state.
+        temporaries: most bytes that a step has made at once and frees again.
+        left: bytes of them that are there until those of the next parameter are made.
+        traffic: bytes that a step reads and writes.
+        flops: beside what is as fast as that.
+    """
+
+    states: tuple[int, ...]
+    others: int
+    temporaries: int
+    left: int
+    traffic: int
+    flops: float = 0.0
 
 
 class Kept(msgspec.Struct, frozen=True):
-    """An optimizer's figures.
+    """An optimizer's figures: those of its class, per parameter's size, or, found out by a step, per parameter.
 
     Attributes:
-        name: `sgd`, `adam` or `adamw`.
+        name: of its class, in small letters.
         states: tensors of the parameter's size that it keeps for each.
         temporaries: such tensors that a step makes and frees again.
         together: whether a step makes those of all parameters at once.
         passes: how often a step reads or writes such a tensor.
         left: such tensors of a parameter that are there until those of the next one are made.
+        made: figures found out by steps; then those above per size say nothing.
+        which: for each parameter's name the index of its figures in `made`.
     """
 
     name: str
@@ -45,6 +71,26 @@ class Kept(msgspec.Struct, frozen=True):
     together: bool
     passes: int
     left: int = 0
+    made: tuple[Made, ...] = ()
+    which: dict[str, int] = {}
+
+    def workspace_of(self, sizes: Mapping[str, int]) -> int:
+        """Bytes that a step allocates and frees for parameters, given each one's name and bytes."""
+        if not self.made:
+            return self.workspace(sizes.values())
+        figures = [self.made[self.which[name]] for name in sizes]
+        if self.together:
+            return sum(each.temporaries for each in figures)
+        most = max((each.temporaries for each in figures), default=0)
+        return most + sum(sorted((each.left for each in figures), reverse=True)[:1] if len(figures) > 1 else [])
+
+    def traffic_of(self, sizes: Mapping[str, int]) -> int:
+        """Bytes that a step reads and writes for parameters, given each one's name and bytes."""
+        return sum(self.made[self.which[name]].traffic if self.made else self.passes * size for name, size in sizes.items())
+
+    def flops_of(self, sizes: Mapping[str, int]) -> float:
+        """FLOPs of matrix products in a step for parameters, given each one's name and bytes."""
+        return sum(self.made[self.which[name]].flops for name in sizes) if self.made else 0.0
 
     def workspace(self, sizes: Iterable[int]) -> int:
         """Bytes that a step allocates and frees for parameters of these sizes."""

@@ -10,6 +10,8 @@ from .schedule import Free, Instruction, Run, Schedule, Start
 from .units import show_bytes, show_seconds
 
 Row = Sequence[str]
+WIDEST = 96  # characters of a column
+FOLDED = 8  # buffers in a row that are written as a range
 
 
 def show_program(program: Program) -> str:
@@ -109,17 +111,31 @@ def op_costs(op: Op) -> tuple[str, str]:
 
 
 def buffers(indices: Iterable[int]) -> str:
-    """`%3 %10`."""
-    return " ".join(f"%{index}" for index in indices)
+    """`%3 %10`; many in a row, as of an update of everything, as `%3...%294`."""
+    known = list(indices)
+    words, at = [], 0
+    while at < len(known):
+        end = at + 1
+        while end < len(known) and known[end] == known[end - 1] + 1:
+            end += 1
+        row = known[at:end]
+        words += [f"%{row[0]}...%{row[-1]}"] if len(row) >= FOLDED else [f"%{index}" for index in row]
+        at = end
+    return " ".join(words)
 
 
 def align(rows: Iterable[Row]) -> list[str]:
-    """Pad the cells of each column to one width; a row's last cell is neither padded nor counted."""
+    """Pad the cells of each column to one width; a row's last cell is neither padded nor counted.
+
+    A cell wider than `WIDEST` is not counted either, and pushes the rest of its row to the right: else one op that reads
+    everything would fill the whole text with spaces.
+    """
     table = [list(row) for row in rows]
     for row in table:
         while row and not row[-1]:
             row.pop()
     columns = max(map(len, table), default=0)
-    widths = [max((len(row[c]) for row in table if len(row) > c + 1), default=0) for c in range(columns)]
+    widths = [max((len(row[c]) for row in table if len(row) > c + 1 and len(row[c]) <= WIDEST), default=0)
+              for c in range(columns)]  # fmt: skip
     padded = [[*(cell.ljust(widths[at]) for at, cell in enumerate(row[:-1])), *row[-1:]] for row in table]
     return ["  " + "  ".join(row) for row in padded]

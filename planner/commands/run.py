@@ -31,7 +31,9 @@ def run(
     model: Model,
     budget: Budget = None,
     steps: Annotated[int, typer.Option(metavar="NUMBER", help="Steps to measure.", min=1)] = 5,
-    optimizer: Annotated[Optimizer | None, typer.Option(help="Step this optimizer; left out: gradients only.")] = None,
+    optimizer: Annotated[
+        Optimizer | None, typer.Option(metavar="NAME", help="Step this optimizer of torch's; left out: gradients only.")
+    ] = None,
     device: Annotated[str | None, typer.Option(metavar="DEVICE", help="cpu or cuda; left out: where the model is.")] = None,
     allow: Allow = None,
     in_backward: InBackward = False,

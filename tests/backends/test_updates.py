@@ -79,6 +79,32 @@ OPTIMIZERS = {
 }
 
 
+ANY = {
+    "rmsprop": lambda values: torch.optim.RMSprop(values, lr=1e-2, momentum=0.9, centered=True),
+    "adagrad": lambda values: torch.optim.Adagrad(values, lr=1e-2),
+    "adafactor": lambda values: torch.optim.Adafactor(values, lr=1e-2),
+    "nadam": lambda values: torch.optim.NAdam(values, lr=1e-2),
+    "radam": lambda values: torch.optim.RAdam(values, lr=1e-2),
+    "adamax": lambda values: torch.optim.Adamax(values, lr=1e-2),
+    "rprop": lambda values: torch.optim.Rprop(values, lr=1e-2),
+    "asgd": lambda values: torch.optim.ASGD(values, lr=1e-2),
+    "adadelta": lambda values: torch.optim.Adadelta(values),
+}
+
+
+@pytest.mark.parametrize("allow", [None, ("recompute", "reorder", "offload")])
+@pytest.mark.parametrize("name", ANY)
+def test_any_optimizer_updates_in_backward_to_the_same_bits(name, allow, tmp_path):
+    """Through a file, and with a state, of whatever shape, that may be at home elsewhere."""
+    one, plain, two, apart = pair(ANY[name])
+    options = {"loss": total, "optimizer": apart, "optimizer_in_backward": True, "machine": QUICK, "allow": allow}
+    memplan.plan(two, None, (X,), time_limit=1.0, **options).save(tmp_path / "plan.json")
+    planned = memplan.load(tmp_path / "plan.json").apply(two, loss=total, optimizer=apart)
+    assert train(one, plain, 4) == train(planned, apart, 4)
+    assert same(one, two)
+    assert same(plain, apart)
+
+
 @pytest.mark.parametrize(
     ("name", "floor", "arena"), [*((name, False, False) for name in OPTIMIZERS), ("adamw", True, False), ("adamw", False, True)]
 )

@@ -83,3 +83,27 @@ placements
 """
 
     assert show_schedule(net(), schedule) == expected
+
+
+def big(count: int) -> Program:
+    """Many ops, and one that reads and changes what all of them read: an optimizer's step."""
+    every = tuple(range(count))
+    buffers = [Buffer(f"layers.{n}.weight", 512 * (n + 1), Kind.PARAMETER) for n in every]
+    buffers += [Buffer(f"g{n}", 512, Kind.GRADIENT) for n in every]
+    ops = [Op(f"op{n}", "aten.mm.default", "mm", Phase.BACKWARD, (n,), (count + n,), where=f"layers.{n}") for n in every]
+    odd = tuple(n for n in range(count, 2 * count) if n % 2)
+    ops.append(Op("step", "optimizer.adamw", "s", Phase.UPDATE, odd, (), mutates=every, repeatable=False))
+    return Program("big", tuple(buffers), tuple(ops), ())
+
+
+def test_one_wide_op_does_not_widen_every_row():
+    """What it reads is all there, once; rows of consecutive buffers are ranges; and the text grows with the ops alone."""
+    program = big(600)
+    schedule = Schedule(program.digest, tuple(Run(n, program.ops[n].writes) for n in range(601)))
+    for text in (show_program(program), show_schedule(program, schedule)):
+        rows = text.splitlines()
+        wide = next(row for row in rows if "optimizer.adamw" in row)
+        assert all(f"%{n} " in wide.replace(")", " ") for n in range(601, 1200, 2))
+        assert "changes %0...%599" in wide
+        assert max(len(row) for row in rows if row is not wide) < 130
+        assert len(text) - len(wide) < 600 * 160
