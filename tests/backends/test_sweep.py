@@ -127,6 +127,42 @@ def test_the_bits_are_eagers_under_autocast(name, dtype):
     compare(name, region)
 
 
+@pytest.mark.parametrize("hidden", [8, 20])
+@pytest.mark.parametrize("kind", [nn.GRUCell, nn.GRU])
+def test_gates_of_any_width(kind, hidden):
+    """A GRU works in place in pieces of a tensor: of hidden sizes that no vector divides, dense pieces have other last bits."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(hidden, hidden), kind(hidden, hidden))
+    other = copy.deepcopy(model)
+    fast = Session(model, (torch.randn(4, hidden),), None, loss=total, machine=QUICK).plan(None).apply(model)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        x = torch.randn(4, hidden)
+        found, wanted = seen(fast, x, seed, nullcontext), seen(other, x, seed, nullcontext)
+        assert all(torch.equal(found[key], value) for key, value in wanted.items())
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_differentiated_product_is_told():
+    """Its gradient's last bits are not eager's, which chooses a formula by the data."""
+
+    class Product(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 12)
+
+        def forward(self, x):
+            return self.layer(x).prod(1)
+
+    torch.manual_seed(0)
+    model, x = Product(), torch.randn(8, 8)
+    other = copy.deepcopy(model)
+    with pytest.warns(UserWarning, match=r"differentiates torch\.prod: .*last bits of this gradient differ"):
+        plan = Session(model, (x,), None, loss=total, machine=QUICK).plan(None)
+    found, wanted = seen(plan.apply(model), x, 7, nullcontext), seen(other, x, 7, nullcontext)
+    assert all(torch.allclose(found[key], value) for key, value in wanted.items() if key != "random numbers")
+
+
 REFUSED = {  # name -> what is done, what the refusal says
     "an inverse that is checked": (lambda y: torch.linalg.inv(y @ y.t() + torch.eye(8)), "asks whether a result is sound.*_ex"),
     "a choice by the data": (lambda y: y.masked_select(y.detach() > 0), "decide a shape .*masked_fill"),
