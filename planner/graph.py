@@ -34,7 +34,7 @@ from .nodes import (
 )  # fmt: skip
 from .optimizers import rows_of, update_op, update_ops
 from .program import Buffer, Kind, Op, Phase, Program
-from .restore import merge_casts, restore_dropout, sum_tied
+from .restore import merge_casts, restore_dropout, restore_gates, sum_tied, tell_products
 
 # BatchNorm in training mode reads the running statistics only to update them: its other results do not depend on them.
 STATISTICS = {"aten._native_batch_norm_legit_functional.default": (3, 4)}
@@ -135,6 +135,8 @@ def lower(
     merge_casts(graph, parameter_name, region_of)
     if device == runs_on == "cpu":
         restore_dropout(graph)
+        restore_gates(graph)
+    tell_products(graph)
     lowering = _Lowering(graph, device, parameter_name, input_leaf)
     return lowering.run(name, train, loss, optimizer, in_backward, trainable, runs_on)
 

@@ -8,10 +8,18 @@ noise is rounded after its division, and they are not. Where everything is dropp
 *Tied parameters.* A parameter with several names is an input for each, with a gradient for each. Eager's engine adds them
 up in the order in which they are made, which with three or more decides the last bit, and keeps one sum.
 
+*Gates on the CPU.* A GRU's cell adds and takes the sigmoid in place, in pieces of a larger tensor, a row at a time. Tracing
+makes dense tensors of the sums. CPU kernels compute what is left over at the end of a run of numbers otherwise than what they
+take several at a time: where the hidden size is no multiple of that, last bits differ.
+
+*Products.* The gradient of `prod` in eager mode is result / input, if it finds no zero in the input. A plan cannot look, and
+tracing takes the form that is right with zeros too; last bits differ, which is said.
+
 *Casts by autocast.* Eager's autocast keeps the cast of a parameter for its other uses, so that their gradients are added up in
 16 bits and cast back once. The tracer forbids that cache: it casts at each use, and adds up in 32 bits.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -148,6 +156,42 @@ def summed(terms: list[fx.Node]) -> fx.Node:
         place[made] = place[later]
         total = made
     return total
+
+
+def restore_gates(graph: fx.GraphModule) -> None:
+    """Take the sigmoid of sums of pieces in pieces of one sum, as eager's GRU does on the CPU."""
+    wholes: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
+    for node in graph.graph.find_nodes(op="call_function", target=aten.sigmoid.default):
+        added: Any = node.args[0]
+        if added.target != aten.add.Tensor or added.kwargs or not all(is_piece(arg) for arg in added.args):
+            continue
+        (one, index), (two, other) = (arg.args for arg in added.args)
+        if index != other or one.args[1:] != two.args[1:] or layouts(one.meta["val"]) != layouts(two.meta["val"]):
+            continue
+        pair = one.args[0], two.args[0]
+        if pair not in wholes:
+            wholes[pair] = call(added, aten.add.Tensor, *pair)
+        size, axis = one.args[1], (one.args[2] if len(one.args) > 2 else 0)
+        piece = call(node, aten.slice.Tensor, wholes[pair], axis, index * size, (index + 1) * size)
+        node.replace_input_with(added, piece)
+        if not added.users:
+            graph.graph.erase_node(added)
+    graph.graph.lint()
+    graph.recompile()
+
+
+def tell_products(graph: fx.GraphModule) -> None:
+    """Warn where a gradient is a product's, for it has not eager's last bits."""
+    calls = {str(node.target) for node in graph.graph.nodes if node.op == "call_function"}
+    if calls & {"aten.prod.default", "aten.prod.dim_int"} and "aten.cumprod.default" in calls:
+        warnings.warn("the model differentiates torch.prod: eager mode looks for zeros in its input and chooses by them, which "
+                      "a plan cannot, so the last bits of this gradient differ; torch.exp(x.log().sum()) is the same in both, "
+                      "for what is positive", stacklevel=2)  # fmt: skip
+
+
+def is_piece(node: Any) -> bool:
+    """Whether a node is one of the pieces that a recurrent cell splits its gates into."""
+    return isinstance(node, fx.Node) and is_pick(node) and node.args[0].target == aten.unsafe_split.Tensor  # type: ignore[union-attr]
 
 
 def restore_dropout(graph: fx.GraphModule) -> None:

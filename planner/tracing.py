@@ -78,6 +78,9 @@ def in_words(doing: str) -> Iterator[None]:
         kind = "" if isinstance(error, Refusal) else f"{type(error).__name__}: "
         if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
             kind, reason = "", IN_DATA[type(error)].format(reason)
+        elif "with_effects" in reason:
+            kind, reason = "", ("it asks whether a result is sound, as torch.linalg's inv, solve and cholesky do: use their "
+                                "_ex forms, such as torch.linalg.inv_ex(x)[0]")  # fmt: skip
         elif "resize a view tensor" in reason:
             kind, reason = "", "it gives a buffer another size: if only its first call does, call it once before planning"
         raise CaptureError(f"cannot {doing}{model_line(error)}: {kind}{reason}") from error
