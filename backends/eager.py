@@ -448,7 +448,7 @@ def check_saving() -> None:
     Raises:
         MemplanError: there are such hooks, of somebody else's.
     """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[attr-defined]
     if hooks is not None and not getattr(hooks[0], "__module__", "torch").startswith("torch."):
         name = getattr(hooks[0], "__qualname__", type(hooks[0]).__name__)
         raise MemplanError(f"hooks on saved tensors ({name}) do not see those of a planned step: call it outside of them")

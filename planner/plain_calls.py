@@ -121,15 +121,15 @@ def no_saving() -> Iterator[None]:
             leave(hooks, *error)
 
     found = []
-    while (top := torch._C._autograd._top_saved_tensors_default_hooks(False)) is not None:
+    while (top := torch._C._autograd._top_saved_tensors_default_hooks(False)) is not None:  # type: ignore[attr-defined]
         found.append(top)
-        torch._C._autograd._pop_saved_tensors_default_hooks()
+        torch._C._autograd._pop_saved_tensors_default_hooks()  # type: ignore[attr-defined]
     try:
         with replaced(saved_tensors_hooks, "__enter__", entered), replaced(saved_tensors_hooks, "__exit__", left):
             yield
     finally:
         for pack, unpack in reversed(found):
-            torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+            torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -176,7 +176,7 @@ def gathered(step: nn.Module) -> Iterator[None]:
     outside, are added up in the order in which they do, as eager adds them up. Such a `Function` calls a part of the model
     again, whose parameters are then leaves over those that are traced.
     """
-    run, forward = torch.autograd._engine_run_backward, step.forward
+    run, forward = torch.autograd._engine_run_backward, step.forward  # type: ignore[attr-defined]
     traced: list[tuple[dict[str, Any], dict[str, Any]]] = []
     depth = [0]
 

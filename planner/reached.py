@@ -80,7 +80,7 @@ def is_given(output: torch.Tensor) -> bool:
 @contextmanager
 def no_backward() -> Iterator[None]:
     """Refuse a forward pass that calls `backward()`: gradients would be there that a plan knows nothing of."""
-    run = torch.autograd._engine_run_backward
+    run = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
 
     def refused(*args: Any, **options: Any) -> Any:
         if options.get("accumulate_grad", True):
@@ -94,7 +94,7 @@ def no_backward() -> Iterator[None]:
 @contextmanager
 def noted_backward(calls: list[Any]) -> Iterator[None]:
     """Note who calls `backward()` within the next backward pass, other than torch's checkpointing."""
-    run = torch.autograd._engine_run_backward
+    run = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
     running = [False]
 
     def noted(*args: Any, **options: Any) -> Any:
@@ -130,9 +130,18 @@ def check_gradients(
                 parameters.add(parameter_name(desc.grad_of.target))
             elif hasattr(desc.grad_of, "idx"):
                 inputs.add(desc.grad_of.idx)
-    for found, eager, name in ((parameters, known.parameters, str), (inputs, known.inputs, input_name)):
-        for names, what in ((eager - found, "no gradient, and does"), (found - eager, "a gradient, and none")):
-            if names:
-                first, more = min(map(name, names)), f" (and {len(names) - 1} more)" * (len(names) > 1)
-                raise CaptureError(f"in the traced step {first}{more} gets {what} in eager PyTorch: a Function of the model "
-                                   "does more in its backward than return gradients; call what it wraps")  # fmt: skip
+    compare(parameters, set(known.parameters))
+    compare(set(map(input_name, inputs)), set(map(input_name, known.inputs)))
+
+
+def compare(found: set[str], eager: set[str]) -> None:
+    """Refuse two sets of names that differ.
+
+    Raises:
+        CaptureError: the first name that is in one alone.
+    """
+    for names, what in ((eager - found, "no gradient, and does"), (found - eager, "a gradient, and none")):
+        if names:
+            more = f" (and {len(names) - 1} more)" * (len(names) > 1)
+            raise CaptureError(f"in the traced step {min(names)}{more} gets {what} in eager PyTorch: a Function of the model "
+                               "does more in its backward than return gradients; call what it wraps")  # fmt: skip

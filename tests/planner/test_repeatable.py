@@ -131,14 +131,14 @@ class Reduced(torch.autograd.Function):
         return reduced(x)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx, gradient):  # type: ignore[override]
         return reduced(gradient)
 
 
 def reduced(x: torch.Tensor) -> torch.Tensor:
     """The sum over all processes."""
     collective = torch.ops._c10d_functional
-    return collective.wait_tensor(collective.all_reduce(x, "sum", dist.group.WORLD.group_name))
+    return collective.wait_tensor(collective.all_reduce(x, "sum", dist.distributed_c10d._get_default_group().group_name))
 
 
 def test_collectives_run_once_and_their_operands_live_until_they_are_waited_for(processes):
