@@ -15,6 +15,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from ..passes.eager import Eager
 from ..passes.liveness import Liveness
 from ..passes.problem import Flat, flatten
 from ..passes.transfers import Transfers, routes_of
@@ -85,7 +86,7 @@ class Planner:
     def unplanned(self) -> Side:
         """The step as eager PyTorch runs it: base order, nothing in place, on a machine that holds it all."""
         eager = as_eager(self.program)
-        schedule = Liveness(in_place=False)(eager, range(len(eager.ops)))
+        schedule = Eager()(eager)
         return Side(eager, schedule, referee(eager, unlimited(self.machine), schedule))
 
     @cached_property
