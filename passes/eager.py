@@ -25,7 +25,7 @@ class Eager:
     def __call__(self, program: Program) -> Schedule:
         """The schedule: that of the base order, with what is freed inside a group of ops freed at its end."""
         sums = {index for index, op in enumerate(program.ops) if op.group == SUM}
-        schedule = Liveness(in_place=sums)(program, range(len(program.ops)))
+        schedule = Liveness(only=sums)(program, range(len(program.ops)))
         made: list[Instruction] = []
         held: list[Free] = []  # by an autograd node
         within: list[Free] = []  # by an expression of it

@@ -63,6 +63,7 @@ class Planner:
         effort: simulations per start of the search; by default as many as a few seconds allow.
         order: the base order, as op indices; by default the best of those that the levers allow, and then others are tried too.
         known: a schedule of the program that was found before.
+        asked: the budget in the user's words, for an error.
     """
 
     program: Program
@@ -77,6 +78,7 @@ class Planner:
     deadline: float = field(default=float("inf"))
     order: tuple[int, ...] | None = None
     known: Side | None = None
+    asked: str = ""
 
     def __post_init__(self) -> None:
         self.homes = self.homes if self.moves else ()
@@ -341,8 +343,8 @@ class Planner:
         """The error for a budget below the floor."""
         heavy = ", ".join(f"{name} {show_bytes(size)}" for name, size in at_peak(self.program, smallest)[:4])
         return BudgetError(
-            f"no schedule of {self.program.name} fits {show_bytes(budget)} ({budget} bytes): the smallest budget known to "
-            f"work is {show_bytes(smallest.peak)} ({smallest.peak} bytes), of which {show_bytes(self.program.resident_bytes)} "
+            f"no schedule of {self.program.name} fits {self.asked}{show_bytes(budget)} ({budget} bytes): the smallest budget "
+            f"known to work is {show_bytes(smallest.peak)} ({smallest.peak} bytes), of which {show_bytes(self.program.resident_bytes)} "
             f"are parameters, inputs and optimizer state; at its peak the largest are {heavy}",
             smallest.peak,
         )

@@ -174,7 +174,7 @@ def replay(
 
 def expected(program: Program, machine: Machine = ROOMY) -> tuple:
     """The result of the step as written."""
-    return replay(program, machine, Liveness(in_place=())(program, range(len(program.ops))).instructions)[0]
+    return replay(program, machine, Liveness(in_place=False)(program, range(len(program.ops))).instructions)[0]
 
 
 def with_offload(rng: random.Random, program: Program, steps: tuple[Instruction, ...]) -> tuple[Instruction, ...]:

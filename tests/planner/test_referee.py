@@ -406,7 +406,7 @@ def test_random_ops_draw_in_base_order():
 def test_liveness_of_any_valid_order_is_accepted(case):
     """Whatever order ops run in, with repetitions, the pass finds lives that break no rule; in place never costs bytes."""
     program, order = case
-    plain = referee(program, ROOMY, Liveness(in_place=())(program, order))
+    plain = referee(program, ROOMY, Liveness(in_place=False)(program, order))
     report = referee(program, ROOMY, Liveness()(program, order))
 
     assert report.peak[0] <= plain.peak[0]
