@@ -344,8 +344,9 @@ class Planner:
         heavy = ", ".join(f"{name} {show_bytes(size)}" for name, size in at_peak(self.program, smallest)[:4])
         return BudgetError(
             f"no schedule of {self.program.name} fits {self.asked}{show_bytes(budget)} ({budget} bytes): the smallest budget "
-            f"known to work is {show_bytes(smallest.peak)} ({smallest.peak} bytes), of which {show_bytes(self.program.resident_bytes)} "
-            f"are parameters, inputs and optimizer state; at its peak the largest are {heavy}",
+            f"known to work is {show_bytes(smallest.peak)} ({smallest.peak} bytes), of which "
+            f"{show_bytes(self.program.resident_bytes)} are parameters, inputs and optimizer state; "
+            f"at its peak the largest are {heavy}",
             smallest.peak,
         )
 

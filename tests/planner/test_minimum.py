@@ -25,7 +25,8 @@ MOVING = Machine(
     (Link("device", "host", 1e5, 1e-4), Link("host", "device", 1e5, 1e-4)),
 )  # fmt: skip
 LEVERS = ("recompute", "reorder", "offload")
-MODEL = "hf:llama?num_hidden_layers=2&hidden_size=64&intermediate_size=128&num_attention_heads=2&vocab_size=512&batch=2&seq=64"
+SIZES = "num_hidden_layers=2&hidden_size=64&intermediate_size=128&num_attention_heads=2&num_key_value_heads=2&vocab_size=512"
+MODEL = f"hf:llama?{SIZES}&batch=2&seq=64"
 CODE = f"""
 import sys, memplan
 from memplan.planner.models import load_model
