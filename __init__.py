@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 # name -> module that defines it; loaded on first use, so that `import memplan.solvers` does not import torch
 _FACE = {
     "plan": "planner.api",
+    "sweep": "planner.api",
     "map_model": "planner.maps",
     "Plan": "planner.plan",
     "load": "planner.plan",

@@ -18,10 +18,12 @@ class Liveness:
 
     Attributes:
         in_place: let ops take over the bytes of a buffer that they are the last to read.
+        only: which ops may; None for all.
     """
 
     name = "liveness"
     in_place: bool = True
+    only: Container[int] | None = None
 
     def __call__(self, program: Program, order: Sequence[int]) -> Schedule:
         """The schedule that runs `order`.
@@ -38,7 +40,7 @@ class Liveness:
             keep = tuple(buffer for buffer in op.writes if last_read[at, buffer] > at)
             dying = {buffer for buffer in op.reads if last_read.get((at, buffer), end) == at}
             reuse: list[tuple[int, int]] = []
-            if self.in_place:
+            if self.in_place and (self.only is None or index in self.only):
                 for new, old in op.reuse:
                     if new in keep and old in dying and program.buffers[new].bytes == program.buffers[old].bytes:
                         reuse.append((new, old))

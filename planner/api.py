@@ -123,14 +123,31 @@ def levers_of(allow: Iterable[str] | None, strategy: str | None) -> Iterable[str
 def sweep(
     model: "nn.Module", points: int | Iterable[int | str], args: tuple = (), kwargs: Any = None, **options: Any
 ) -> list[Plan]:
-    """Plans for falling budgets, from the unplanned peak to the floor, with one capture.
+    """Plans for falling budgets, from the unplanned peak to the smallest budget known to work, with one capture.
 
     Args:
         model: as in `plan`.
-        points: how many budgets, evenly spaced; or the budgets themselves, of which those that no schedule meets are left out.
+        points: how many budgets, evenly spaced; or the budgets themselves, in the forms that `plan` takes, of which those
+            that no schedule meets are left out.
         args: as in `plan`.
         kwargs: as in `plan`.
         options: the other arguments of `plan`; `time_limit` is for each budget, the first of which pays for measuring.
+
+    Returns:
+        A plan for each budget, in their order.
+
+    Raises:
+        BudgetError: a budget that cannot be read.
+        CaptureError: the model cannot be traced.
+        MachineError: no such machine.
+        MemplanError: an argument that makes no sense.
+
+    Example:
+        >>> import torch, memplan
+        >>> model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(4)))
+        >>> plans = memplan.sweep(model, 3, (torch.randn(8, 64),), loss=lambda out: out.sum(), machine="h100-80gb")
+        >>> [plan.peak <= plan.budget for plan in plans]
+        [True, True, True]
     """
     arena, strategy = options.pop("arena", False), options.pop("strategy", None)
     session = Session(model, args, kwargs, **{**options, "allow": levers_of(options.get("allow"), strategy)})
@@ -359,6 +376,8 @@ class Session:
         capacity = self.machine.tiers[0].capacity
         asked = None if budget is None else parse_bytes(budget, of=unplanned.peak)
         limit = min(asked if asked is not None else capacity, capacity)
+        typed = f"the budget {shorten(budget)}, " if isinstance(budget, str) else ""
+        planner.asked = typed if limit == asked else f"{self.machine.name}, "
         try:
             if arena:
                 answer, lowest = self.solve_placed(limit)

@@ -33,7 +33,7 @@ from .nodes import (
     unpicked,
 )  # fmt: skip
 from .optimizers import rows_of, update_op, update_ops
-from .program import Buffer, Kind, Op, Phase, Program
+from .program import SUM, Buffer, Kind, Op, Phase, Program
 from .restore import merge_casts, restore_dropout, restore_gates, sum_tied, tell_products
 
 # BatchNorm in training mode reads the running statistics only to update them: its other results do not depend on them.
@@ -172,6 +172,7 @@ class _Lowering:
         self.updates: dict[int, tuple[tuple[str, fx.Node], ...]] = {}
         self.states: dict[int, tuple[str, int]] = {}
         self.where: dict[fx.Node, str] = {}
+        self.groups: dict[fx.Node, int] = {}
 
     def run(
         self, name: str, train: bool, loss: Any, optimizer: Any, in_backward: bool, trainable: set[str], runs_on: str
@@ -193,6 +194,7 @@ class _Lowering:
         tangents = [node for node, source in self.sources.items() if source.kind == "tangent"]
         self.where = callers(self.graph.graph)
         early, late = split(self.graph.graph, [*outputs, *(node for node, _ in changes)])
+        self.groups = groups_of(early, late)
         changed = {self.owner[self.find(desc)] for _, desc in changes}
         for node in early:
             self.add_node(node, Phase.FORWARD, changed)
@@ -344,6 +346,7 @@ class _Lowering:
                 workspace=unpicked(node, parts),
                 traffic=sum(span(arg.meta["val"]) for arg in tensors) + sum(span(item) for _, item in parts),
                 where=self.where[node],
+                group=self.groups[node] if phase is Phase.BACKWARD else 0,
             )
         )
         self.nodes.append(node)
@@ -474,6 +477,25 @@ def split(graph: fx.Graph, outputs: list[fx.Node]) -> tuple[list[fx.Node], list[
     early = closure([node for node in [*outputs, *ran] if isinstance(node, fx.Node)])
     calls = [node for node in sorted(early | wanted, key=order.__getitem__) if is_call(node)]
     return [node for node in calls if node in early], [node for node in calls if node not in early]
+
+
+def groups_of(early: list[fx.Node], late: list[fx.Node]) -> dict[fx.Node, int]:
+    """For each call of the backward pass the number of the autograd node that ran it, from 1; SUM for the engine's own sums.
+
+    Calls of one node follow one another, and torch gives them the number of the forward call. The sums of gradients that come
+    from several readers are made between nodes, with a number that no forward call was given before them.
+    """
+    after = max((node.meta.get("seq_nr") or 0 for node in early), default=0)
+    found: dict[fx.Node, int] = {}
+    number, last = 0, None
+    for node in late:
+        known = node.meta.get("seq_nr")
+        if node.target == torch.ops.aten.add.Tensor and (known or 0) >= after > 0:
+            found[node], last = SUM, None
+            continue
+        number += known is None or known != last
+        found[node], last = number, known
+    return found
 
 
 def ran_backward(node: fx.Node) -> bool:

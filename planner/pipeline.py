@@ -15,6 +15,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from ..passes.eager import Eager
 from ..passes.liveness import Liveness
 from ..passes.problem import Flat, flatten
 from ..passes.transfers import Transfers, routes_of
@@ -62,6 +63,7 @@ class Planner:
         effort: simulations per start of the search; by default as many as a few seconds allow.
         order: the base order, as op indices; by default the best of those that the levers allow, and then others are tried too.
         known: a schedule of the program that was found before.
+        asked: the budget in the user's words, for an error.
     """
 
     program: Program
@@ -76,6 +78,7 @@ class Planner:
     deadline: float = field(default=float("inf"))
     order: tuple[int, ...] | None = None
     known: Side | None = None
+    asked: str = ""
 
     def __post_init__(self) -> None:
         self.homes = self.homes if self.moves else ()
@@ -85,7 +88,7 @@ class Planner:
     def unplanned(self) -> Side:
         """The step as eager PyTorch runs it: base order, nothing in place, on a machine that holds it all."""
         eager = as_eager(self.program)
-        schedule = Liveness(in_place=False)(eager, range(len(eager.ops)))
+        schedule = Eager()(eager)
         return Side(eager, schedule, referee(eager, unlimited(self.machine), schedule))
 
     @cached_property
@@ -340,9 +343,10 @@ class Planner:
         """The error for a budget below the floor."""
         heavy = ", ".join(f"{name} {show_bytes(size)}" for name, size in at_peak(self.program, smallest)[:4])
         return BudgetError(
-            f"no schedule of {self.program.name} fits {show_bytes(budget)} ({budget} bytes): the smallest budget known to "
-            f"work is {show_bytes(smallest.peak)} ({smallest.peak} bytes), of which {show_bytes(self.program.resident_bytes)} "
-            f"are parameters, inputs and optimizer state; at its peak the largest are {heavy}",
+            f"no schedule of {self.program.name} fits {self.asked}{show_bytes(budget)} ({budget} bytes): the smallest budget "
+            f"known to work is {show_bytes(smallest.peak)} ({smallest.peak} bytes), of which "
+            f"{show_bytes(self.program.resident_bytes)} are parameters, inputs and optimizer state; "
+            f"at its peak the largest are {heavy}",
             smallest.peak,
         )
 

@@ -17,6 +17,8 @@ from functools import cached_property
 
 import msgspec
 
+SUM = -1  # `Op.group` of the sums that autograd makes
+
 
 class Kind(StrEnum):
     """What a buffer is to the user; pictures stack by it."""
@@ -73,6 +75,8 @@ class Op(msgspec.Struct, frozen=True):
         seconds: time on the machine planned for; 0.0 until a cost model has filled it in.
         workspace: bytes the kernel allocates beside its outputs and frees before it ends.
         where: the module that called it, such as `model.layers.0.mlp`; empty where unknown.
+        group: ops of the backward pass that one autograd node runs share a number; 0 where none is known, SUM for a sum of
+            gradients that autograd makes between nodes.
     """
 
     name: str
@@ -90,6 +94,7 @@ class Op(msgspec.Struct, frozen=True):
     seconds: float = 0.0
     workspace: int = 0
     where: str = ""
+    group: int = 0
 
 
 class Program(msgspec.Struct, frozen=True, dict=True):

@@ -1,0 +1,96 @@
+"""Whether "unplanned" is eager: its predicted peak against the measured one, and the smallest plan against both.
+
+    python -m memplan.benchmarks.unplanned
+    python -m memplan.benchmarks.unplanned --models gpt2:tiny fused_linear_cross_entropy
+
+Models are those of `models.py` and of `losses.py`, whose losses make gradients in their own forward pass. Eager's peak is
+measured in a fresh process; another one predicts it, and plans the smallest step with the default levers.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from .command import Command, each_model
+from .losses import LOSSES
+from .models import FIVE, MODELS, TINY, Made, build
+from .record import Results, Row, ask, header, markdown, mib, paragraph, ratio, say, verdict
+
+GOAL = 0.03
+
+
+def made(name: str) -> Made:
+    """A model by name."""
+    return LOSSES[name]() if name in LOSSES else build(name)
+
+
+def serve(request: Row) -> Iterator[Row]:
+    """Measure eager's step, or predict it."""
+    from ..backends.trial import Request, train
+    from ..planner.api import Session
+
+    model, args = made(request["model"])
+    if request["task"] == "eager":
+        yield {"peak": train(Request(request["model"], None, 2), model, args, {}).peak}
+        return
+    session = Session(model, args, time_limit=request["time_limit"])
+    planner = session.begin()
+    began = time.monotonic()
+    smallest = session.plan(str(planner.floor.peak))
+    yield {"unplanned": planner.unplanned.peak, "smallest": smallest.peak, "seconds": time.monotonic() - began}
+
+
+def measure(results: Results, name: str, options: argparse.Namespace) -> None:
+    """What is missing of one model."""
+    for task in ("eager", "planned"):
+        if results.last(task=task, model=name):
+            continue
+        say(f"{name}: {task}")
+        request = {"task": task, "model": name, "time_limit": options.time_limit}
+        for row in ask("unplanned", request, malloc="returning", timeout=options.timeout):
+            results.add({"task": task, "model": name} | row)
+            if "failed" in row:
+                say(f"{name} failed: {row['failed']}")
+
+
+def render(results: Results, path: Path) -> None:
+    """Write the markdown file."""
+    heads = ("model", "eager, MiB", "unplanned, MiB", "unplanned / eager", f"within {GOAL:.0%}", "smallest plan, MiB",
+             "at most eager's")  # fmt: skip
+    rows = []
+    for name in {row["model"]: None for row in results.all(task="eager")}:
+        eager, found = results.last(task="eager", model=name), results.last(task="planned", model=name)
+        if eager is None or found is None or eager["peak"] is None:
+            continue
+        share = found["unplanned"] / eager["peak"]
+        rows.append((
+            name, mib(eager["peak"]), mib(found["unplanned"]), ratio(share), verdict(abs(share - 1) <= GOAL),
+            mib(found["smallest"]), verdict(found["smallest"] <= eager["peak"]),
+        ))  # fmt: skip
+    lines = header("The unplanned step against eager", results)
+    lines += paragraph(
+        "Written by `python -m memplan.benchmarks.unplanned --render`. What eager holds in variables of the model's own code, "
+        "and what a function saves for a backward pass that does not read it, no graph tells: there the prediction is too low. "
+        "Gradient checkpointing is traced as if it were off, so the unplanned step of such a model is the one without it."
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join([*lines, *markdown(heads, rows)]).rstrip() + "\n")
+
+
+def quick(options: argparse.Namespace) -> None:
+    """What a smoke test takes."""
+    options.models = ["gpt2:tiny", "kept_masks"]
+
+
+def main() -> None:
+    """The command line."""
+    command = Command("unplanned", __doc__, each_model(measure), render, serve, quick=quick, small="two tiny models")
+    known = [*(name + ":tiny" for name in TINY), *MODELS, *LOSSES]
+    command.add_models([*(f"{name}:tiny" for name in FIVE), *LOSSES], known)
+    command.add_limits(planning=20.0)
+    command()
+
+
+if __name__ == "__main__":
+    main()
