@@ -258,7 +258,9 @@ class _Runner:
             self.look_up(None, renewed=True)
         self.watch.check()
         for name, table, count in self.hooks:
-            if len(table) > count:
+            if len(table) != count and len(table) != count + self.stores.added.get(id(table), 0):
+                if len(table) < count:
+                    raise PlanMismatch(f"module {name} has lost a hook since the plan was applied: plan again")
                 raise PlanMismatch(f"module {name} has been given a hook since the plan was applied, and a planned step calls "
                                    "none but the model's own: remove it, or hook the model itself")  # fmt: skip
         for name, (table, key), (first, other) in self.tied:

@@ -34,7 +34,7 @@ from .standins import fake, fake_parameters, named_tensors
 from .state import Change, Snapshot, refuse_drawing, untouched
 from .structure import Structure
 from .tracing import in_words, trace
-from .writes import Collector, Made, Write, WriteBack, built_once, merged, needs_second, same_graph
+from .writes import Calls, Collector, Made, Write, WriteBack, built_once, merged, needs_second
 
 PLAIN = bool | int | float | str | None
 TRACING = threading.RLock()  # tracing changes torch's tables and the model's
@@ -286,7 +286,7 @@ def capture(
             joint = trace(step, inputs, mode, train, stack)
         refuse_drawing(randomness.moved())
         check_replaced(joint.graph_module, step.changes)
-        writes, reads = settle_writes(step, joint.graph_module, inputs, mode, train)
+        writes, reads = settle_writes(step, joint.graph_module, inputs, mode)
         loss_cost = trace_loss(step, joint.graph_module, loss, mode) if train and loss is not None else None
         wanted = step.stored.keys() & gradients_of(loss_cost) - step.plain if loss_cost is not None else set()
         if wanted:  # the loss reads what forward has stored, and a gradient is to pass through it
@@ -347,7 +347,7 @@ def told_of(step: "_Step") -> Iterator[None]:
 
 
 def settle_writes(
-    step: "_Step", graph: fx.GraphModule, inputs: list[torch.Tensor], mode: Constants, train: bool
+    step: "_Step", graph: fx.GraphModule, inputs: list[torch.Tensor], mode: Constants
 ) -> tuple[list[Write], list[Fact]]:
     """What forward stores at every call, and what it reads that it does not store.
 
@@ -362,21 +362,28 @@ def settle_writes(
         return writes, reads
     stored, outputs = step.stored, output_nodes(graph, "PlainAOTOutput")
     try:
+        once = calls_of(step, inputs)
         WriteBack(tuple(writes), [step.model]).store(lambda made: stand_in(step.model, made, outputs, inputs, mode))
         step.found = reach(step.model)
         try:
-            with ExitStack() as stack:
-                again = trace(step, inputs, mode, train, stack)
-        except CaptureError as error:
+            twice = calls_of(step, inputs)
+        except Exception as error:  # what the first call has stored is in the second one's way
             raise CaptureError(built_once(writes)) from error
         settled = merged(writes, step.writes)
-        if not same_graph(graph, again.graph_module) or step.stored.keys() != stored.keys():
+        if not once.same_as(twice) or step.stored.keys() != stored.keys():
             raise CaptureError(built_once(writes))
     finally:
         first.restore()
         step.found = found
     step.writes, step.changes, step.stored = settled, changes, stored
     return settled, reads
+
+
+def calls_of(step: "_Step", inputs: list[torch.Tensor]) -> Calls:
+    """The operators that one more call runs, in the state that the model is in."""
+    with Calls() as calls:
+        step(*inputs)
+    return calls
 
 
 def stand_in(model: nn.Module, made: Made, outputs: list[fx.Node], inputs: list[torch.Tensor], mode: Constants) -> torch.Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from .errors import PlanMismatch
-from .reach import LARGE, TABLES, Held, Step, globals_of, is_object, take
+from .reach import LARGE, TABLES, Held, Step, globals_of, is_object, slots_of, take
 
 MODULE = "/torch/nn/modules/module.py"
 OWN = (*TABLES, "__dict__")  # looked at elsewhere
@@ -164,7 +164,7 @@ def facts_read(log: Log, found: list[Held], written: set[tuple[int, Any]]) -> li
         thing = held.thing
         if not is_object(thing):
             continue
-        own = vars(thing) if hasattr(thing, "__dict__") else {}
+        own = attributes_of(thing)
         keys = list(own) if id(thing) in log.whole else by_thing.get(id(thing), [])
         keys = [key for key in dict.fromkeys(keys) if key not in OWN and "hooks" not in key and not key.startswith("__")]
         keys = [key for key in keys if held.way or key != "forward"]  # the planned model has a forward of its own
@@ -219,6 +219,13 @@ def globals_read(run: list[Any], holders: dict[int, Held], written: set[tuple[in
     return facts, values
 
 
+def attributes_of(thing: Any) -> dict[str, Any]:
+    """An object's own attributes, those in slots among them."""
+    own = vars(thing) if hasattr(thing, "__dict__") else {}
+    slots = slots_of(type(thing))
+    return own | {key: getattr(thing, key) for key in slots if hasattr(thing, key)} if slots else own
+
+
 def contents_read(queue: list[Any], holders: dict[int, Held], log: Log, written: set[tuple[int, Any]]) -> list[Fact]:
     """What is in containers that were read, and in objects whose own reads cannot be told apart."""
     facts: list[Fact] = []
@@ -241,8 +248,7 @@ def contents_read(queue: list[Any], holders: dict[int, Held], log: Log, written:
                 facts.append(Fact(held.way, None, held.name, [told(value) for value in elements], "elements"))
             queue += elements
         elif is_object(thing) and type(thing) not in log.logged and not isinstance(thing, nn.Module):
-            own = vars(thing) if hasattr(thing, "__dict__") else {}
-            own = {key: value for key, value in own.items() if (id(thing), key) not in written}
+            own = {key: value for key, value in attributes_of(thing).items() if (id(thing), key) not in written}
             facts += [Fact(held.way, key, held.of(key), told(value), "attribute") for key, value in own.items()]
             queue += own.values()
     return facts
