@@ -36,6 +36,7 @@ from .structure import Structure
 from .tracing import in_words, trace
 from .writes import Calls, Collector, Made, Write, WriteBack, built_once, merged, needs_second
 
+NUMBER = "DataDependentOutputException: aten._local_scalar_dense.default"
 PLAIN = bool | int | float | str | None
 TRACING = threading.RLock()  # tracing changes torch's tables and the model's
 
@@ -336,13 +337,17 @@ def capture(
 
 @contextmanager
 def told_of(step: "_Step") -> Iterator[None]:
-    """Say which parameter it is that forward gives other contents although its gradients need the old ones."""
+    """Say what torch's own errors do not: which parameter was exchanged too late, and that a number was asked for."""
     try:
         yield
     except CaptureError as error:
         if step.assigned and "modified by an inplace operation" in str(error):
             raise CaptureError(f"the model assigns to {step.assigned[0]}.data after it has computed with it, and its gradients "
                                "need the old contents: assign before") from error  # fmt: skip
+        told = str(error)
+        if told.endswith(NUMBER):
+            raise CaptureError(f"{told.removesuffix(NUMBER)}the model takes a number out of a tensor, which depends on data: "
+                               "keep it a tensor, or pass it in") from error  # fmt: skip
         raise
 
 

@@ -112,7 +112,7 @@ CHANGES = {
     "space.p": lambda m: put(m.space, "p", 0.9),
     "names.p": lambda m: put(m.names, "p", 0.9),
     r"table\['p'\]": lambda m: put(m.table, "p", 0.9),
-    r"table has other": lambda m: put(m.table, "q", 0.9),
+    "table was": lambda m: put(m.table, "q", 0.9),
     "row": lambda m: put(m.row, 0, 0.9),
     r"hidden\[0\].training": lambda m: m.hidden[0].eval(),
     r"hidden\[0\].p": lambda m: put(m.hidden[0], "p", 0.1),
@@ -145,6 +145,17 @@ def test_a_change_to_what_forward_reads_is_refused_by_name(name):
             fast(x)
         else:
             break
+
+
+def test_an_equal_setting_in_the_place_of_another_is_the_same():
+    """As peft sets its list of adapters anew."""
+    model, x = Net(whole), torch.randn(2, 4)
+    fast = memplan.plan(model, None, (x,), machine=QUICK, time_limit=2.0).apply(model)
+    model.part.merged, model.row, model.table, model.config.inner = [], [0.5], {"p": 0.5}, {"a": [1, 2]}
+    fast(x)
+    model.config.inner["a"] = [1, 3]
+    with pytest.raises(PlanMismatch, match=r"config\.inner was"):
+        fast(x)
 
 
 @pytest.mark.parametrize("space", ["SCALE", "TABLE"])

@@ -368,7 +368,7 @@ REFUSED = {
     own_generator: "draws from rng",
     own_numpy: "draws from numbers",
     seeded: "draws from torch's generator",
-    drawn: "_local_scalar_dense",
+    drawn: "takes a number out of a tensor",
 }
 
 
