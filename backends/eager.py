@@ -170,6 +170,7 @@ class _Runner:
             return self.original(*args, **kwargs)  # an evaluation: nothing is kept for a backward pass
         leaves = self.check_call(args, kwargs)
         inputs = [self.fetch(source, slot, leaves) for source, slot in zip(self.code.arguments, self.slots, strict=True)]
+        self.stores.let_go()
         if self.captured.train:
             results = _Planned.apply(self, *inputs)
         else:

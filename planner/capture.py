@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from .reach import Held, reach
 from .reads import Fact, Log, facts_read
 from .rebinding import Rebinding, check_rebound, shares
 from .standins import fake, fake_parameters, named_tensors
-from .state import Change, Snapshot, refuse_drawing, untouched
+from .state import MISSING, Change, Snapshot, refuse_drawing, untouched
 from .structure import Structure
 from .tracing import in_words, trace
 from .writes import Calls, Collector, Made, Write, WriteBack, built_once, merged, needs_second
@@ -161,11 +162,16 @@ class _Step(nn.Module):
     def call_model(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What the model returns."""
         buffers = dict(self.model.named_buffers())
+        given = Snapshot(reach(arguments_of(self.model, args, kwargs)))
         rebinding = Rebinding(self.model)
         self.assigned = rebinding.assigned
         with cached_casts(self.mode, self.caches), self.log.reading(), rebinding:
             output = self.model.forward(*args, **kwargs)  # not its hooks: they run around the planned forward
         check_rebound(self.model, buffers)
+        for change in given.changes():
+            if change.held.way and change.after is not MISSING and not isinstance(change.held.thing, nn.Module):
+                raise CaptureError(f"the model stores {change.name} in its argument, which a planned call does not do for the "
+                                   "caller: return it instead")  # fmt: skip
         return output
 
     def collect(self, inputs: list[torch.Tensor], found: list[torch.Tensor], flat: list[Any], plain: set[int]) -> None:
@@ -181,6 +187,14 @@ class _Step(nn.Module):
             others = [*found, *inputs, *(tensor for _, tensor in named_tensors(self.model))]
             alone = value._base is None and not any(shares(value, other) for other in others)
             found.append(value if alone else value.clone())
+
+
+def arguments_of(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> SimpleNamespace:
+    """A call's containers by the names of the parameters that they are given for."""
+    names = [name for name in inspect.signature(type(model).forward).parameters][1:]
+    names += [f"args{index}" for index in range(len(names), len(args))]
+    held = (*zip(names, args, strict=False), *kwargs.items())
+    return SimpleNamespace(**{name: value for name, value in held if isinstance(value, dict | list)})
 
 
 @dataclass(frozen=True)

@@ -233,6 +233,13 @@ class WriteBack:
         tables = [thing for write, thing in self.rows if write.way and str(write.way[-1].key).endswith(HOOKS)]
         self.added = collections.Counter(map(id, tables))
 
+    def let_go(self) -> None:
+        """Let go of the tensors that the last call has stored: they would lie beside this one's, which no plan counts."""
+        for write, thing in self.rows:
+            own = thing if isinstance(thing, dict) else getattr(thing, "__dict__", {})
+            if write.tensors_alone and write.key in own and not (write.way and write.way[-1].key in TABLES):
+                store(write, thing, None)
+
     def store(self, made: Callable[[Made], Any]) -> None:
         """Store everything."""
         values: dict[int, Any] = {}

@@ -4,6 +4,7 @@ import collections
 import copy
 import functools
 import random
+import weakref
 
 import memplan
 import msgspec
@@ -481,3 +482,44 @@ def test_hooks_that_forward_installs_once_are_installed_by_the_plan_too():
     assert not model.layer._forward_hooks
     assert torch.equal(fast(x), fast(x))
     assert len(model.layer._forward_hooks) == model.count == 1
+
+
+def test_what_forward_stores_in_its_arguments_is_refused():
+    """The caller would look for it in vain; what forward takes out of them is no matter."""
+
+    class Batched(nn.Module):
+        def __init__(self, keep):
+            super().__init__()
+            self.layer, self.keep = nn.Linear(WIDTH, WIDTH), keep
+
+        def forward(self, batch):
+            h = self.layer(batch.pop("x"))
+            if self.keep:
+                batch["hidden"] = h
+            return h.sum()
+
+    x = torch.randn(2, WIDTH)
+    with pytest.raises(CaptureError, match=r"stores batch\['hidden'\] in its argument"):
+        memplan.plan(Batched(True), None, ({"x": x},), machine=QUICK)
+    model = Batched(False)
+    assert torch.equal(memplan.plan(model, None, ({"x": x},), machine=QUICK).apply(model)({"x": x}), model({"x": x}))
+
+
+def test_a_stored_tensor_is_gone_before_the_next_is_made():
+    """It would lie beside the step, and no plan counts it."""
+    model = Net(router)
+    x = torch.randn(2, WIDTH)
+    fast = quick(model, x).apply(model)
+    fast(x)
+    known = weakref.ref(model.last)
+    kept = fast.forward.code.forward
+    seen = []
+    object.__setattr__(fast.forward.code, "forward", lambda inputs: (seen.append(known()), kept(inputs))[1])
+    fast(x)
+    assert seen == [None]
+
+
+def test_a_mapping_refuses_a_model_that_stores_tensors():
+    """A scratchpad's run returns what the model returns."""
+    with pytest.raises(memplan.MemplanError, match="stores a tensor in aux"):
+        memplan.map_model(Net(router).eval(), "1MiB", (torch.randn(2, WIDTH),))
