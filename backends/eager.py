@@ -181,6 +181,7 @@ class _Runner:
         check_saving()
         leaves = self.check_call(args, kwargs)
         inputs = self.fetched(leaves)
+        self.stores.let_go()
         if self.captured.train:
             results = _Planned.apply(self, *inputs)
         else:
@@ -292,7 +293,7 @@ class _Runner:
             self.look_up(None, renewed=True)
         self.watch.check()
         for owner, table, known in self.hooks:
-            if len(table) > len(known):
+            if len(table) > len(known) + self.stores.added.get(id(table), 0):
                 raise PlanMismatch(f"{owner} has been given a hook since the plan was applied, and a planned step calls "
                                    "none but the model's own: remove it, or hook the model itself")  # fmt: skip
             for hook in [hook for key, hook in known.items() if table.get(key) is not hook and not is_traced_hook(hook)]:

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -36,11 +37,12 @@ from .reached import check_gradients, reached
 from .reads import Fact, Log, facts_read
 from .rebinding import Rebinding, check_rebound, shares
 from .standins import fake, fake_parameters, named_tensors
-from .state import Change, Snapshot, refuse_drawing, untouched
+from .state import MISSING, Change, Snapshot, refuse_drawing, untouched
 from .structure import Structure
 from .tracing import in_words, trace
-from .writes import Collector, Made, Write, WriteBack, built_once, merged, needs_second, same_graph
+from .writes import Calls, Collector, Made, Write, WriteBack, built_once, merged, needs_second
 
+NUMBER = "DataDependentOutputException: aten._local_scalar_dense.default"
 PLAIN = bool | int | float | str | None
 TRACING = threading.RLock()  # tracing changes torch's tables and the model's
 
@@ -168,11 +170,16 @@ class _Step(nn.Module):
     def call_model(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What the model returns."""
         buffers = dict(self.model.named_buffers())
+        given = Snapshot(reach(arguments_of(self.model, args, kwargs)))
         rebinding = Rebinding(self.model)
         self.assigned = rebinding.assigned
         with noting_callers(self.model), cached_casts(self.mode, self.caches), self.log.reading(), rebinding:
             output = self.model.forward(*args, **kwargs)  # not its hooks: they run around the planned forward
         check_rebound(self.model, buffers)
+        for change in given.changes():
+            if change.held.way and change.after is not MISSING and not isinstance(change.held.thing, nn.Module):
+                raise CaptureError(f"the model stores {change.name} in its argument, which a planned call does not do for the "
+                                   "caller: return it instead")  # fmt: skip
         return output
 
     def collect(self, inputs: list[torch.Tensor], found: list[torch.Tensor], flat: list[Any], plain: set[int]) -> None:
@@ -188,6 +195,14 @@ class _Step(nn.Module):
             others = [*found, *inputs, *(tensor for _, tensor in named_tensors(self.model))]
             alone = value._base is None and not any(shares(value, other) for other in others)
             found.append(value if alone else value.clone())
+
+
+def arguments_of(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> SimpleNamespace:
+    """A call's containers by the names of the parameters that they are given for."""
+    names = [name for name in inspect.signature(type(model).forward).parameters][1:]
+    names += [f"args{index}" for index in range(len(names), len(args))]
+    held = (*zip(names, args, strict=False), *kwargs.items())
+    return SimpleNamespace(**{name: value for name, value in held if isinstance(value, dict | list)})
 
 
 @dataclass(frozen=True)
@@ -327,7 +342,7 @@ def capture(
                     joint = trace(step, inputs, mode, train, stack, step.reentrant)
                 refuse_drawing(randomness.moved())
                 check_replaced(joint.graph_module, step.changes)
-                writes, reads = settle_writes(step, joint.graph_module, inputs, mode, train)
+                writes, reads = settle_writes(step, joint.graph_module, inputs, mode)
                 loss_cost = trace_loss(step, joint.graph_module, loss, mode) if train and loss is not None else None
                 wanted = step.stored.keys() & gradients_of(loss_cost) - step.plain if loss_cost is not None else set()
                 if wanted and not step.attached:
@@ -385,18 +400,22 @@ def capture(
 
 @contextmanager
 def told_of(step: "_Step") -> Iterator[None]:
-    """Say which parameter it is that forward gives other contents although its gradients need the old ones."""
+    """Say what torch's own errors do not: which parameter was exchanged too late, and that a number was asked for."""
     try:
         yield
     except CaptureError as error:
         if step.assigned and "modified by an inplace operation" in str(error):
             raise CaptureError(f"the model assigns to {step.assigned[0]}.data after it has computed with it, and its gradients "
                                "need the old contents: assign before") from error  # fmt: skip
+        told = str(error)
+        if told.endswith(NUMBER):
+            raise CaptureError(f"{told.removesuffix(NUMBER)}the model takes a number out of a tensor, which depends on data: "
+                               "keep it a tensor, or pass it in") from error  # fmt: skip
         raise
 
 
 def settle_writes(
-    step: "_Step", graph: fx.GraphModule, inputs: list[torch.Tensor], mode: Constants, train: bool
+    step: "_Step", graph: fx.GraphModule, inputs: list[torch.Tensor], mode: Constants
 ) -> tuple[list[Write], list[Fact]]:
     """What forward stores at every call, and what it reads that it does not store.
 
@@ -411,21 +430,28 @@ def settle_writes(
         return writes, reads
     stored, outputs = step.stored, output_nodes(graph, "PlainAOTOutput")
     try:
+        once = calls_of(step, inputs)
         WriteBack(tuple(writes), [step.model]).store(lambda made: stand_in(step.model, made, outputs, inputs, mode))
         step.found = reach(step.model)
         try:
-            with ExitStack() as stack:
-                again = trace(step, inputs, mode, train, stack, step.reentrant)
-        except CaptureError as error:
+            twice = calls_of(step, inputs)
+        except Exception as error:  # what the first call has stored is in the second one's way
             raise CaptureError(built_once(writes)) from error
         settled = merged(writes, step.writes)
-        if not same_graph(graph, again.graph_module) or step.stored.keys() != stored.keys():
+        if not once.same_as(twice) or step.stored.keys() != stored.keys():
             raise CaptureError(built_once(writes))
     finally:
         first.restore()
         step.found = found
     step.writes, step.changes, step.stored = settled, changes, stored
     return settled, reads
+
+
+def calls_of(step: "_Step", inputs: list[torch.Tensor]) -> Calls:
+    """The operators that one more call runs, in the state that the model is in."""
+    with Calls() as calls:
+        step(*inputs)
+    return calls
 
 
 def stand_in(model: nn.Module, made: Made, outputs: list[fx.Node], inputs: list[torch.Tensor], mode: Constants) -> torch.Tensor:

@@ -222,6 +222,11 @@ def map_model(
     seconds = time.monotonic() - began
     if captured.traced.mutations:
         raise MemplanError("the model changes its own buffers when it is called: put it in evaluation mode, model.eval()")
+    if captured.stored:
+        name = next(iter(captured.stored.values()))
+        raise MemplanError(
+            f"the model stores a tensor in {name} when it is called, which its mapping does not: return it instead"
+        )
     program = apply_costs(captured.program, known)
     width = [node.meta["val"].element_size() for _, node in sorted(captured.traced.base.items())]
     sizes = None

@@ -6,12 +6,14 @@ it was when the plan is carried out. What nobody read may change.
 """
 
 import collections
+import copy
 import operator
 import sys
 import threading
 import types
 import weakref
 from collections.abc import Iterable, Iterator
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ import torch
 from torch import nn
 
 from .errors import PlanMismatch
-from .reach import LARGE, TABLES, Held, Step, globals_of, is_object, take
+from .reach import LARGE, TABLES, Held, Step, globals_of, is_object, slots_of, take
 
 MODULE = "/torch/nn/modules/module.py"
 OWN = (*TABLES, "__dict__")  # looked at elsewhere
@@ -140,9 +142,19 @@ def is_plain(value: Any) -> bool:
     return isinstance(value, PLAIN)
 
 
-def told(value: Any) -> Any:
-    """What is kept of a value to compare with."""
-    return value if is_plain(value) else Same.of(value)
+def is_settings(value: Any, written: AbstractSet[int] = frozenset()) -> bool:
+    """Whether a value is plain, or a list, dict or set of such, to which forward does not write."""
+    if type(value) in (list, set, dict) and len(value) <= LARGE and id(value) not in written:
+        inner = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+        return all(is_settings(item, written) for item in inner)
+    return is_plain(value)
+
+
+def told(value: Any, written: AbstractSet[int] = frozenset()) -> Any:
+    """What is kept of a value to compare with: itself, a copy of a container, or who it is."""
+    if is_plain(value):
+        return value
+    return copy.deepcopy(value) if is_settings(value, written) else Same.of(value)
 
 
 def facts_read(log: Log, found: list[Held], written: set[tuple[int, Any]]) -> list[Fact]:
@@ -154,6 +166,7 @@ def facts_read(log: Log, found: list[Held], written: set[tuple[int, Any]]) -> li
         written: (identity of a thing, key) of what forward itself puts there, which is not watched; key None: all of it.
     """
     facts: list[Fact] = []
+    changed = {number for number, _ in written}
     holders = {id(held.thing): held for held in found}
     by_thing = collections.defaultdict(list)
     for number, key in log.seen:
@@ -164,7 +177,7 @@ def facts_read(log: Log, found: list[Held], written: set[tuple[int, Any]]) -> li
         thing = held.thing
         if not is_object(thing):
             continue
-        own = vars(thing) if hasattr(thing, "__dict__") else {}
+        own = attributes_of(thing)
         keys = list(own) if id(thing) in log.whole else by_thing.get(id(thing), [])
         keys = [key for key in dict.fromkeys(keys) if key not in OWN and "hooks" not in key and not key.startswith("__")]
         keys = [key for key in keys if held.way or key != "forward"]  # the planned model has a forward of its own
@@ -174,18 +187,19 @@ def facts_read(log: Log, found: list[Held], written: set[tuple[int, Any]]) -> li
             if (id(thing), key) in written or (id(thing), None) in written:
                 continue
             if key in own:
-                facts.append(Fact(held.way, key, held.of(key), told(own[key]), "attribute"))
+                facts.append(Fact(held.way, key, held.of(key), told(own[key], changed), "attribute"))
                 queue.append(own[key])
             elif key == "forward" or key not in vars(nn.Module):
                 value = getattr(type(thing), key, ABSENT)
                 plain = is_plain(value) or isinstance(value, list | dict)
-                facts.append(Fact(held.way, key, held.of(key), told(value) if plain else ABSENT, "class"))
+                facts.append(Fact(held.way, key, held.of(key), told(value, changed) if plain else ABSENT, "class"))
                 queue += [value] if plain else []
         for table in TABLES[:2] if isinstance(thing, nn.Module) else ():
             none = [key for key, value in own[table].items() if value is None and (id(thing), key) in log.seen]
             facts += [Fact((*held.way, Step("vars", table)), key, held.of(key), None, "item") for key in none]
     outside, values = globals_read(run, holders, written)
-    return [*facts, *outside, *contents_read([*queue, *values], holders, log, written)]
+    inner = contents_read([*queue, *values], holders, log, written)  # first, for they say best what has changed
+    return [*inner, *facts, *outside]
 
 
 def globals_read(run: list[Any], holders: dict[int, Held], written: set[tuple[int, Any]]) -> tuple[list[Fact], list[Any]]:
@@ -199,6 +213,7 @@ def globals_read(run: list[Any], holders: dict[int, Held], written: set[tuple[in
     facts: list[Fact] = []
     values: list[Any] = []
     done: set[int] = set()
+    changed = {number for number, _ in written}
     queue = [getattr(each, "__func__", each) for each in run]
     while queue:
         function = queue.pop()
@@ -211,17 +226,25 @@ def globals_read(run: list[Any], holders: dict[int, Held], written: set[tuple[in
         for key, value in globals_of(function).items():
             if (id(function), key) in written:
                 continue
-            if is_plain(value):
-                facts.append(Fact(way, key, key, value, "item"))
+            if is_settings(value, changed):
+                facts.append(Fact(way, key, key, told(value, changed), "item"))
             elif isinstance(value, types.FunctionType):
                 queue.append(value)
             values.append(value)
     return facts, values
 
 
+def attributes_of(thing: Any) -> dict[str, Any]:
+    """An object's own attributes, those in slots among them."""
+    own = vars(thing) if hasattr(thing, "__dict__") else {}
+    slots = slots_of(type(thing))
+    return own | {key: getattr(thing, key) for key in slots if hasattr(thing, key)} if slots else own
+
+
 def contents_read(queue: list[Any], holders: dict[int, Held], log: Log, written: set[tuple[int, Any]]) -> list[Fact]:
     """What is in containers that were read, and in objects whose own reads cannot be told apart."""
     facts: list[Fact] = []
+    changed = {number for number, _ in written}
     done: set[int] = set()
     while queue:
         thing = queue.pop()
@@ -231,19 +254,18 @@ def contents_read(queue: list[Any], holders: dict[int, Held], log: Log, written:
         done.add(id(thing))
         if isinstance(thing, dict) and len(thing) <= LARGE:
             items = [(key, value) for key, value in thing.items() if (id(thing), key) not in written]
-            facts += [Fact(held.way, key, held.of(key), told(value), "item") for key, value in items]
-            if not any(number == id(thing) for number, _ in written):
+            facts += [Fact(held.way, key, held.of(key), told(value, changed), "item") for key, value in items]
+            if id(thing) not in changed and not is_settings(thing, changed):
                 facts.append(Fact(held.way, None, held.name, list(thing), "keys"))
             queue += [value for _, value in items]
         elif isinstance(thing, list | set | collections.deque | tuple) and len(thing) <= LARGE:
             elements = list(thing)
-            if not isinstance(thing, tuple):
-                facts.append(Fact(held.way, None, held.name, [told(value) for value in elements], "elements"))
+            if not isinstance(thing, tuple) and not is_settings(thing, changed):
+                facts.append(Fact(held.way, None, held.name, [told(value, changed) for value in elements], "elements"))
             queue += elements
         elif is_object(thing) and type(thing) not in log.logged and not isinstance(thing, nn.Module):
-            own = vars(thing) if hasattr(thing, "__dict__") else {}
-            own = {key: value for key, value in own.items() if (id(thing), key) not in written}
-            facts += [Fact(held.way, key, held.of(key), told(value), "attribute") for key, value in own.items()]
+            own = {key: value for key, value in attributes_of(thing).items() if (id(thing), key) not in written}
+            facts += [Fact(held.way, key, held.of(key), told(value, changed), "attribute") for key, value in own.items()]
             queue += own.values()
     return facts
 
@@ -288,7 +310,7 @@ class Watch:
         classes: set[tuple[type, str]] = set()
         for fact, thing, value in self.rows:
             own = thing if isinstance(thing, dict) else getattr(thing, "__dict__", None)
-            if fact.kind in ("attribute", "item") and isinstance(own, dict) and not isinstance(value, list):
+            if fact.kind in ("attribute", "item") and isinstance(own, dict):
                 if isinstance(value, Same):
                     now = own.get(fact.key, ABSENT)
                     if value.matches(now) and not isinstance(now, types.MethodType):
@@ -389,7 +411,7 @@ def agrees(value: Any, now: Any) -> bool:
     """Whether something is what was noted."""
     if isinstance(value, Same):
         return value.matches(now)
-    return value is now or (is_plain(now) and type(now) is type(value) and now == value)
+    return value is now or (type(now) is type(value) and is_settings(now) and now == value)
 
 
 def difference(fact: Fact, thing: Any, value: Any, when: str) -> str:
@@ -399,9 +421,9 @@ def difference(fact: Fact, thing: Any, value: Any, when: str) -> str:
         return f"has other elements than {when}"
     if isinstance(value, Same):
         return f"is another {value.kind} than {when}" if now is not ABSENT else f"was there {when} and is not now"
-    return f"was {value!r} {when} and is {short(now)} now"
+    return f"was {short(value)} {when} and is {short(now)} now"
 
 
 def short(value: Any) -> str:
     """A value in a few words."""
-    return repr(value)[:60] if is_plain(value) or value is ABSENT else f"a {type(value).__name__}"
+    return repr(value)[:60] if is_settings(value) or value is ABSENT else f"a {type(value).__name__}"

@@ -7,14 +7,15 @@ built on first use. Both are refused.
 """
 
 import collections
+import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import fx, nn
-from torch.utils._python_dispatch import _disable_current_modes
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from .errors import CaptureError
 from .nodes import encode
@@ -110,14 +111,17 @@ class Collector:
             if isinstance(thing, set):
                 raise CaptureError(f"the model changes {change.name}, a set, in its forward pass, which a plan cannot do: "
                                    "do that outside of forward")  # fmt: skip
-            leaves, spec = pytree.tree_flatten(None if id(value) in self.known else value)
-            leaves = [value] if id(value) in self.known else leaves
+            leaves, spec = pytree.tree_flatten(value, is_leaf=self.is_leaf)
             told = tuple(self.leaf(leaf, change.name) for leaf in leaves)
             if isinstance(thing, nn.Module) and told and isinstance(told[0], Made) and told[0].kind == "named":
                 raise CaptureError(f"the model stores its {told[0].name} in {change.name} too in its forward pass: do that "
                                    "outside, or read it where it is")  # fmt: skip
             writes.append(Write(change.held.way, change.key, change.name, how, told, spec))
         return writes
+
+    def is_leaf(self, value: Any) -> bool:
+        """Whether a value is stored as it is: it was there before, or is plain, as a shape is."""
+        return id(value) in self.known or isinstance(value, torch.Size)
 
     def leaf(self, value: Any, name: str) -> Any:
         """What is noted of one leaf."""
@@ -133,7 +137,7 @@ class Collector:
                 self.extra.append(name)
                 self.extra_tensors.append(value)
             return Made("output", self.returned[id(value)])
-        if is_plain(value) or isinstance(value, type | FUNCTIONS) or id(value) in self.known:
+        if is_plain(value) or isinstance(value, (type, *FUNCTIONS)) or id(value) in self.known:
             return value
         raise CaptureError(f"the model stores a {type(value).__name__} in {name} in its forward pass, which a plan cannot "
                            "make anew at every call: store tensors, numbers, or lists and dicts of them")  # fmt: skip
@@ -161,14 +165,12 @@ def is_quiet(model: nn.Module, change: Change) -> bool:
         return False  # bound anew
     if is_table(held, *TABLES):
         kind = {"_parameters": "parameter", "_buffers": "buffer", "_modules": "submodule"}[str(held.way[-1].key)]
-        done = (
-            "registers a" if before is MISSING or before is None else "removes its" if after in (None, MISSING) else "replaces"
-        )
+        gone, new = (value is MISSING or value is None for value in (after, before))
+        done = "registers a" if new else "removes its" if gone else "replaces its"
         advice = "call the model once before planning, so that it is there" if done == "registers a" else "do that outside"
         raise CaptureError(f"the model {done} {kind} {change.name} in its forward pass: {advice}")
-    if isinstance(held.thing, dict) and held.way and HOOKS in str(held.way[-1].key):
-        raise CaptureError(f"the model adds or removes hooks ({change.name.partition('[')[0]}) in its forward pass: "
-                           "do that outside")  # fmt: skip
+    if isinstance(held.thing, dict) and held.way and HOOKS in str(held.way[-1].key) and before is not MISSING:
+        raise CaptureError(f"the model removes hooks ({held.name}) in its forward pass: do that outside")
     return False
 
 
@@ -217,6 +219,7 @@ class WriteBack:
 
     Attributes:
         rows: each write with what it is stored in.
+        added: how many hooks are added to a table of them, by its identity.
     """
 
     def __init__(self, writes: tuple[Write, ...], roots: list[Any]):
@@ -227,6 +230,15 @@ class WriteBack:
             roots: the model, and whatever shares all but its own attributes.
         """
         self.rows = [(write, take(root, write.way)) for write in writes for root in (roots if not write.way else roots[:1])]
+        tables = [thing for write, thing in self.rows if write.way and str(write.way[-1].key).endswith(HOOKS)]
+        self.added = collections.Counter(map(id, tables))
+
+    def let_go(self) -> None:
+        """Let go of the tensors that the last call has stored: they would lie beside this one's, which no plan counts."""
+        for write, thing in self.rows:
+            own = thing if isinstance(thing, dict) else getattr(thing, "__dict__", {})
+            if write.tensors_alone and write.key in own and not (write.way and write.way[-1].key in TABLES):
+                store(write, thing, None)
 
     def store(self, made: Callable[[Made], Any]) -> None:
         """Store everything."""
@@ -311,37 +323,48 @@ def value_told(write: Write) -> str:
     return repr(write.value(lambda made: None))[:40]
 
 
-def same_graph(one: fx.GraphModule, other: fx.GraphModule) -> bool:
-    """Whether two traced steps are one: the same calls on the same operands, and constants of the same values."""
-    first, second = list(one.graph.nodes), list(other.graph.nodes)
-    if len(first) != len(second):
-        return False
-    pair = dict(zip(first, second, strict=True))
-    for node, twin in pair.items():
-        if node.op != twin.op or (node.op in ("call_function", "placeholder") and str(node.target) != str(twin.target)):
+class Calls(TorchDispatchMode):
+    """Notes which operators are called, on what: two runs that note the same compute the same.
+
+    Attributes:
+        made: for each call the operator, its operands' numbers in the order in which they appear, and its other arguments.
+        held: the operands by number.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[Any, ...]] = []
+        self.held: list[torch.Tensor] = []
+        self.numbers: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "prim":  # a question about a tensor
+            return result
+        leaves, spec = pytree.tree_flatten((args, kwargs or {}, result))
+        self.made.append((str(func), str(spec), *(self.told(leaf) for leaf in leaves)))
+        return result
+
+    def told(self, leaf: Any) -> Any:
+        """What is noted of one argument."""
+        if not isinstance(leaf, torch.Tensor):
+            return json.dumps(encode(leaf))
+        if id(leaf) not in self.numbers:
+            self.numbers[id(leaf)] = len(self.held)
+            self.held.append(leaf)
+        return self.numbers[id(leaf)], leaf.dtype, tuple(leaf.shape), tuple(leaf.stride())
+
+    def same_as(self, other: "Calls") -> bool:
+        """Whether two runs called the same, on the same operands, and on constants of the same values."""
+        if self.made != other.made or len(self.held) != len(other.held):
             return False
-        if node.op == "get_attr":
-            if not equal_constants(getattr(one, str(node.target)), getattr(other, str(twin.target))):
-                return False
-            continue
-        leaves, twins = pytree.tree_leaves((node.args, node.kwargs)), pytree.tree_leaves((twin.args, twin.kwargs))
-        if len(leaves) != len(twins):
-            return False
-        for leaf, other_leaf in zip(leaves, twins, strict=True):
-            if isinstance(leaf, fx.Node):
-                if pair[leaf] is not other_leaf:
-                    return False
-            elif encode(leaf) != encode(other_leaf):
-                return False
-    return True
+        pairs = zip(self.held, other.held, strict=True)
+        return all(is_traced(one) == is_traced(twin) and (is_traced(one) or equal_constants(one, twin)) for one, twin in pairs)
 
 
 def equal_constants(one: Any, other: Any) -> bool:
     """Whether two constants of graphs are one."""
-    one, other = (getattr(value, "constant", None) if hasattr(value, "fake_mode") else value for value in (one, other))
     if one is other:
-        return one is not None
-    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
-        return False
+        return True
     with _disable_current_modes():
         return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
