@@ -214,8 +214,11 @@ def test_a_call_that_was_not_mapped_is_refused_by_the_argument_s_name(case):
 
 
 CHANGES = {
-    "trained": (lambda model: model.train(), "module itself was in evaluation mode"),
-    "a layer in training": (lambda model: model.drop.train(), "module drop was in evaluation mode"),
+    "trained": (lambda model: model.train(), r"drop\.training was False when the plan was made and is True now"),
+    "a layer in training": (
+        lambda model: model.drop.train(),
+        r"drop\.training was False when the plan was made and is True now",
+    ),
     "another layer": (other_layer, "submodule linear has been replaced"),
     "another setting": (lambda model: setattr(model.norm, "eps", 0.5), r"norm\.eps was 1e-05 .* is 0\.5"),
     "another type": (lambda model: model.double(), "was float32.* has changed since"),
