@@ -323,6 +323,7 @@ def capture(
         given = [fake(other, leaf, device) for leaf in leaves if isinstance(leaf, torch.Tensor)]
         made = _Step(model, other, spec, fixed, train, loss is not None)
         made.found, made.log, made.attached = step.found, Log(step.found), step.attached
+        tries.append(made)
         return made, given
 
     def parameter_name(target: str) -> str:
@@ -330,15 +331,16 @@ def capture(
         return names.get(target.removeprefix("model."), target.removeprefix("model."))
 
     seeds: list[str] = []
-    with TRACING, untouched(model, loss) as (step.found, randomness):
+    tries = [step]
+    with TRACING, untouched(model, loss) as (step.found, randomness), told_of(tries):
         while True:
             step.log = Log(step.found)
             known = reached(model, device, as_eager) if train else None
             step.reentrant = known is not None and known.reentrant
             with ExitStack() as stack:
                 names = stack.enter_context(fake_parameters(model, mode, device))
-                stack.enter_context(nullcontext() if train else no_observers(model))
-                with noted_seeds(seeds), told_of(step):
+                stack.enter_context(nullcontext() if train else no_observers(model, step.found))
+                with noted_seeds(seeds):
                     joint = trace(step, inputs, mode, train, stack, step.reentrant)
                 refuse_drawing(randomness.moved())
                 check_replaced(joint.graph_module, step.changes)
@@ -399,13 +401,14 @@ def capture(
 
 
 @contextmanager
-def told_of(step: "_Step") -> Iterator[None]:
+def told_of(steps: "list[_Step]") -> Iterator[None]:
     """Say what torch's own errors do not: which parameter was exchanged too late, and that a number was asked for."""
     try:
         yield
     except CaptureError as error:
-        if step.assigned and "modified by an inplace operation" in str(error):
-            raise CaptureError(f"the model assigns to {step.assigned[0]}.data after it has computed with it, and its gradients "
+        assigned = [name for step in steps for name in step.assigned]
+        if assigned and "modified by an inplace operation" in str(error):
+            raise CaptureError(f"the model assigns to {assigned[0]}.data after it has computed with it, and its gradients "
                                "need the old contents: assign before") from error  # fmt: skip
         told = str(error)
         if told.endswith(NUMBER):

@@ -18,6 +18,8 @@ from torch import nn
 from .constants import Refusal
 from .errors import CaptureError
 from .plain_calls import caller_line, is_traced, replaced
+from .reach import Held
+from .state import Snapshot
 from .structure import HOOKS
 
 KINDS = {
@@ -53,8 +55,10 @@ def hook_tables(model: nn.Module) -> Iterator[tuple[str, str, dict[int, Any]]]:
 
 
 @contextmanager
-def no_observers(model: nn.Module) -> Iterator[None]:
-    """While the model is called, refuse a hook that changes nothing.
+def no_observers(model: nn.Module, found: list[Held]) -> Iterator[None]:
+    """While the model is called, refuse a hook that changes nothing: no value, and in forward none of what is found.
+
+    What a forward hook stores where the plan sees it is stored after every planned call, like what forward itself stores.
 
     Raises:
         CaptureError: the module and the hook.
@@ -64,7 +68,7 @@ def no_observers(model: nn.Module) -> Iterator[None]:
         for owner, kind, table in hook_tables(model):
             for key, hook in [(key, hook) for key, hook in table.items() if not is_traced_hook(hook)]:
                 undo.append((table, key, hook))
-                table[key] = changing(hook, owner, kind)
+                table[key] = changing(hook, owner, kind, found)
         yield
     finally:
         for table, key, hook in undo:
@@ -72,14 +76,16 @@ def no_observers(model: nn.Module) -> Iterator[None]:
                 table[key] = hook
 
 
-def changing(hook: Any, owner: str, kind: str) -> Any:
+def changing(hook: Any, owner: str, kind: str, found: list[Held]) -> Any:
     """A hook that has to return what it was not given."""
 
     @functools.wraps(hook, updated=())
     def called(*args: Any, **kwargs: Any) -> Any:
         given = {id(leaf) for leaf in pytree.tree_leaves((args, kwargs))}
+        before = Snapshot(found)
         result = hook(*args, **kwargs)
-        if all(leaf is None or id(leaf) in given for leaf in pytree.tree_leaves(result)):
+        stores = kind.startswith("forward") and before.changes()
+        if not stores and all(leaf is None or id(leaf) in given for leaf in pytree.tree_leaves(result)):
             name = getattr(hook, "__qualname__", type(hook).__name__)
             raise CaptureError(f"{owner} has a {kind} ({name}) that changes nothing, and a planned step would not call it: "
                                "remove it before planning, or hook the model itself")  # fmt: skip

@@ -39,7 +39,7 @@ class Reached:
     reentrant: bool
 
 
-def reached(model: nn.Module, device: str, make: Callable[[Constants], tuple[nn.Module, list[torch.Tensor]]]) -> Reached:
+def reached(model: nn.Module, device: str, make: Callable[[Constants], tuple[Any, list[torch.Tensor]]]) -> Reached:
     """Run a step as eager PyTorch runs it, on fake tensors.
 
     Args:
@@ -57,7 +57,8 @@ def reached(model: nn.Module, device: str, make: Callable[[Constants], tuple[nn.
         stack.enter_context(in_words("trace the model"))
         names = stack.enter_context(fake_parameters(model, mode, device))
         stack.enter_context(quiet("torch._subclasses.fake_tensor"))
-        for context in (mode, unasked(), no_saving(), no_observers(model), no_watched_tensors(), torch.enable_grad()):
+        stack.enter_context(no_observers(model, step.found))
+        for context in (mode, unasked(), no_saving(), no_watched_tensors(), torch.enable_grad()):
             stack.enter_context(context)
         wanted = {name: value.requires_grad for name, value in model.named_parameters()}
         with no_backward():

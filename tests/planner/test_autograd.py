@@ -415,7 +415,7 @@ def test_no_parameter_is_updated_for_an_output_that_nobody_differentiates():
     plan = memplan.plan(model, None, (x,), loss=lambda out: total(out[0]) + total(out[1]), machine=QUICK,
                         optimizer=optimizer, optimizer_in_backward=True)  # fmt: skip
     loss = total(plan.apply(model, optimizer=optimizer)(x)[0])
-    with pytest.raises(MemplanError, match="no gradient reaches output 1"):
+    with pytest.raises(MemplanError, match=r"no gradient reaches b\.weight"):
         loss.backward()
 
 
@@ -463,7 +463,7 @@ def seeded(model, x):
 
 
 REFUSED = {
-    froze: "sets requires_grad of b.weight in its forward",
+    froze: "requires_grad_ on b.weight in its forward",
     packed: r"hooks on saved tensors \(packed.<locals>.<lambda>\)",
     looked_at: r"set in forward at .*test_autograd.py:\d+ \(y.register_hook.* returns nothing",
     retained: "calls retain_grad in forward",
