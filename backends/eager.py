@@ -28,6 +28,8 @@ from .arena import generate_static
 from .codegen import Generated, generate
 from .graphs import recorded
 from .homes import Homes, absence_of, bring_back
+from .recast import Backward
+from .stepwitness import StepWitness
 from .updates import Updates
 
 if TYPE_CHECKING:
@@ -58,7 +60,7 @@ def apply(plan: "Plan", model: nn.Module, loss: Any = None, optimizer: Any = Non
         else:
             homes = Homes(model, optimizer, traced, schedule, machine) if schedule.homes else None
             code = generate(traced, schedule, machine, updates, homes)
-    return planned_module(model, captured, recorded(code) if cuda_graphs else code)
+    return planned_module(model, captured, recorded(code) if cuda_graphs else code, StepWitness.of(plan))
 
 
 def check_graphs(plan: "Plan") -> None:
@@ -123,20 +125,23 @@ def check_parameters(model: nn.Module, captured: Captured) -> None:
             raise PlanMismatch(f"{name} was {was or 'absent'} when the plan was made and is {now or 'absent'} now: plan again")
 
 
-def planned_module(model: nn.Module, captured: Captured, code: Generated) -> nn.Module:
+def planned_module(model: nn.Module, captured: Captured, code: Generated, witness: StepWitness) -> nn.Module:
     """A shallow copy of the model with a planned forward."""
     planned = copy.copy(model)
     own = vars(model).get("forward")  # of this instance alone
-    runner = _Runner(planned, own or MethodType(type(model).forward, planned), captured, code)
+    runner = _Runner(planned, own or MethodType(type(model).forward, planned), captured, code, witness)
     planned.forward = runner  # type: ignore[method-assign]
+    runner.watch()
     return planned
 
 
 class _Runner:
     """The planned forward of one module."""
 
-    def __init__(self, module: nn.Module, original: Any, captured: Captured, code: Generated):
+    def __init__(self, module: nn.Module, original: Any, captured: Captured, code: Generated, witness: StepWitness):
         self.module = module
+        self.witness = witness
+        self.backward = Backward(captured.traced)
         self.original = original
         self.__signature__ = inspect.signature(original)  # transformers' Trainer passes the arguments that it finds there
         self.captured = captured
@@ -150,6 +155,7 @@ class _Runner:
                          if type(part).__module__.startswith("torch.nn.")]  # fmt: skip
         self.hooks = [(name, table, len(table)) for name, part in self.modules if name for table in hooks_of(part)]
         self.tied = [(name, places[name], places[names[0]]) for names in captured.structure.tied for name in names[1:]]
+        self.trained = [place for place in code.gradients if code.arguments[place].kind == "parameter"]
         self.changing = {source.name for source, _ in captured.traced.mutations.values()}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -161,6 +167,7 @@ class _Runner:
         leaves = self.check_call(args, kwargs)
         inputs = [self.fetch(source, slot, leaves) for source, slot in zip(self.code.arguments, self.slots, strict=True)]
         if self.captured.train:
+            self.witness.begin(inputs[place] for place in self.trained)
             results = _Planned.apply(self, *inputs)
         else:
             with torch.no_grad(), torch._C._DisableAutocast(), self.code.alone(), device_of(inputs):
@@ -184,10 +191,19 @@ class _Runner:
                                "apply the plan to the copy with an optimizer of its own")  # fmt: skip
         made = object.__new__(type(self))
         memo[id(self)] = made
-        shared = ("captured", "code", "changing", "__signature__")
+        made.witness = self.witness.anew()
+        shared = ("captured", "code", "changing", "trained", "backward", "__signature__")
         for key, value in vars(self).items():
-            setattr(made, key, value if key in shared else copy.deepcopy(value, memo))
+            if key != "witness":
+                setattr(made, key, value if key in shared else copy.deepcopy(value, memo))
+        made.watch()
         return made
+
+    def watch(self) -> None:
+        """Have one parameter's gradients looked at by the witness."""
+        for place in self.trained[:1]:
+            table, key = self.slots[place]  # type: ignore[misc]
+            self.witness.watch(self, self.code.arguments[place].name, table[key])
 
     def check_call(self, args: tuple, kwargs: dict) -> list[Any]:
         """The call's leaves, if it is the call that was planned for.
@@ -304,6 +320,7 @@ class _Planned(torch.autograd.Function):
             returned = {id(value) for value in outputs}  # held as they are they would hold this node, and it them
             ctx.saved = [value.detach() if id(value) in returned else value for value in saved]
         ctx.runner = runner
+        ctx.mark = runner.witness.mark()
         ctx.watched = [(source, value, value._version) for source, value in zip(runner.code.arguments, inputs, strict=True)]
         ctx.wanted = set(runner.code.tangents)
         plain = runner.captured.plain
@@ -319,6 +336,7 @@ class _Planned(torch.autograd.Function):
                                "that was planned for that, not the planned one")  # fmt: skip
         if saved is None:
             raise MemplanError("this planned step has run backward already and freed what it read: call the model again")
+        runner.backward.refuse()
         for index, tangent in enumerate(tangents):
             if tangent is not None and index not in ctx.wanted:
                 raise PlanMismatch("a gradient reaches an output of the model other than its loss, which the plan leaves out: "
@@ -329,6 +347,7 @@ class _Planned(torch.autograd.Function):
                 raise MemplanError(f"{source.name} was changed in place between forward and backward: gradients would be wrong")
         ctx.saved = None
         ctx.watched = None
+        runner.witness.backward(ctx.mark)
         given = [laid_out(tangents[index], like) for index, like in runner.code.tangents.items()]
         updates = runner.code.updates
         try:

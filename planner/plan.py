@@ -18,6 +18,7 @@ from .units import show_bytes, show_seconds
 if TYPE_CHECKING:
     from torch import nn
 
+    from ..backends.witness import Seen
     from .capture import Captured
 
 FORMAT = 1
@@ -131,6 +132,7 @@ class Plan:
         minimum: the smallest budget known to work.
         capture_seconds: time spent tracing.
         solve_seconds: time spent planning.
+        seen: what the steps of its planned modules have had beside the budget: see `memplan.backends.witness`.
     """
 
     program: Program
@@ -146,6 +148,7 @@ class Plan:
     solve_seconds: float
     recipe: Recipe
     captured: "Captured | None" = field(default=None, repr=False, compare=False)
+    seen: "list[Seen]" = field(default_factory=list, repr=False, compare=False)
 
     @property
     def schedule(self) -> Schedule:
