@@ -83,21 +83,21 @@ class StepWitness(Witness):
             name: the parameter's.
             parameter: one whose gradient the planned step makes.
         """
-        known = weakref.ref(runner)
+        module, known = weakref.ref(runner.module), weakref.ref(runner)  # who replaces `forward` drops the runner
 
         def arrived(reached: torch.Tensor) -> None:
-            planned = known()
+            planned = module()
             if planned is not None:
-                planned.witness.arrived(planned, name)
+                self.arrived(planned, known(), name)
 
         handle = parameter.register_post_accumulate_grad_hook(arrived)
-        weakref.finalize(runner, handle.remove).atexit = False
+        weakref.finalize(runner.module, handle.remove).atexit = False
 
-    def arrived(self, runner: "_Runner", name: str) -> None:
-        """A gradient has been accumulated into the watched parameter."""
+    def arrived(self, module: torch.nn.Module, runner: "_Runner | None", name: str) -> None:
+        """A gradient has been accumulated into the watched parameter of a planned module."""
         came, self.came = self.came, False
-        found = vars(runner.module).get("forward")
-        if came or found is runner or "unplanned" in self.said:
+        found = vars(module).get("forward")
+        if came or (found is not None and found is runner) or "unplanned" in self.said:
             return
         instead = "nothing" if found is None else told(found)
         self.say("unplanned", 0, f"a gradient reached {name} without the planned step: the planned module's forward has been "

@@ -19,7 +19,7 @@ import torch
 from ..planner.errors import BudgetWarning
 from ..planner.units import show_bytes
 
-NOT_USERS = tuple(f"{Path(file).resolve().parent}/" for file in (str(torch.__file__), str(Path(__file__).parent)))
+NOT_USERS = tuple(f"{Path(file).resolve().parent}/" for file in (str(torch.__file__), __file__))
 DROP = "call zero_grad(set_to_none=True) before it, or plan for that much less"
 
 
