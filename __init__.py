@@ -19,11 +19,14 @@ if TYPE_CHECKING:
     from memplan.backends.homes import bring_back as bring_back
     from memplan.planner.api import plan as plan
     from memplan.planner.errors import BudgetError as BudgetError
+    from memplan.planner.errors import BudgetWarning as BudgetWarning
     from memplan.planner.errors import CaptureError as CaptureError
     from memplan.planner.errors import InvalidSchedule as InvalidSchedule
     from memplan.planner.errors import MachineError as MachineError
     from memplan.planner.errors import MemplanError as MemplanError
+    from memplan.planner.errors import MemplanWarning as MemplanWarning
     from memplan.planner.errors import PlanMismatch as PlanMismatch
+    from memplan.planner.errors import UnplannedWarning as UnplannedWarning
     from memplan.planner.machine import Machine as Machine
     from memplan.planner.machine import load_machine as load_machine
     from memplan.planner.maps import map_model as map_model
@@ -52,6 +55,9 @@ _FACE = {
     "InvalidSchedule": "planner.errors",
     "MachineError": "planner.errors",
     "PlanMismatch": "planner.errors",
+    "MemplanWarning": "planner.errors",
+    "BudgetWarning": "planner.errors",
+    "UnplannedWarning": "planner.errors",
 }
 __all__ = sorted(_FACE)
 __version__ = "0.1.0"

@@ -28,6 +28,7 @@ from .codegen import Generated, generate
 from .identity import Arguments
 from .ledger import Visit, burden, held_bytes, left_bytes, small_schedules, storages
 from .partition import Joint, describe, emit, pack, token_of, unpack, visits_of
+from .recast import Backward
 
 if TYPE_CHECKING:
     from .dynamo import Piece
@@ -42,6 +43,7 @@ class Code:
         side: the schedule that runs.
         wanted: the one that is to run from the next call on.
         callable: what AOTAutograd made.
+        backward: asked whether it may run under autocast.
         visit: the run under way, to be told what it returned and saved.
     """
 
@@ -49,6 +51,7 @@ class Code:
     side: Side
     wanted: Side
     callable: Callable[..., Any]
+    backward: Backward
     visit: Visit | None = None
 
     @staticmethod
@@ -174,7 +177,7 @@ class _Compilation:
         side = self.choose(planner)
         with _disable_current_modes():  # space in other tiers is real
             self.generated = generate(self.joint.traced, side.schedule, self.machine)
-        self.code = Code(planner, side, side, no_code)
+        self.code = Code(planner, side, side, no_code, Backward(self.joint.traced))
 
     def partition(
         self, graph: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **rest: Any
@@ -263,9 +266,13 @@ class _Compilation:
     def inner(self, graph: fx.GraphModule, inputs: Sequence[Any], visible: int, backward: bool, inference: bool = False) -> Any:
         """A graph compiled by Inductor; the first outputs keep the strides that the caller expects."""
         from torch._inductor.compile_fx import compile_fx_inner
+        from torch._inductor.fx_passes.replace_random import replace_random_passes
+        from torch._inductor.virtualized import V
 
         ends = next(iter(graph.graph.find_nodes(op="output")))
         ends.meta["user_visible_output_idxs"] = list(range(visible))
+        with V.set_fake_mode(_guards.detect_fake_mode(list(inputs))):
+            replace_random_passes(graph)  # random numbers from seeds: Inductor knows no other
         return compile_fx_inner(graph, list(inputs), is_backward=backward, is_inference=inference)
 
 

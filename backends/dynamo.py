@@ -114,7 +114,10 @@ class Piece:
         visit = Visit(code, inputs)
         kept = [value.untyped_storage() for value in tensors if isinstance(value, nn.Parameter)]
         ledger.parameters |= {place._cdata: (StorageWeakRef(place), inputs[place._cdata]) for place in kept}
+        if ledger.options.budget is not None and torch.is_grad_enabled():
+            ledger.look(code, self.name, tensors)
         result = code.run(args, visit)
+        visit.watch(result, ledger.witness)
         ledger.step.append(visit)
         if visit.holding:
             ledger.holding.append(visit)

@@ -33,6 +33,8 @@ from .codegen import Generated, generate
 from .fed import Fed
 from .graphs import recorded
 from .homes import Homes, absence_of, bring_back
+from .recast import Backward
+from .stepwitness import StepWitness
 from .together import Together
 from .updates import Updates
 
@@ -64,7 +66,7 @@ def apply(plan: "Plan", model: nn.Module, loss: Any = None, optimizer: Any = Non
         else:
             homes = Homes(model, optimizer, traced, schedule, machine) if schedule.homes else None
             code = generate(traced, schedule, machine, updates, homes)
-    return planned_module(model, captured, recorded(code) if cuda_graphs else code)
+    return planned_module(model, captured, recorded(code) if cuda_graphs else code, StepWitness.of(plan))
 
 
 def check_graphs(plan: "Plan") -> None:
@@ -129,20 +131,25 @@ def check_parameters(model: nn.Module, captured: Captured) -> None:
             raise PlanMismatch(f"{name} was {was or 'absent'} when the plan was made and is {now or 'absent'} now: plan again")
 
 
-def planned_module(model: nn.Module, captured: Captured, code: Generated) -> nn.Module:
+def planned_module(model: nn.Module, captured: Captured, code: Generated, witness: StepWitness) -> nn.Module:
     """A shallow copy of the model with a planned forward."""
     planned = copy.copy(model)
     own = vars(model).get("forward")  # of this instance alone
-    runner = _Runner(planned, own or MethodType(type(model).forward, planned), captured, code)
+    runner = _Runner(planned, own or MethodType(type(model).forward, planned), captured, code, witness)
     planned.forward = runner  # type: ignore[method-assign]
+    runner.look_at_gradients()
     return planned
 
 
 class _Runner:
     """The planned forward of one module."""
 
-    def __init__(self, module: nn.Module, original: Any, captured: Captured, code: Generated, lays: bool = False):
+    def __init__(
+        self, module: nn.Module, original: Any, captured: Captured, code: Generated, witness: StepWitness, lays: bool = False
+    ):
         self.module = module
+        self.witness = witness
+        self.backward = Backward(captured.traced)
         self.lays = lays  # inputs that lie in memory otherwise are laid out as planned
         self.original = original
         self.__signature__ = inspect.signature(original)  # transformers' Trainer passes the arguments that it finds there
@@ -155,6 +162,7 @@ class _Runner:
         self.children = [(owner._modules, dict(owner._modules)) for owner in module.modules()]
         self.hooks = [(owner, table, dict(table)) for owner, _, table in hook_tables(module)]
         self.tied = [(name, places[name], places[names[0]]) for names in captured.structure.tied for name in names[1:]]
+        self.trained = [place for place in code.gradients if code.arguments[place].kind == "parameter"]
         self.changing = {source.name for source, _ in captured.traced.mutations.values()}
         self.moved = moved_by(captured, code)
         whose = self.moved | {place.storage for place in captured.signature.places if place is not None}
@@ -183,6 +191,7 @@ class _Runner:
         inputs = self.fetched(leaves)
         self.stores.let_go()
         if self.captured.train:
+            self.witness.begin(inputs[place] for place in self.trained)
             results = _Planned.apply(self, *inputs)
         else:
             with torch.no_grad(), torch._C._DisableAutocast(), self.code.alone(), device_of(inputs):
@@ -215,11 +224,19 @@ class _Runner:
                                "apply the plan to the copy with an optimizer of its own")  # fmt: skip
         made = object.__new__(type(self))
         memo[id(self)] = made
-        shared = ("captured", "code", "changing", "fed", "__signature__")
+        made.witness = self.witness.anew()
+        shared = ("captured", "code", "changing", "trained", "backward", "fed", "__signature__")
         for key, value in vars(self).items():
-            if key not in ("watch", "stores"):
+            if key not in ("witness", "watch", "stores"):
                 setattr(made, key, value if key in shared else copy.deepcopy(value, memo))
+        made.look_at_gradients()
         return made
+
+    def look_at_gradients(self) -> None:
+        """Have one parameter's gradients looked at by the witness."""
+        for place in self.trained[:1]:
+            table, key = self.slots[place]  # type: ignore[misc]
+            self.witness.watch(self, self.code.arguments[place].name, table[key])
 
     def check_call(self, args: tuple, kwargs: dict) -> list[Any]:
         """The call's leaves, if it is the call that was planned for.
@@ -347,7 +364,7 @@ def checked_calls(model: nn.Module, captured: Captured) -> _Runner:
     """
     arguments = tuple(captured.traced.sources.values())
     nothing = Generated(source="", forward=None, backward=None, arguments=arguments, gradients=(), tangents={})
-    return _Runner(model, type(model).forward, captured, nothing, lays=True)
+    return _Runner(model, type(model).forward, captured, nothing, StepWitness(None, 0, False, []), lays=True)
 
 
 def moved_by(captured: Captured, code: Generated) -> set[int | str]:
@@ -391,6 +408,7 @@ class _Planned(torch.autograd.Function):
             returned = {id(value) for value in outputs}  # held as they are they would hold this node, and it them
             ctx.saved = [value.detach() if id(value) in returned else value for value in saved]
         ctx.runner = runner
+        ctx.mark = runner.witness.mark()
         ctx.watched = [(source, value, value._version) for source, value in zip(runner.code.arguments, inputs, strict=True)]
         ctx.wanted = set(runner.code.tangents)
         plain = runner.captured.plain
@@ -406,6 +424,7 @@ class _Planned(torch.autograd.Function):
                                "that was planned for that, not the planned one")  # fmt: skip
         if saved is None:
             raise MemplanError("this planned step has run backward already and freed what it read: call the model again")
+        runner.backward.refuse()
         for index, tangent in enumerate(tangents):
             if tangent is not None and index not in ctx.wanted and index in runner.captured.stored:
                 raise PlanMismatch(f"a gradient reaches {runner.captured.stored[index]}, which the model's forward stores, and "
@@ -422,6 +441,7 @@ class _Planned(torch.autograd.Function):
         ctx.saved = None
         ctx.watched = None
         runner.together.note()
+        runner.witness.backward(ctx.mark)
         given = [laid_out(tangents[index], like) for index, like in runner.code.tangents.items()]
         updates = runner.code.updates
         try:

@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from ..planner.errors import CaptureError
 
-NAME = re.compile(r"(?:_modules|_parameters|_buffers)\['([^']+)'\]")
+NAME = re.compile(r"(?:_modules|_parameters|_buffers)(?:'\])?\['([^']+)'\]")
 INSIDE = "piece."  # what the module that is traced calls the piece that it calls
 SEVERAL = ("SyntheticBaseAOTInput", "ViewBaseAOTInput")  # one input in place of several views
 

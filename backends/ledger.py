@@ -30,6 +30,7 @@ from ..planner.program import Phase, Program
 from ..planner.referee import referee
 from ..planner.schedule import Free, Run, Schedule, Start, check_levers
 from ..planner.units import parse_bytes
+from .witness import Witness, backward_number, keeps_graph
 
 if TYPE_CHECKING:
     from .compilation import Code
@@ -55,6 +56,11 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     time_limit: float = 60.0
     seed: int = 0
     allow: tuple[str, ...] | None = None
+
+    @property
+    def said(self) -> int | str | None:
+        """The budget as bytes, or as a share of each piece's own peak."""
+        return self.budget if self.budget is None or is_percentage(self.budget) else parse_bytes(self.budget)  # type: ignore[return-value]
 
     @property
     def levers(self) -> set[str]:
@@ -130,12 +136,32 @@ class Visit:
         inputs: bytes of each storage that it was given.
         outputs: bytes of each storage that it returned.
         saved: the largest storage that it saved; while that lives, the run holds memory.
+        begun: whether its backward pass has begun.
+        tasks: which backward passes have reached it; the second is refused.
     """
 
     code: "Code"
     inputs: dict[int, int]
     outputs: dict[int, int] = field(default_factory=dict)
     saved: StorageWeakRef | None = None
+    begun: bool = False
+    tasks: set[int] = field(default_factory=set)
+
+    def watch(self, results: Sequence[Any], witness: Witness) -> None:
+        """Have the backward pass looked at when it reaches what this run returned."""
+
+        def reached(gradient: torch.Tensor) -> None:
+            self.code.backward.refuse()
+            self.begun = True
+            self.tasks.add(backward_number())
+            if len(self.tasks) > 1:
+                raise MemplanError("this planned step has run backward already and freed what it read: call the model again")
+            if witness.budget is not None and keeps_graph():
+                witness.retained(self.code.held, "what a planned step has saved")
+
+        for value in results:
+            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                value.register_hook(reached)
 
     @property
     def holding(self) -> bool:
@@ -151,6 +177,7 @@ class Ledger:
         given: the object they were read from.
         holding: runs of this step that hold something.
         step: all runs since nothing was held.
+        witness: says what is beside the budget.
         cautious: a piece found too little left: from now on every piece takes as little as it can.
     """
 
@@ -164,6 +191,7 @@ class Ledger:
         self.machines: dict[str, Machine] = {}
         self.pieces = 0
         self.settled: set[tuple[int, ...]] = set()
+        self.witness = Witness(options.said)
 
     def machine(self, device: str) -> Machine:
         """The machine planned for."""
@@ -187,6 +215,15 @@ class Ledger:
             finished, self.step = self.step, []
             if len(finished) > 1 and self.options.budget is not None and not is_percentage(self.options.budget):
                 self.settle(finished)
+
+    def look(self, code: "Code", name: str, tensors: Sequence[torch.Tensor]) -> None:
+        """A piece is about to run with these: see what lies beside the budget."""
+        self.witness.buckets()
+        before = [visit for visit in self.holding if visit.code is code]
+        if before and is_percentage(self.options.budget):  # others are held against a budget in bytes
+            self.witness.pending(sum(visit.code.held for visit in before))
+        if not any(visit.begun for visit in self.step):
+            self.witness.gradients((value for value in tensors if value.requires_grad), f" of the parameters of {name}")
 
     def room(self, inputs: dict[int, int], budget: int) -> Room:
         """What a run with these inputs may take."""

@@ -52,3 +52,25 @@ class TraceError(MemplanError, ValueError):
 
 class PlacementError(MemplanError):
     """Addresses that cannot be had, or that are wrong: which buffers at which time show it."""
+
+
+class MemplanWarning(UserWarning):
+    """Something that memplan does, and that is perhaps not what was meant.
+
+    Attributes:
+        kind: a word for it: see `memplan.backends.witness.Seen`.
+        bytes: what it takes beside the budget; 0 where that is not known, or nothing.
+    """
+
+    def __init__(self, message: str, kind: str = "", bytes: int = 0):
+        super().__init__(message)
+        self.kind = kind
+        self.bytes = bytes
+
+
+class BudgetWarning(MemplanWarning):
+    """Memory that a plan does not count was in use beside its budget."""
+
+
+class UnplannedWarning(MemplanWarning):
+    """A planned module was trained by other code than the planned step."""

@@ -22,6 +22,7 @@ from .units import show_bytes, show_count, show_seconds
 if TYPE_CHECKING:
     from torch import nn
 
+    from ..backends.witness import Seen
     from .capture import Captured
 
 FORMAT = 1
@@ -202,6 +203,7 @@ class Plan:
         compile_seconds: time spent before that on compiling the solvers, or on loading what was compiled before.
         coverage: how much of the predicted time was measured, on what and when; None where that is not known, as of a plan
             that an older memplan saved.
+        seen: what the steps of its planned modules have had beside the budget: see `memplan.backends.witness`.
     """
 
     program: Program
@@ -219,6 +221,7 @@ class Plan:
     compile_seconds: float = 0.0
     coverage: Coverage | None = None
     captured: "Captured | None" = field(default=None, repr=False, compare=False)
+    seen: "list[Seen]" = field(default_factory=list, repr=False, compare=False)
 
     @property
     def schedule(self) -> Schedule:

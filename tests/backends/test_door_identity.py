@@ -21,6 +21,11 @@ def _fresh() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+def compiled(called: Any, **options: Any) -> Any:
+    given: Any = {"machine": MACHINE, "time_limit": 2.0, **options}
+    return torch.compile(called, backend="memplan", options=given)
+
+
 class Own(nn.Module):
     """Looks its own attributes up, as diffusers' and peft's models do: Dynamo's expressions then name `__dict__`."""
 
@@ -146,7 +151,7 @@ def test_every_gradient_reaches_its_own_parameter(make: Callable[[], nn.Module],
     model = make()
     x = torch.randn(64, 4)
     wanted = outcome(model, model, x)
-    called = torch.compile(model, backend="memplan", options={"machine": MACHINE, "time_limit": 2.0, "budget": budget})
+    called = compiled(model, budget=budget)
     same(outcome(called, model, x), wanted)
 
 
@@ -157,7 +162,7 @@ def test_a_tensor_passed_twice_gets_the_sum() -> None:
     def both(x: torch.Tensor, one: torch.Tensor, more: list[torch.Tensor]) -> torch.Tensor:
         return torch.tanh(x @ one @ more[0] + more[1]).sum()
 
-    called = torch.compile(both, backend="memplan", options={"machine": MACHINE, "time_limit": 2.0})
+    called = compiled(both)
     other = torch.randn(4, 4, requires_grad=True)
     x = torch.randn(3, 4)
     for given in ((weight, [weight, other[0]]), (weight, [other, weight[1]]), (other, [weight, weight[0]])):
@@ -176,7 +181,7 @@ def test_sharing_memory_is_part_of_a_plan() -> None:
         x.add_(1)
         return x * y
 
-    called = torch.compile(write, backend="memplan", options={"machine": MACHINE, "time_limit": 2.0})
+    called = compiled(write)
     for apart in (True, False):
         one, other = torch.zeros(8), torch.zeros(8)
         x, y = (one[:4], torch.zeros(8)[:4]) if apart else (one[:4], one[2:6])
@@ -193,6 +198,7 @@ def test_names_are_unique() -> None:
     found = named(pairs)
     assert found[1] == found[2]
     assert found[0] == found[3]
+    assert found[0].name == "a.weight"
     assert len({known.name for known in found}) == 5
     assert [known.kind for known in found] == [
         "parameter",

@@ -382,6 +382,30 @@ def test_inductor_inside() -> None:
     assert code.side.report.repeated > 0
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_inductor_inside_with_dropout() -> None:
+    """Its backward pass drops what its forward pass dropped: the gradient is the loss's slope, measured with one seed."""
+    model = Gpt(layers=1, drop=0.3)
+    called = compiled(model, budget="90%", inner="inductor")
+
+    def loss() -> torch.Tensor:
+        torch.manual_seed(5)
+        return called(IDS)
+
+    loss().backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    found = []
+    for step in (1e-2, -2e-2):
+        with torch.no_grad():
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                parameter.add_(gradient, alpha=step)
+        found.append(loss().item())
+    slope = sum(gradient.square().sum().item() for gradient in gradients)
+    assert (found[0] - found[1]) / 2e-2 == pytest.approx(slope, rel=0.02)
+    assert loss().item() == loss().item() != called(IDS).item()
+
+
 @pytest.fixture
 def disk(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Machine:
     """A machine with a disk, whose files lie where the test looks."""

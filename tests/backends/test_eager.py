@@ -851,6 +851,7 @@ def test_a_gradient_through_another_output_is_an_error():
         (output["loss"] + output["nested"][0].sum()).backward()
 
 
+@pytest.mark.filterwarnings("ignore:a forward pass began before")
 def test_two_forward_passes_before_their_backward_passes():
     """Two calls in flight do not disturb each other, even with recomputed dropout."""
     torch.manual_seed(0)
