@@ -33,7 +33,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         return torch.stack(losses).sum()
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx, *grad_outputs: Tensor):
+        (gradient,) = grad_outputs
         rows, total = ctx.saved_tensors
         return rows * gradient, total * gradient, None
 
@@ -47,7 +48,8 @@ class Masked(torch.autograd.Function):
         return x.clamp(min=0)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(ctx, *grad_outputs: Tensor):
+        (gradient,) = grad_outputs
         (mask,) = ctx.saved_tensors
         return gradient * mask
 
@@ -62,7 +64,8 @@ class Scaled(torch.autograd.Function):
         return bent * y
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx, *grad_outputs: Tensor):
+        (gradient,) = grad_outputs
         bent, slope, _, y = ctx.saved_tensors
         return gradient * slope * y, gradient * bent
 
@@ -124,7 +127,8 @@ class Contrastive(torch.autograd.Function):
         return torch.stack(losses).sum()
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx, *grad_outputs: Tensor):
+        (gradient,) = grad_outputs
         rows, total = ctx.saved_tensors
         return rows * gradient, total * gradient
 
