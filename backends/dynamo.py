@@ -41,7 +41,7 @@ import torch
 from torch import fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..planner.capture import autocast_state
+from ..planner.calls import autocast_state
 from ..planner.errors import BudgetError
 from ..planner.pipeline import Planner
 from ..planner.plan import Side

@@ -17,7 +17,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
-from ..planner.capture import Captured, autocast_state, capture, flatten_call, leaf_names
+from ..planner.calls import autocast_state, flatten_call, leaf_names
+from ..planner.capture import Captured, capture
 from ..planner.cost import apply_costs
 from ..planner.errors import CaptureError, MemplanError, PlanMismatch
 from ..planner.graph import Source

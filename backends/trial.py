@@ -173,7 +173,7 @@ class Training:
         """One step; returns the loss, and so waits for the device."""
         import torch
 
-        from ..planner.capture import find_loss
+        from ..planner.step import find_loss
 
         args, kwargs = self.inputs
         torch.manual_seed(number)

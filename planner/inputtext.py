@@ -35,7 +35,7 @@ class Untold(Exception):
 
 def describe_inputs(captured: "Captured") -> str:
     """The example inputs as JSON, for a plan file; where they hold something that a file cannot, JSON that says what."""
-    from .capture import leaf_names
+    from .calls import leaf_names
 
     signature, model = captured.signature, captured.model()
     names = [] if model is None else leaf_names(model, signature.spec)

@@ -191,3 +191,10 @@ def call_key(node: fx.Node) -> str:
         "kwargs": {name: encode(arg) for name, arg in node.kwargs.items()},
     }
     return json.dumps(call, separators=(",", ":"))
+
+
+def output_nodes(graph: fx.GraphModule, kind: str) -> list[fx.Node]:
+    """The nodes that the graph returns under a descriptor of this kind, in order."""
+    output = next(node for node in graph.graph.nodes if node.op == "output")
+    pairs = zip(output.args[0], output.meta["desc"], strict=True)
+    return [node for node, desc in pairs if type(desc).__name__ == kind and isinstance(node, fx.Node)]

@@ -32,9 +32,11 @@ def fake_parameters(model: nn.Module, mode: Constants, device: str) -> Iterator[
             tables: Any = (module._parameters, module._buffers)
             for table in tables:
                 for key, value in list(table.items()):
+                    name = f"{prefix}.{key}" if prefix else key
+                    if isinstance(value, FakeTensor) and id(value) in first:
+                        alias[name] = first[id(value)][0]  # a module met twice holds the stand-in already
                     if value is None or isinstance(value, FakeTensor):
                         continue
-                    name = f"{prefix}.{key}" if prefix else key
                     if id(value) in first:
                         alias[name] = first[id(value)][0]
                     else:
@@ -42,7 +44,7 @@ def fake_parameters(model: nn.Module, mode: Constants, device: str) -> Iterator[
                         if isinstance(value, nn.Parameter):
                             copy = nn.Parameter(copy, requires_grad=value.requires_grad)
                         first[id(value)] = (name, copy)
-                        first[id(copy)] = (name, copy)  # a module met twice holds the copy already
+                        first[id(copy)] = (name, copy)
                     undo.append((table, key, value))
                     table[key] = first[id(value)][1]
         yield alias

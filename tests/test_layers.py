@@ -18,7 +18,7 @@ CAPTURE = {
     f"planner.{name}"
     for name in "capture inputs inputtext constants casts structure layouts asides graph nodes in_place optimizers "
     "optimizertrial restore native keys workspaces cache cost disk estimate gauge local probe watch standins tracing callers "
-    "plain_calls hooks reached reach state reads writes rebinding".split()
+    "plain_calls hooks reached reach state reads writes rebinding calls step settle losses".split()
 }
 # The storeys, lowest first: a module may import from its own and from those below, where ALLOWED does not say less.
 STOREYS = {
