@@ -192,7 +192,8 @@ class _Runner:
         inputs = self.fetched(leaves)
         self.stores.let_go()
         if self.captured.train:
-            self.witness.begin(inputs[place] for place in self.trained)
+            alone = self.code.arena is not None or homes is not None
+            self.witness.begin((inputs[place] for place in self.trained), alone)
             results = _Planned.apply(self, *inputs)
         else:
             with torch.no_grad(), torch._C._DisableAutocast(), self.code.alone(), device_of(inputs):

@@ -53,13 +53,13 @@ class StepWitness(Witness):
         """The witness of a copy."""
         return StepWitness(self.budget, self.held, self.outside, self.seen)
 
-    def begin(self, parameters: Iterable[torch.Tensor]) -> None:
-        """A training step is about to begin."""
+    def begin(self, parameters: Iterable[torch.Tensor], alone: bool) -> None:
+        """A training step is about to begin; `alone` if it refuses to begin before an earlier one has ended."""
         if self.budget is None:
             return
         self.gradients(parameters)
         self.buckets()
-        if self.marks:
+        if self.marks and not alone:  # a step that is alone in its arena, or with its homes, refuses a second itself
             self.pending(self.held)
 
     def mark(self) -> Mark:

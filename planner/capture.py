@@ -147,7 +147,7 @@ def capture(
 
     seeds: list[str] = []
     tries = [step]
-    with TRACING, untouched(model, loss) as (step.found, randomness), told_of(tries):
+    with TRACING, untouched(model, loss) as (step.found, randomness), told_of(tries), in_words("trace the model"):
         while True:
             step.log = Log(step.found)
             known = reached(model, device, as_eager) if train else None

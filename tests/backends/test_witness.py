@@ -27,7 +27,7 @@ class Net(nn.Module):
         return self.b(torch.tanh(self.a(x))).square().sum()
 
 
-def planned(budget: Any = "1MiB") -> tuple[Any, Any, nn.Module]:
+def planned(budget: Any = "1MiB") -> tuple[Any, Any, Any]:
     """A plan, its planned module, and the model."""
     torch.manual_seed(0)
     model = Net()
@@ -44,7 +44,8 @@ def test_ordinary_training_is_quiet() -> None:
         losses[-1].backward()
         fast.zero_grad(set_to_none=True)
         with torch.no_grad():
-            fast(X), fast(X)
+            fast(X)
+            fast(X)
         fast(X)  # never differentiated, and dropped
         model(X).backward()  # the model that was planned, trained as it is
         model.zero_grad()
