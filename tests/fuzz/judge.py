@@ -1,11 +1,11 @@
 """A model planned and beside eager PyTorch: what is the same, what is refused, and whether planning has left a trace on it."""
 
-import copy
 import hashlib
 import random
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from memplan.planner.errors import MemplanError
 from torch import Tensor, nn
 
 STEPS = 3
+SIMULATIONS = 1500  # of a search
 POKE = 2  # the script changes things before this step
 Outcome = str  # "equal", "refused: why", "DIFFERENT: what", "DAMAGED: what", "CRASHED: what"
 KEPT_OUT = (types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType, type)
@@ -163,6 +164,19 @@ def compare(wanted: list[Step], found: list[Step]) -> str:
 # Verdicts
 
 
+@contextmanager
+def hasty() -> Iterator[None]:
+    """Plan with a search cut short: how good a schedule is is not the question, and a few simulations find one."""
+    from memplan.solvers import search
+
+    known = search.FLOOR_ROUNDS, search.Search.steps
+    search.FLOOR_ROUNDS, search.Search.steps = 4, SIMULATIONS  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        search.FLOOR_ROUNDS, search.Search.steps = known
+
+
 def machine() -> Any:
     """This host, with a roofline in place of measurements: what a case takes is not the question."""
     from memplan.planner.machine import Machine, Tier, Unit
@@ -194,7 +208,7 @@ def judge_plan(case: Case, wanted: list[Step] | None = None) -> Outcome:
     plan: Any = None
     refusal = ""
     try:
-        with case.context(), warnings.catch_warnings():
+        with case.context(), warnings.catch_warnings(), hasty():
             warnings.simplefilter("ignore")
             try:
                 budget = case.budget
@@ -230,7 +244,7 @@ def check_refusal(case: Case, steps: list[Step], model: nn.Module, blocks: list[
 def judged(case: Case, steps: list[Step], model: nn.Module, blocks: list[Any], make: Callable[[], Any]) -> Outcome:
     """A planned model's script against eager's."""
     try:
-        with warnings.catch_warnings(record=True) as caught:
+        with warnings.catch_warnings(record=True) as caught, hasty():
             warnings.simplefilter("always")
             found = script(case, model, make(), blocks)
     except MemplanError as error:
@@ -268,6 +282,3 @@ def judge_door(case: Case, wanted: list[Step] | None = None) -> Outcome:
         if peer != "equal":
             return f"refused: aot_eager differs too: {peer}"
     return outcome
-
-
-__all__ = ["Case", "copy", "judge_door", "judge_plan"]
