@@ -181,6 +181,7 @@ class _Runner:
         self.watch = Watch(self.captured.reads, roots, renewed)
         self.stores = WriteBack(self.captured.writes, roots)
 
+    @torch.compiler.disable(reason="memplan has planned it")
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         homes = self.code.homes
         if self.captured.train and not torch.is_grad_enabled():

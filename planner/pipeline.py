@@ -221,8 +221,8 @@ class Planner:
 
     @property
     def quick_floor(self) -> Side:
-        """The smallest schedule known, for which large programs are not searched in other orders."""
-        return self.least([self, *(self.others if len(self.program.ops) <= SMALL else ())])
+        """The smallest schedule known, for which no other orders are searched: a plan is there, and does not wait for them."""
+        return self.least([self])
 
     def least(self, ways: "list[Planner]") -> Side:
         """The smallest schedule that planners know, or that was known before; they look for it until the time is up."""

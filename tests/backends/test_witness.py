@@ -156,3 +156,21 @@ def test_the_other_door() -> None:
     with pytest.warns(memplan.BudgetWarning, match=rf"gradients of an earlier step.*{SIZE} bytes"):
         called(X).backward()
     torch._dynamo.reset()
+
+
+def test_a_planned_module_may_be_compiled(capfd):
+    """Dynamo leaves it as it is, without a word, and the planned step runs."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+    x = torch.randn(4, 8)
+    plan = memplan.plan(model, None, (x,), loss=lambda out: out.pow(2).mean(), time_limit=0)
+    planned = plan.apply(model)
+    planned(x).pow(2).mean().backward()
+    wanted = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    compiled = torch.compile(planned, backend="eager")
+    capfd.readouterr()
+    out = compiled(x)
+    assert type(out.grad_fn).__name__ == "_PlannedBackward"
+    out.pow(2).mean().backward()
+    assert all(torch.equal(parameter.grad, grad) for parameter, grad in zip(model.parameters(), wanted, strict=True))
+    assert capfd.readouterr() == ("", "")
