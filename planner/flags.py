@@ -11,6 +11,10 @@ VALUES = ("allow", "bits", "budget", "host_budget", "machine", "optimizer", "scr
 PHRASES = (
     (r"pass loss=, a function from the output to a scalar, or labels", "return a scalar, or pass labels"),
     (r"plan with loss=, a function from the output to the scalar you differentiate", "let the model return its loss"),
+    (
+        r"plan with loss=, a function that reads it from the model and adds it to the scalar you differentiate",
+        "let the model add it to its loss",
+    ),
     (r"pass loss=, such as lambda out: out\.mean\(\)", "let the model reduce it, as with .mean()"),
     (r"pass optimizer=, and train=True", "give --optimizer, and leave out --infer"),
     (r"\btrain=False\b", "--infer"),

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
+SHORT = 1.0  # seconds: a command that ends sooner shows its answer, or its error, and nothing else
 PERIOD = 3.0  # seconds between two lines of one stage
 TICK = 0.5  # seconds between two looks at the clock
 Report = Callable[[str, float], None]
@@ -49,7 +50,7 @@ def elapsed(began: float) -> str:
 
 
 class Lines:
-    """A line for each stage when it first begins, and one every few seconds. Use as a context manager."""
+    """A line for each stage when it first begins, and one every few seconds, after a short while. Use as a context manager."""
 
     def __init__(self) -> None:
         self.began = self.last = time.monotonic()
@@ -70,15 +71,19 @@ class Lines:
     def tell(self, stage: str, done: float) -> None:
         """Note where the work is."""
         self.stage, self.done = stage, done
-        if stage not in self.told:
-            self.told.add(stage)
-            self.write()
+        self.look()
 
     def keep_time(self) -> None:
         """Write every `PERIOD` while nothing else is written."""
         while not self.ended.wait(TICK):
-            if time.monotonic() - self.last >= PERIOD:
-                self.write()
+            self.look()
+
+    def look(self) -> None:
+        """Write a line if one is due."""
+        now = time.monotonic()
+        if now - self.began >= SHORT and (self.stage not in self.told or now - self.last >= PERIOD):
+            self.told.add(self.stage)
+            self.write()
 
     def write(self) -> None:
         """One line: how long it has been, what is done, and how much of it where that is known."""

@@ -158,6 +158,7 @@ def test_a_plan_with_moves_is_saved_and_loaded(tmp_path):
     same_step(again.apply(model, loss=total), other, x, 5)
 
 
+@pytest.mark.filterwarnings("ignore:a forward pass began")
 def test_two_steps_at_once_and_a_dropped_one():
     """Each step between its passes has a space of its own; one that is dropped gives it back."""
     _, planned, other, x = made()

@@ -263,8 +263,8 @@ def test_run_puts_predictions_beside_measurements(capsys, monkeypatch):
     assert facts["planned"]["losses"] == [0.5, None]
     assert facts["ratio"]["measured"] == 1.25
     assert facts["rounds"] == {"counted": 3, "in_turns": True, "disturbed": 2}
-    assert "times: 1.250 of unplanned" in shown[2]
-    assert "other work held the cores in 2 of 3" in " ".join(shown[2].split())
+    assert "times: 1.250 of unplanned" in shown[1]
+    assert "other work held the cores in 2 of 3" in " ".join(shown[1].split())
     assert facts["losses_equal"]
     assert facts["gradients_equal"]
     assert "bit-equal" in shown[1]

@@ -13,7 +13,8 @@ from rich.console import Console
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Lines come ten times a second."""
+    """Lines come ten times a second, and from the beginning."""
+    monkeypatch.setattr(shown, "SHORT", 0.0)
     monkeypatch.setattr(shown, "PERIOD", 0.1)
     monkeypatch.setattr(shown, "TICK", 0.02)
 
@@ -43,7 +44,14 @@ def test_the_clock_stops_with_the_work(capsys, quick):
     assert capsys.readouterr().err == ""
 
 
-def test_what_is_printed_meanwhile_is_beside_the_answer(capsys):
+def test_what_ends_soon_says_nothing(capsys):
+    """An error is then the only line."""
+    with progress("loading") as report:
+        report("searching", 0.5)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_what_is_printed_meanwhile_is_beside_the_answer(capsys, quick):
     """Loud or quiet."""
     for quiet in (False, True):
         with progress("loading", quiet):

@@ -117,7 +117,8 @@ def test_alloc_places_minimallocs_example(tmp_path, capsys):
     (tmp_path / "in.csv").write_text(GOOD)
     words = ("alloc", tmp_path / "in.csv", "-o", tmp_path / "out.csv", "--png", tmp_path / "p.png", "--json")
     status, out, err = call(capsys, *words)
-    assert (status, err) == (0, "")
+    assert status == 0
+    assert "warning" not in err
     facts = json.loads(out)
     assert (facts["peak"], facts["lower_bound"], facts["status"]) == (12, 12, "optimal")
     assert (tmp_path / "out.csv").read_text().startswith("id,lower,upper,size,offset\na,0,3,4,")
@@ -292,4 +293,4 @@ def test_alloc_does_not_load_torch(tmp_path):
     code = f"{said}; from memplan.planner import cli; cli.main()"
     words = [sys.executable, "-c", code, "alloc", str(tmp_path / "in.csv")]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    assert done.stdout.splitlines()[-1] == "False"

