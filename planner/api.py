@@ -204,19 +204,19 @@ class Session:
         began = time.monotonic()
         self.time_limit, self.progress, self.compile_seconds = float(time_limit), progress, 0.0
         self.lend_gradients = lend_gradients
-        self.optimizer = optimizer
         self.captured: Captured = capture(
             model, args, dict(kwargs or {}), train=train, loss=loss, optimizer=optimizer, in_backward=optimizer_in_backward,
             device=traced_device(known), runs_on=None if known is None else known.device,
         )  # fmt: skip
         self.capture_seconds = time.monotonic() - began
+        self.optimizer = counted(model, optimizer, self.captured.program.device if known is None else known.device)
         self.recipe = Recipe(
             inputs=describe_inputs(self.captured),
             train=train,
             loss=loss is not None,
             optimizer=None if optimizer is None else optimizer if isinstance(optimizer, str) else type(optimizer).__name__,
             in_backward=optimizer_in_backward,
-            counted=counted(model, optimizer, self.captured.program.device if known is None else known.device),
+            counted=None if isinstance(optimizer, str) else self.optimizer,
         )
         real = known is None and all(value.device.type != "meta" for value in model.parameters())
         table, spoilt = None, False
@@ -458,10 +458,10 @@ def check_model(model: Any, kwargs: Any) -> None:
 
 
 def counted(model: "nn.Module", optimizer: Any, device: str) -> Counted | None:
-    """What a plan's file keeps of an optimizer that is more than a name."""
+    """What counts of an optimizer."""
     from .capture import count_optimizer, trainable
 
-    if optimizer is None or isinstance(optimizer, str):
+    if optimizer is None:
         return None
     return count_optimizer(model, optimizer, trainable(model, optimizer), device)
 

@@ -54,7 +54,7 @@ def levers_beyond(planner: Planner, traced: Traced, optimizer: Any, device: str)
     Args:
         planner: that finds no schedule.
         traced: the graph behind its program.
-        optimizer: whose update is the last op of the program, or runs in backward; None for none.
+        optimizer: what was counted of it: its update is the last op of the program, or runs in backward; None for none.
         device: the type of device that the step is for.
     """
     ways: dict[str, Callable[[Planner], Planner]] = {}
@@ -111,7 +111,7 @@ def updated_in_backward(planner: Planner, traced: Traced, optimizer: Any, device
     rows = rows_of(sizes, {buffer: max(made.get(gradient, -1) for gradient in row) for buffer, row in read.items()})
     names = {buffer: program.buffers[buffer].name for buffer in read}
     kept = [buffer for index, buffer in enumerate(program.buffers) if index not in states]  # the states are the last buffers
-    new, ops = update_ops(optimizer, sizes, read, names, rows, len(kept), device)
+    new, _, ops = update_ops(optimizer, sizes, read, names, rows, len(kept), device)
     gone = {buffer for row in read.values() for buffer in row}
     bare = msgspec.structs.replace(program, buffers=(*kept, *new), ops=tuple(ops), outputs=())
     costed = apply_costs(bare, planner.machine)

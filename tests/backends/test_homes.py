@@ -103,7 +103,11 @@ def absent(model, optimizer) -> int:
     return sum(is_away(value) for value in (*model.parameters(), *kept))
 
 
-@pytest.mark.parametrize(("name", "more"), [*((name, 0) for name in OPTIMIZERS), ("adamw", 500_000)])
+LONG = pytest.mark.slow
+TWENTY = [pytest.param(name, 0, marks=() if name == "adamw" else LONG) for name in OPTIMIZERS]
+
+
+@pytest.mark.parametrize(("name", "more"), [*TWENTY, pytest.param("adamw", 500_000, marks=LONG)])
 def test_twenty_steps_end_at_the_same_bits(name, more):
     """Where the budget is less than the parameters and their state; and with some of them there."""
     one, plain, planned, apart, plan = made(name, more)
