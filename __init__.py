@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from memplan.backends.homes import bring_back as bring_back
     from memplan.planner.api import plan as plan
+    from memplan.planner.api import sweep as sweep
     from memplan.planner.errors import BudgetError as BudgetError
     from memplan.planner.errors import BudgetWarning as BudgetWarning
     from memplan.planner.errors import CaptureError as CaptureError

@@ -24,7 +24,8 @@ class Fed:
         tangents = {node: source.index for node, source in traced.sources.items() if source.kind == "tangent"}
         found: dict[fx.Node, frozenset[int]] = {}
         for node in next(iter(tangents)).graph.nodes if tangents else ():  # in order, so that operands come first
-            found[node] = frozenset({tangents[node]} if node in tangents else ()).union(*map(found.__getitem__, node.all_input_nodes))
+            own = frozenset({tangents[node]} if node in tangents else ())
+            found[node] = own.union(*map(found.__getitem__, node.all_input_nodes))
 
         def outputs(node: fx.Node) -> frozenset[int]:
             return found[node]

@@ -177,7 +177,8 @@ class Training:
 
         args, kwargs = self.inputs
         torch.manual_seed(number)
-        loss = find_loss(self.called(*args, **kwargs))
+        output = self.called(*args, **kwargs)  # held until the step ends, as a script holds it, and a plan counts it
+        loss = find_loss(output)
         loss.backward()
         if self.optimizer is not None:
             self.optimizer.step()

@@ -55,7 +55,8 @@ def test_the_blocks_of_a_page_run(page: str, tmp_path: Path, shared_cache: Path)
 
     (tmp_path / "blocks.json").write_text(json.dumps([block for block in blocks(page) if block[0] in ("python", "console")]))
     (tmp_path / "runner.py").write_text(RUNNER)
-    environment = {**os.environ, "MEMPLAN_CACHE": str(shared_cache), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {**os.environ, "MEMPLAN_CACHE": str(shared_cache), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+                   "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # fmt: skip
     done = subprocess.run([sys.executable, "runner.py", "blocks.json", page], cwd=tmp_path, env=environment,
                           capture_output=True, text=True, timeout=600)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
