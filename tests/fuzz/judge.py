@@ -106,7 +106,7 @@ def seen_state(model: nn.Module) -> dict[str, str]:
 
     for name, module in model.named_modules():
         for key, value in vars(module).items():
-            if key in ("_modules", "forward") or ("hook" in key and key.startswith("_")):
+            if key in ("_modules", "forward", "_is_torch_compile") or ("hook" in key and key.startswith("_")):
                 continue
             walk(value, f"{name}.{key}", 0)
     return found
@@ -268,7 +268,7 @@ def judge_door(case: Case, wanted: list[Step] | None = None) -> Outcome:
         return f"no case: {steps.splitlines()[0][:100]}"
     torch._dynamo.reset()
     model, blocks = case.build()
-    budget = case.budget if case.budget not in (None, "floor") else "90%"
+    budget = "1GiB" if case.budget in (None, "floor") else "99%"  # of pieces so small, gradients are nearly all
     options = {"budget": budget, "time_limit": 0.3}
 
     def make() -> Any:
