@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..planner.casts import cached_casts
-from ..planner.constants import Constants
+from ..planner.constants import Constants, own_results
 from ..planner.cost import Table, apply_costs
 from ..planner.errors import BudgetError, MemplanError
 from ..planner.local import device_key
@@ -24,6 +24,7 @@ from ..planner.native import native_kernels
 from ..planner.pipeline import Planner
 from ..planner.plan import Side
 from ..planner.program import Program
+from ..planner.tracing import in_words
 from .codegen import Generated, generate
 from .identity import Arguments
 from .ledger import Visit, burden, held_bytes, left_bytes, small_schedules, storages
@@ -132,10 +133,15 @@ class _Compilation:
         self.generated: Generated | None = None
 
     def compile(self, args: Sequence[Any]) -> Code:
-        """The piece, planned and compiled."""
+        """The piece, planned and compiled.
+
+        Raises:
+            CaptureError: AOTAutograd, or Inductor, cannot.
+            BudgetError: no schedule fits.
+        """
         self.arguments = self.piece.arguments(args)
         traced: Any = self.piece.gm if self.mode is None else _Called(self.piece.gm, self.mode)
-        with surroundings(self.inductor, self.mode):
+        with in_words(f"compile {self.piece.name}"), surroundings(self.inductor, self.mode):
             made = aot_module_simplified(
                 traced,
                 list(args),
@@ -325,6 +331,7 @@ def surroundings(inductor: bool, mode: FakeTensorMode | None = None) -> Iterator
         stack.enter_context(functorch_config.patch(backward_pass_autocast="off"))
         if not inductor:
             stack.enter_context(native_kernels())
+            stack.enter_context(own_results())
         if mode is not None or _guards.TracingContext.try_get() is None:
             mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
             stack.enter_context(_guards.tracing(_guards.TracingContext(mode)))

@@ -19,7 +19,7 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 
 from .calls import Signature, autocast_state, flatten_call, leaf_names
-from .constants import Constants
+from .constants import Constants, own_results
 from .errors import CaptureError
 from .graph import Traced, lower
 from .hooks import no_observers
@@ -147,7 +147,10 @@ def capture(
 
     seeds: list[str] = []
     tries = [step]
-    with TRACING, untouched(model, loss) as (step.found, randomness), told_of(tries), in_words("trace the model"):
+    with (
+        TRACING, own_results(), untouched(model, loss) as (step.found, randomness), told_of(tries),
+        in_words("trace the model"),
+    ):  # fmt: skip
         while True:
             step.log = Log(step.found)
             known = reached(model, device, as_eager) if train else None

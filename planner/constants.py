@@ -4,7 +4,7 @@ Code that looks at the values of positions or masks, which depend on nothing but
 """
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, disable_fa
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .layouts import IN_32_BITS, RECURRENT, UNCACHED, real_stride, recurrent_scratch
+from .layouts import CORRECTED, IN_32_BITS, RECURRENT, UNCACHED, real_strides, recurrent_scratch
 from .nodes import is_view
 
 CONSTANT_ELEMENTS = 1 << 20  # constants larger than this are not evaluated while tracing
@@ -26,6 +26,21 @@ FACTORIES = {"arange", "ones", "zeros", "full", "scalar_tensor", "eye"}
 
 class Refusal(Exception):
     """What the model may not do, found at the line where it does it."""
+
+
+@contextmanager
+def own_results() -> Iterator[None]:
+    """Let torch remember results of fake kernels for this while alone.
+
+    Its memory belongs to the process, and what is in it has been found under whatever was in force then: a decomposition, say,
+    may give a dimension of one element another stride than the kernel does. The same model is to trace to the same program.
+    """
+    known = FakeTensorMode.cache
+    FakeTensorMode.cache = {}
+    try:
+        yield
+    finally:
+        FakeTensorMode.cache = known
 
 
 def is_small(constant: torch.Tensor) -> bool:
@@ -77,9 +92,8 @@ class Constants(FakeTensorMode):
             check_observed(list(args), bool((kwargs or {}).get("per_row_fake_quant")))
         with disable_fake_tensor_cache(self) if func in UNCACHED else nullcontext():
             out: Any = super().dispatch(func, types, args, kwargs or {})
-        stride = real_stride(func, args, out)
-        if stride is not None:
-            out = self.empty(types, out, stride, out.dtype)
+        if func in CORRECTED:
+            out = self.laid_out(types, out, real_strides(func, args, out if isinstance(out, tuple) else (out,)))
         if func in IN_32_BITS:
             wide = {id(item): self.empty(types, item, item.stride(), torch.float32) for item in out}
             out = tuple(wide[id(item)] for item in out)  # one of them is there twice
@@ -142,6 +156,17 @@ class Constants(FakeTensorMode):
         """A fake tensor of another's shape and device, in new memory."""
         facts = {"dtype": dtype, "device": like.device}
         return super().dispatch(torch.ops.aten.empty_strided.default, types, (like.shape, stride), facts)
+
+    def laid_out(self, types: Any, out: Any, strides: list[tuple[int, ...] | None]) -> Any:
+        """Results with other strides, where there are any."""
+        if all(stride is None for stride in strides):
+            return out
+        flat = out if isinstance(out, tuple) else (out,)
+        made = [
+            value if stride is None else self.empty(types, value, stride, value.dtype)
+            for value, stride in zip(flat, strides, strict=True)
+        ]
+        return tuple(made) if isinstance(out, tuple) else made[0]
 
     def region_of(self, node: fx.Node) -> int | None:
         """The region of autocast whose cache holds a cast; None for a cast that is in no cache."""

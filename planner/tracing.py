@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from .asides import unasked
 from .constants import Refusal
-from .errors import CaptureError
+from .errors import CaptureError, MemplanError
 from .native import native_kernels
 from .plain_calls import gathered, no_saving, plain_calls
 
@@ -71,7 +71,7 @@ def in_words(doing: str) -> Iterator[None]:
     """Turn whatever goes wrong into a `CaptureError` of one line, with the model's own where that is known."""
     try:
         yield
-    except CaptureError:
+    except MemplanError:
         raise
     except (Exception, SystemExit) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
@@ -88,7 +88,8 @@ def in_words(doing: str) -> Iterator[None]:
 
 def model_line(error: BaseException) -> str:
     """` at file:line (code)` of the innermost frame that is the user's, else of torch's own modules, else nothing."""
-    here = __file__.rsplit("/", 1)[0]
+    root = __file__.rsplit("/", 2)[0]
+    ours = tuple(f"{root}/{room}/" for room in ("planner", "passes", "solvers", "backends"))
     library = sysconfig.get_paths()["stdlib"]
     theirs, modules = [], []
     for frame in traceback.extract_tb(error.__traceback__):
@@ -96,7 +97,7 @@ def model_line(error: BaseException) -> str:
         if inside and not frame.filename.endswith(("/module.py", "/container.py")):
             modules.append(frame)
         standard = frame.filename.startswith((library, "<")) and "site-packages" not in frame.filename
-        if not standard and "/torch/" not in frame.filename and not frame.filename.startswith(here):
+        if not standard and "/torch/" not in frame.filename and not frame.filename.startswith(ours):
             theirs.append(frame)
     for frame in (theirs or modules)[-1:]:
         return f" at {frame.filename}:{frame.lineno} ({(frame.line or '').strip()[:120]})"

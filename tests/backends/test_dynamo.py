@@ -12,7 +12,7 @@ import torch
 from memplan.backends import compilation, ledger, spacefile
 from memplan.backends.filetier import FileTier
 from memplan.backends.ledger import Ledger, Visit
-from memplan.planner.errors import BudgetError, MemplanError
+from memplan.planner.errors import BudgetError, CaptureError, MemplanError
 from memplan.planner.machine import Link, Machine, Tier, Unit
 from memplan.planner.schedule import Run
 from torch import nn
@@ -316,6 +316,25 @@ def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> No
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=message) as caught:
         called(torch.randn(2, 3))
     assert isinstance(caught.value.inner_exception, MemplanError)
+
+
+class Assigns(nn.Module):
+    """Gives a weight other values in a way that AOTAutograd cannot trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.lin.weight.data = self.lin.weight.data * 0.5
+        return self.lin(x).sum()
+
+
+def test_what_cannot_be_compiled_is_refused_in_one_line() -> None:
+    """AOTAutograd's own errors are those of its authors."""
+    fast = torch.compile(Assigns(), backend="memplan", options={"machine": MACHINE})
+    with pytest.raises(CaptureError, match=r"^cannot compile piece 1.*set_ on a graph input[^\n]*$"):
+        fast(torch.randn(4, 8))
 
 
 def test_another_shape_gets_another_plan() -> None:
