@@ -261,6 +261,14 @@ class Session:
         alike = 0 if self.table is None else Estimate(self.table.samples(), self.machine).ops
         return coverage(side.program, self.table, runs, alike, self.spoilt)
 
+    @cached_property
+    def eager_peak(self) -> int | None:
+        """Bytes at the peak of the step in eager mode; None where that is not known."""
+        from .live import eager_peak
+
+        moments = self.captured.moments
+        return None if moments is None else eager_peak(moments, self.planner.program, self.table)
+
     def left(self) -> float:
         """Seconds that are left: of the first plan's time limit what measuring has not taken, of a later one's all."""
         return self.time_limit if self.began is None else max(0.0, self.began + self.time_limit - time.monotonic())
@@ -405,6 +413,7 @@ class Session:
             solve_seconds=time.monotonic() - began + self.solve_began,
             compile_seconds=self.compile_seconds,
             coverage=self.covered(answer.side),
+            eager_peak=self.eager_peak,
         )
         return assemble(body, answer.side, unplanned, self.captured)
 

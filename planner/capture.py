@@ -24,6 +24,7 @@ from .errors import CaptureError
 from .graph import Traced, lower
 from .hooks import no_observers
 from .inputs import TensorFacts, check_leaf, facts, places_of
+from .live import Moments
 from .losses import check_reached, gradients_of, trace_loss
 from .optimizers import check_alone, kept_by
 from .plain_calls import noted_seeds
@@ -62,6 +63,8 @@ class Captured:
         reads: what of the model, beside its tensors, forward has read.
         writes: what it stores, at every call.
         stored: of traced outputs that are no outputs of the model's the name of what they are stored in.
+        moments: the bytes that lived in eager mode while each op ran; None of an inference, and where the caller computes the
+            loss.
     """
 
     program: Program
@@ -79,6 +82,7 @@ class Captured:
     reads: tuple[Fact, ...] = ()
     writes: tuple[Write, ...] = ()
     stored: dict[int, str] = field(default_factory=dict)
+    moments: Moments | None = None
 
 
 def capture(
@@ -215,6 +219,7 @@ def capture(
         reads=tuple(reads),
         writes=tuple(on_leaves(writes, tensor_leaves)),
         stored=step.stored,
+        moments=None if known is None or loss is not None else known.moments,
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -161,8 +162,8 @@ def cost_of_graph(graph: fx.GraphModule) -> tuple[float, int, int]:
 
 def encode(arg: Any) -> Any:
     """An argument as JSON: see `call_key`."""
-    if isinstance(arg, fx.Node):
-        value = arg.meta.get("val")
+    if isinstance(arg, fx.Node | torch.Tensor):
+        value = arg.meta.get("val") if isinstance(arg, fx.Node) else arg
         if not isinstance(value, torch.Tensor):
             return {"x": repr(value)}
         told: dict[str, Any] = {"t": str(value.dtype)[6:], "s": list(value.shape), "st": list(value.stride())}
@@ -185,10 +186,15 @@ def encode(arg: Any) -> Any:
 
 def call_key(node: fx.Node) -> str:
     """A call as canonical JSON, from which it can be made again: what decides its cost, and nothing else."""
+    return describe_call(node.target, node.args, node.kwargs)
+
+
+def describe_call(func: Any, args: Iterable[Any], kwargs: Mapping[str, Any]) -> str:
+    """The key of a call whose arguments are nodes, or tensors themselves: see `call_key`."""
     call = {
-        "op": str(node.target),
-        "args": [encode(arg) for arg in node.args],
-        "kwargs": {name: encode(arg) for name, arg in node.kwargs.items()},
+        "op": str(func),
+        "args": [encode(arg) for arg in args],
+        "kwargs": {name: encode(arg) for name, arg in kwargs.items()},
     }
     return json.dumps(call, separators=(",", ":"))
 

@@ -203,6 +203,9 @@ class Plan:
         compile_seconds: time spent before that on compiling the solvers, or on loading what was compiled before.
         coverage: how much of the predicted time was measured, on what and when; None where that is not known, as of a plan
             that an older memplan saved.
+        eager_peak: bytes at the peak of the step as the model is written, in eager mode. It is above the unplanned schedule's
+            where variables of the model's code outlive their use, and below it where the model itself checkpoints. None of
+            an inference, where the caller computes the loss, and in a plan that an older memplan saved.
         seen: what the steps of its planned modules have had beside the budget: see `memplan.backends.witness`.
     """
 
@@ -220,6 +223,7 @@ class Plan:
     recipe: Recipe
     compile_seconds: float = 0.0
     coverage: Coverage | None = None
+    eager_peak: int | None = None
     captured: "Captured | None" = field(default=None, repr=False, compare=False)
     seen: "list[Seen]" = field(default_factory=list, repr=False, compare=False)
 
@@ -292,6 +296,7 @@ class Plan:
             solve_seconds=self.solve_seconds,
             compile_seconds=self.compile_seconds,
             coverage=self.coverage,
+            eager_peak=self.eager_peak,
         )
         raw = msgspec.json.encode(body)
         head = msgspec.json.encode({"format": FORMAT, "sha256": hashlib.sha256(raw).hexdigest()})
@@ -338,6 +343,7 @@ class PlanBody(msgspec.Struct, frozen=True):
     solve_seconds: float
     compile_seconds: float = 0.0
     coverage: Coverage | None = None
+    eager_peak: int | None = None
 
 
 def load(path: str | Path) -> Plan:
@@ -385,6 +391,7 @@ def check_figures(path: str | Path, body: PlanBody, planned: Side) -> None:
         "capture_seconds": not 0 <= body.capture_seconds < float("inf"),
         "solve_seconds": not 0 <= body.solve_seconds < float("inf"),
         "compile_seconds": not 0 <= body.compile_seconds < float("inf"),
+        "eager_peak": body.eager_peak is not None and body.eager_peak < 0,
         "coverage": body.coverage is not None and not body.coverage.is_sound,
     }
     for name in [name for name, is_wrong in wrong.items() if is_wrong]:
@@ -410,6 +417,7 @@ def assemble(body: PlanBody, planned: Side, unplanned: Side, captured: "Captured
         recipe=body.recipe,
         compile_seconds=body.compile_seconds,
         coverage=body.coverage,
+        eager_peak=body.eager_peak,
         captured=captured,
     )
 

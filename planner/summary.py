@@ -8,6 +8,7 @@ from .units import show_bytes, show_change, show_count, show_seconds, show_share
 if TYPE_CHECKING:
     from .plan import Plan
 
+ALIKE = 0.03  # the eager peak is told where it is further than this share from the unplanned one
 COMPILED = 1.0  # seconds: to load what was compiled before takes less
 
 
@@ -52,7 +53,7 @@ def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 def remarks(plan: "Plan") -> list[str]:
     """What the figures do not say, a line each."""
-    parts = (budget, quality, activations, moves, homes, arena, lent, times, effort)
+    parts = (budget, eager, quality, activations, moves, homes, arena, lent, times, effort)
     return [line for line in (part(plan) for part in parts) if line]
 
 
@@ -63,6 +64,14 @@ def budget(plan: "Plan") -> str:
         return f"scratchpad: {room} of {what}"
     asked = f"none asked for; {what} has {room}" if plan.budget is None else f"{show_bytes(plan.budget)} on {what}"
     return f"budget: {asked}; smallest budget known to work: {show_bytes(plan.minimum)}"
+
+
+def eager(plan: "Plan") -> str:
+    """What the model takes as it is written, where that is something else than the unplanned step."""
+    found, before = plan.eager_peak, plan.unplanned.peak
+    if found is None or abs(found / before - 1) < ALIKE:
+        return ""
+    return f"eager mode takes {show_bytes(found)}: unplanned, no variable outlives its last use and nothing is checkpointed"
 
 
 def quality(plan: "Plan") -> str:

@@ -34,6 +34,7 @@ def plan_facts(made: "Plan") -> dict[str, Any]:
         "peak": made.peak,
         "time": made.time,
         "unplanned": {"peak": made.unplanned.peak, "time": made.unplanned.time},
+        "eager_peak": made.eager_peak,
         "status": made.status,
         "gap": made.gap,
         "minimum_budget": made.minimum,
