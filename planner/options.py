@@ -6,7 +6,7 @@ What several of them together make no sense of is in `planner/asked.py`.
 import math
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -29,7 +29,13 @@ class Method(StrEnum):
     MIP = "mip"
 
 
-Optimizer = StrEnum("Optimizer", {name.upper(): name for name in OPTIMIZERS})
+if TYPE_CHECKING:
+
+    class Optimizer(StrEnum):
+        """Names of torch's optimizers: its members are a table's, which no type checker reads."""
+
+else:
+    Optimizer = StrEnum("Optimizer", {name.upper(): name for name in OPTIMIZERS})
 
 
 class Rule(StrEnum):
