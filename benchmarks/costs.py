@@ -35,11 +35,11 @@ from .step import Arms, in_turn, paired_ratio
 
 SIZES: dict[str, Callable[[], Made]] = {
     "gpt2": partial(gpt2, layers=4, batch=4),
-    "resnet50": partial(resnet50, batch=4, size=128),
+    "resnet50": partial(resnet50, batch=8, size=128),
     "gpt2:tiny": partial(gpt2, **TINY["gpt2"]),
     "resnet50:tiny": partial(resnet50, **TINY["resnet50"]),
 }
-BUDGET = "60%"
+BUDGET = {"gpt2": "60%", "resnet50": "70%"}  # of the unplanned peak
 BUSY = """
 import numpy
 matrix, long = numpy.ones((512, 512), numpy.float32), numpy.ones(1 << 24, numpy.float32)
@@ -56,6 +56,7 @@ CASES = {
 }
 TOLD = 0.1  # how far predicted times may be off
 CHOICE = 0.02  # how much longer a plan's step may take than the clean one's
+PATIENCE = 60.0  # seconds to wait for neighbours to be still
 NOISY = 1.1  # times as slow as at its best: no machine to time steps on
 
 
@@ -69,7 +70,7 @@ def serve(request: Row) -> Iterator[Row]:
     if request["task"] == "plan":
         yield plan(made, request)
     else:
-        state = {"quiet": is_quiet(), "pace": Reference(device_key()).slowness(read_pace())}
+        state = {"quiet": is_quiet(), "pace": settled()}
         yield {"seconds": times(made, request["methods"], request["rounds"])} | state
 
 
@@ -79,7 +80,7 @@ def plan(made: Made, request: Row) -> Row:
     began = time.monotonic()
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", UserWarning)
-        found = Session(model, args, time_limit=request["time_limit"]).plan(BUDGET)
+        found = Session(model, args, time_limit=request["time_limit"]).plan(BUDGET[request["model"].partition(":")[0]])
     found.save(request["file"])
     assert found.coverage is not None
     return {
@@ -90,6 +91,14 @@ def plan(made: Made, request: Row) -> Row:
         "told": [str(each.message) for each in told if "timed while other work" in str(each.message)],
         "took": time.monotonic() - began,
     }
+
+
+def settled() -> float:
+    """How many times as slow as at its best the machine is, once that is little, or the wait is over."""
+    known, until = Reference(device_key()), time.monotonic() + PATIENCE
+    while (pace := known.slowness(read_pace())) > NOISY and time.monotonic() < until:
+        time.sleep(1.0)
+    return pace
 
 
 def times(made: Made, methods: list[str], rounds: int) -> dict[str, list[float]]:
@@ -176,20 +185,33 @@ def render(results: Results, path: Path) -> None:
     """Write the table."""
     lines = header("Costs of a busy hour", results)
     lines += paragraph(
-        f"Each plan is for {BUDGET} of the model's unplanned peak. *Predicted* is the plan's step time over the median of its "
-        "measured ones; *clean's* over what the clean plan predicts; *choice* is its measured step over the clean plan's, the "
-        "median over rounds with both. *In doubt* is the share of its predicted time that rests on ops timed beside other "
-        f"work. The goal is to be within {TOLD:.0%} of the measured time and {CHOICE:.0%} of the clean choice, where memplan "
-        "has met a quiet machine, before or after. Two processes multiply matrices and copy where it says busy. "
-        "`python -m memplan.benchmarks.costs`"
+        f"Plans are for {' and '.join(f'{share} of the unplanned peak of {name}' for name, share in BUDGET.items())}. "
+        "*Predicted* is the plan's step time over the median of its measured ones; *to eager's* the same of both over those of "
+        "eager, in the same rounds, which says the same however fast the machine is then; *clean's* over what the clean plan "
+        "predicts; *choice* is its measured step over the clean plan's, the median over rounds with both. *In doubt* is the "
+        f"share of its predicted time that rests on ops timed beside other work. The goal is to be within {TOLD:.0%} of the "
+        f"measured time (where the machine was too slow to tell, of its ratio to eager's) and {CHOICE:.0%} of the clean "
+        "choice, where memplan has met a quiet machine, before or after. Two processes multiply matrices and copy where it "
+        "says busy. `python -m memplan.benchmarks.costs`"
     )
-    heads = ("model", "case", "predicted", "clean's", "choice", "measured share", "in doubt", "seconds", "goal met")
+    heads = (
+        "model",
+        "case",
+        "predicted",
+        "to eager's",
+        "clean's",
+        "choice",
+        "measured share",
+        "in doubt",
+        "seconds",
+        "goal met",
+    )
     lines += markdown(heads, [row for name in SIZES for row in rows_of(results, name)])
     for row in results.all(task="times"):
         if not row["quiet"] or row["pace"] > NOISY:
             lines += paragraph(
                 f"Note: the machine was not quiet while {row['model']}'s steps were timed ({row['pace']:.2f} times as slow as "
-                "at its best): nothing above is to be relied on."
+                "at its best): of the times above the ratios within rounds say most."
             )
     path.write_text("\n".join(lines).rstrip() + "\n")
 
@@ -206,9 +228,14 @@ def rows_of(results: Results, name: str) -> Iterator[tuple[str, ...]]:
         seconds = timed["seconds"][case]
         told = found["time"] / sorted(seconds)[len(seconds) // 2]
         choice = paired_ratio(timed["seconds"], case, "clean")
-        met = abs(told - 1) <= TOLD and (choice is None or choice <= 1 + CHOICE) if case != "busy" else None
+        slower = paired_ratio(timed["seconds"], case, "eager")
+        beside = found["time"] / found["unplanned"] / slower if slower else told
+        still = timed["quiet"] and timed["pace"] <= NOISY
+        near = abs((told if still else beside) - 1) <= TOLD
+        met = near and (choice is None or choice <= 1 + CHOICE) if case != "busy" else None
         yield (
-            name, case, ratio(told), ratio(found["time"] / clean["time"]), ratio(choice), percent(found["measured"]["share"]),
+            name, case, ratio(told), ratio(beside), ratio(found["time"] / clean["time"]), ratio(choice),
+            percent(found["measured"]["share"]),
             percent(found["measured"]["disturbed"]), f"{found['took']:.0f}", verdict(met),
         )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,15 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     if os.environ.get("NUMBA_CACHE_DIR") is None and (folder := code_directory()) is not None:
         monkeypatch.setenv("NUMBA_CACHE_DIR", folder)
     monkeypatch.setenv("MEMPLAN_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="module", name="hasty")
+def cut_short() -> Iterator[None]:
+    """For a module whose tests ask what plans do: `pytestmark = pytest.mark.usefixtures("hasty")`."""
+    from quick import hasty
+
+    with hasty():
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

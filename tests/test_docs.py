@@ -12,17 +12,21 @@ ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SHOWN = {"", "text", "sh", "json", "toml", "csv"}  # not run: output, installation, files
-RUNNER = """
+# That a block runs is the question, not how good its plan is.
+HASTY = f"import sys; sys.path.append({str(ROOT / 'tests')!r}); from quick import hasty; cut = hasty(); cut.__enter__()"
+RUNNER = f"""
 import json, os, shlex, subprocess, sys
-space = {"__name__": "__main__"}
+{HASTY}
+space = {{"__name__": "__main__"}}
 for kind, code, line in json.load(open(sys.argv[1])):
     if kind == "python":
-        exec(compile("\\n" * line + code, f"<{sys.argv[2]}>", "exec"), space)
+        exec(compile("\\n" * line + code, "<" + sys.argv[2] + ">", "exec"), space)
     else:
         for command in code.replace("\\\\\\n", " ").splitlines():
             words = shlex.split(command.removeprefix("$ "))
             assert words[0] == "memplan", command
-            subprocess.run([sys.executable, "-P", "-m", "memplan.planner.cli", *words[1:]], check=True)
+            subprocess.run([sys.executable, "-P", "-c", "{HASTY}; from memplan.planner.cli import main; main()", *words[1:]],
+                           check=True)
 """
 
 

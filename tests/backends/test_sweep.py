@@ -17,6 +17,8 @@ from memplan.planner.errors import BudgetError, CaptureError
 from memplan.planner.machine import load_machine
 from torch import nn
 
+pytestmark = pytest.mark.usefixtures("hasty")
+
 QUICK = msgspec.structs.replace(load_machine("h100-80gb"), name="quick", device="cpu")  # where nothing needs measuring
 EVERY = 12  # of how many entries one is tested always
 WRONG_ONCE = {"LSTM", "GRU", "GRUCell", "lgamma digamma erfinv"}

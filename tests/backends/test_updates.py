@@ -13,6 +13,8 @@ from memplan.planner.optimizers import PART, ROW, SMALL, rows_of
 from memplan.planner.program import Kind, Phase
 from torch import nn
 
+pytestmark = pytest.mark.usefixtures("hasty")
+
 QUICK = msgspec.structs.replace(load_machine("h100-80gb"), name="quick", device="cpu")  # where nothing needs measuring
 X = torch.randn(6, 12)
 

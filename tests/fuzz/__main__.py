@@ -1,6 +1,6 @@
 """Judge many random models, on all cores, and count what came out.
 
-python tests/fuzz --cases 2000 --door      prints a table, and every case that is silently different, damaged or crashed
+python tests/fuzz --cases 2000      prints a table, and every case that is silently different, damaged or crashed
 """
 
 import argparse
@@ -15,7 +15,8 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 AT_ONCE = 20  # cases of one process
 
 

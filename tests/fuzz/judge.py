@@ -4,8 +4,7 @@ import hashlib
 import random
 import types
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +12,10 @@ import numpy as np
 import torch
 from cases import Case
 from memplan.planner.errors import MemplanError
+from quick import hasty
 from torch import Tensor, nn
 
 STEPS = 3
-SIMULATIONS = 1500  # of a search
 POKE = 2  # the script changes things before this step
 Outcome = str  # "equal", "refused: why", "DIFFERENT: what", "DAMAGED: what", "CRASHED: what"
 KEPT_OUT = (types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType, type)
@@ -162,19 +161,6 @@ def compare(wanted: list[Step], found: list[Step]) -> str:
 
 
 # Verdicts
-
-
-@contextmanager
-def hasty() -> Iterator[None]:
-    """Plan with a search cut short: how good a schedule is is not the question, and a few simulations find one."""
-    from memplan.solvers import search
-
-    known = search.FLOOR_ROUNDS, search.Search.steps
-    search.FLOOR_ROUNDS, search.Search.steps = 4, SIMULATIONS  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        search.FLOOR_ROUNDS, search.Search.steps = known
 
 
 def machine() -> Any:

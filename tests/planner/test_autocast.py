@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AlbertConfig, AlbertForMaskedLM
 
+pytestmark = pytest.mark.usefixtures("hasty")
+
 
 class Says(nn.Module):
     """A model whose forward is a function of itself and its input."""

@@ -21,6 +21,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )  # fmt: skip
 
+pytestmark = pytest.mark.usefixtures("hasty")
+
 WIDTH = 32
 QUICK = msgspec.structs.replace(load_machine("h100-80gb"), name="quick", device="cpu")  # where nothing needs measuring
 

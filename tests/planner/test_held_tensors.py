@@ -12,6 +12,8 @@ from memplan.planner.machine import load_machine
 from memplan.planner.nodes import is_view
 from torch import nn
 
+pytestmark = pytest.mark.usefixtures("hasty")
+
 QUICK = msgspec.structs.replace(load_machine("h100-80gb"), name="quick", device="cpu")  # where nothing needs measuring
 ROWS, WIDTH = 32, 16
 

@@ -14,6 +14,8 @@ from input_cases import Net, built, every, floats, ids, step
 from memplan.planner.errors import CaptureError, PlanMismatch
 from torch import nn
 
+pytestmark = pytest.mark.usefixtures("hasty")
+
 MACHINE = {"machine": "h100-80gb", "time_limit": 1.0}
 
 
@@ -23,7 +25,7 @@ def planned(model: nn.Module, args: tuple, kwargs: dict | None = None, **options
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def answers(hasty: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What another process says of plans that this one saves."""
     folder = tmp_path_factory.mktemp("plans")
     for name, (case, chosen) in every().items():

@@ -14,6 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+pytestmark = pytest.mark.usefixtures("hasty")
+
 aten = torch.ops.aten
 Call = tuple[Any, tuple[Any, ...]]
 

@@ -9,6 +9,8 @@ import torch
 from memplan.planner.native import FAMILIES, KEYS, LEFT, native_kernels
 from torch import nn
 
+pytestmark = pytest.mark.usefixtures("hasty")
+
 
 def python_kernels() -> dict[str, set[torch._ops.OpOverload]]:
     """The overloads of ATen's that have a Python kernel at one of `KEYS`, by family."""

@@ -11,6 +11,8 @@ from memplan.planner.plan import OPTIMIZERS as NAMES
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+pytestmark = pytest.mark.usefixtures("hasty")
+
 SIZE = 1 << 16  # elements of a parameter
 SWITCH = (False, True)
 CASES = [

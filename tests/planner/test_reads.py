@@ -13,6 +13,8 @@ from memplan.planner.errors import PlanMismatch
 from memplan.planner.machine import load_machine
 from torch import nn
 
+pytestmark = pytest.mark.usefixtures("hasty")
+
 QUICK = msgspec.structs.replace(load_machine("h100-80gb"), name="quick", device="cpu")  # where nothing needs measuring
 SCALE = 0.5
 TABLE = {"scale": 0.5}

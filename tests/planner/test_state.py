@@ -15,6 +15,8 @@ from memplan.planner.errors import CaptureError, PlanMismatch
 from memplan.planner.machine import load_machine
 from torch import nn
 
+pytestmark = pytest.mark.usefixtures("hasty")
+
 QUICK = msgspec.structs.replace(load_machine("h100-80gb"), name="quick", device="cpu")  # where nothing needs measuring
 WIDTH = 4
 STATISTICS: dict = {}
