@@ -16,49 +16,49 @@ line: `memplan -h`, or `python -m memplan -h`.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from memplan.backends.homes import bring_back as bring_back
-    from memplan.planner.api import plan as plan
-    from memplan.planner.api import sweep as sweep
-    from memplan.planner.errors import BudgetError as BudgetError
-    from memplan.planner.errors import BudgetWarning as BudgetWarning
-    from memplan.planner.errors import CaptureError as CaptureError
-    from memplan.planner.errors import InvalidSchedule as InvalidSchedule
-    from memplan.planner.errors import MachineError as MachineError
-    from memplan.planner.errors import MemplanError as MemplanError
-    from memplan.planner.errors import MemplanWarning as MemplanWarning
-    from memplan.planner.errors import PlanMismatch as PlanMismatch
-    from memplan.planner.errors import UnplannedWarning as UnplannedWarning
-    from memplan.planner.machine import Machine as Machine
-    from memplan.planner.machine import load_machine as load_machine
-    from memplan.planner.maps import map_model as map_model
-    from memplan.planner.plan import Plan as Plan
-    from memplan.planner.plan import load as load
-    from memplan.planner.program import Program as Program
-    from memplan.planner.referee import referee as referee
-    from memplan.planner.schedule import Schedule as Schedule
+    from memplan.backends.eager.fetched import bring_back as bring_back
+    from memplan.planner.ir.errors import BudgetError as BudgetError
+    from memplan.planner.ir.errors import BudgetWarning as BudgetWarning
+    from memplan.planner.ir.errors import CaptureError as CaptureError
+    from memplan.planner.ir.errors import InvalidSchedule as InvalidSchedule
+    from memplan.planner.ir.errors import MachineError as MachineError
+    from memplan.planner.ir.errors import MemplanError as MemplanError
+    from memplan.planner.ir.errors import MemplanWarning as MemplanWarning
+    from memplan.planner.ir.errors import PlanMismatch as PlanMismatch
+    from memplan.planner.ir.errors import UnplannedWarning as UnplannedWarning
+    from memplan.planner.ir.machine import Machine as Machine
+    from memplan.planner.ir.machine import load_machine as load_machine
+    from memplan.planner.ir.plan import Plan as Plan
+    from memplan.planner.ir.plan import load as load
+    from memplan.planner.ir.program import Program as Program
+    from memplan.planner.ir.referee import referee as referee
+    from memplan.planner.ir.schedule import Schedule as Schedule
+    from memplan.planner.verbs.map import map_model as map_model
+    from memplan.planner.verbs.plan import plan as plan
+    from memplan.planner.verbs.plan import sweep as sweep
 
 # name -> module that defines it; loaded on first use, so that `import memplan.solvers` does not import torch
 _FACE = {
-    "plan": "planner.api",
-    "sweep": "planner.api",
-    "map_model": "planner.maps",
-    "Plan": "planner.plan",
-    "load": "planner.plan",
-    "Machine": "planner.machine",
-    "load_machine": "planner.machine",
-    "Program": "planner.program",
-    "Schedule": "planner.schedule",
-    "referee": "planner.referee",
-    "bring_back": "backends.homes",
-    "MemplanError": "planner.errors",
-    "BudgetError": "planner.errors",
-    "CaptureError": "planner.errors",
-    "InvalidSchedule": "planner.errors",
-    "MachineError": "planner.errors",
-    "PlanMismatch": "planner.errors",
-    "MemplanWarning": "planner.errors",
-    "BudgetWarning": "planner.errors",
-    "UnplannedWarning": "planner.errors",
+    "plan": "planner.verbs.plan",
+    "sweep": "planner.verbs.plan",
+    "map_model": "planner.verbs.map",
+    "Plan": "planner.ir.plan",
+    "load": "planner.ir.plan",
+    "Machine": "planner.ir.machine",
+    "load_machine": "planner.ir.machine",
+    "Program": "planner.ir.program",
+    "Schedule": "planner.ir.schedule",
+    "referee": "planner.ir.referee",
+    "bring_back": "backends.eager.fetched",
+    "MemplanError": "planner.ir.errors",
+    "BudgetError": "planner.ir.errors",
+    "CaptureError": "planner.ir.errors",
+    "InvalidSchedule": "planner.ir.errors",
+    "MachineError": "planner.ir.errors",
+    "PlanMismatch": "planner.ir.errors",
+    "MemplanWarning": "planner.ir.errors",
+    "BudgetWarning": "planner.ir.errors",
+    "UnplannedWarning": "planner.ir.errors",
 }
 __all__ = sorted(_FACE)
 __version__ = "0.1.0"

@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from ..planner.addresses import approve, storage_of
-from ..planner.referee import first_clash
-from ..planner.trace import read_trace
-from ..solvers.allocate import pack, pack_level
-from ..solvers.instances import cut_rectangle, tower
-from ..solvers.levels import pack_levels
-from ..solvers.storage import Storage, peak_of
+from ..planner.ir.bufferfile import read_trace
+from ..planner.ir.referee import first_clash
+from ..planner.pipeline.storage import approve, storage_of
+from ..solvers.storage.allocate import pack, pack_level
+from ..solvers.storage.instances import cut_rectangle, tower
+from ..solvers.storage.levels import pack_levels
+from ..solvers.storage.problem import Storage, peak_of
 from .command import Command
 from .record import HERE, Results, Row, ask, header, markdown, ratio, say
 

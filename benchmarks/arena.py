@@ -19,13 +19,13 @@ from typing import Any
 import msgspec
 from torch.profiler import ProfilerActivity, profile
 
-from ..backends.arena import generate_static
-from ..backends.eager import recapture
-from ..passes.addresses import Place
-from ..planner.plan import Side, load, unlimited
-from ..planner.program import Op
-from ..planner.referee import referee
-from ..planner.schedule import Run
+from ..backends.eager.arena import generate_static
+from ..backends.eager.module import recapture
+from ..passes.place import Place
+from ..planner.ir.plan import Side, load, unlimited
+from ..planner.ir.program import Op
+from ..planner.ir.referee import referee
+from ..planner.ir.schedule import Run
 from .command import Command
 from .models import FIVE, build
 from .record import Results, Row, ask, header, markdown, mib, ratio, say, verdict

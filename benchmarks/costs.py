@@ -23,11 +23,11 @@ from pathlib import Path
 
 import torch
 
-from ..planner.api import Session
-from ..planner.gauge import Reference, read_pace
-from ..planner.local import device_key
-from ..planner.watch import is_quiet
-from ..solvers.compiled import code_directory
+from ..planner.cost.gauge import Reference, read_pace
+from ..planner.cost.local import device_key
+from ..planner.cost.watch import is_quiet
+from ..planner.verbs.plan import Session
+from ..solvers.jit.compiled import code_directory
 from .command import Command, Options, each_model
 from .models import TINY, Made, gpt2, resnet50
 from .record import Results, Row, ask, header, markdown, note_machine, paragraph, percent, ratio, say, verdict

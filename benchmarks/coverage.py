@@ -78,7 +78,7 @@ def specification(name: str) -> str:
 
 def small_settings(config: Any, prefix: str = "") -> Iterator[str]:
     """`name=value` for a configuration and those inside it."""
-    from ..planner.models import nested_parts, settings_of
+    from ..planner.models.byname import nested_parts, settings_of
 
     known = settings_of(config)
     yield from (f"{prefix}{key}={size}" for key, size in SIZES.items() if type(known.get(key)) is int)
@@ -88,10 +88,10 @@ def small_settings(config: Any, prefix: str = "") -> Iterator[str]:
 
 def attempt(name: str) -> Row:
     """What became of one architecture."""
-    from ..planner.api import Session
-    from ..planner.errors import BudgetError, CaptureError
-    from ..planner.machine import load_machine
-    from ..planner.models import load_model
+    from ..planner.ir.errors import BudgetError, CaptureError
+    from ..planner.ir.machine import load_machine
+    from ..planner.models.byname import load_model
+    from ..planner.verbs.plan import Session
 
     try:
         small = specification(name)

@@ -26,11 +26,11 @@ from typing import Any
 
 import torch
 
-from ..backends.graphs import WARM, extra_bytes
-from ..backends.measure import is_lack_of_memory
-from ..backends.meters import cuda_environment
-from ..planner.local import local_machine
-from ..planner.machine import Machine
+from ..backends.eager.graphs import WARM, extra_bytes
+from ..backends.measure.meters import cuda_environment
+from ..backends.measure.worker import is_lack_of_memory
+from ..planner.cost.local import local_machine
+from ..planner.ir.machine import Machine
 from .command import Command, without_cuda
 from .models import GPU, MODELS, SHAPES, build_gpu, checkpointing, llama_shape, on_cpu
 from .record import Results, Row, ask, header, markdown, mib, percent, ratio, say
@@ -72,7 +72,7 @@ def prepare(method: str, model: torch.nn.Module, args: tuple[Any, ...], request:
             config.activation_memory_budget = float(value)
         return torch.compile(model), {}
     if kind in OPTIONS:
-        from ..planner.api import plan
+        from ..planner.verbs.plan import plan
         from .planning import facts_of
 
         options = OPTIONS[kind] | ({"machine": unmeasured(kind, request["device"])} if request.get("roofline") else {})

@@ -16,9 +16,9 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from ..backends.meters import cuda_environment
-from ..planner.errors import BudgetError
-from ..planner.local import local_machine
+from ..backends.measure.meters import cuda_environment
+from ..planner.cost.local import local_machine
+from ..planner.ir.errors import BudgetError
 from . import cuda
 from .command import Command, without_cuda
 from .models import SHAPES

@@ -5,9 +5,9 @@
 
 For each of the fourteen networks of `examples/networks`, in 8 bits, in 8 bits with ops run again in place of loads, in 8 bits
 with weights in the scratchpad, and in 32 bits: a mapping at COSMA's three sizes (the largest op, halfway, the smallest peak),
-the rules of `solvers/replacement.py`, and what a byte less says; in the first of these, then a curve over sizes between the
-first and the last. In 32 bits the mappings are run on the scratchpad machine beside the model, and so are the inferences of
-models that the other benchmarks train.
+the rules of `solvers/scratchpad/replacement.py`, and what a byte less says; in the first of these, then a curve over sizes
+between the first and the last. In 32 bits the mappings are run on the scratchpad machine beside the model, and so are the
+inferences of models that the other benchmarks train.
 """
 
 import argparse
@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..planner.errors import BudgetError
-from ..planner.machine import load_machine
-from ..planner.maps import compared, map_model
+from ..planner.ir.errors import BudgetError
+from ..planner.ir.machine import load_machine
+from ..planner.verbs.map import compared, map_model
 from .command import Command
 from .models import build
 from .record import (
@@ -136,7 +136,7 @@ def render(results: Results, path: Path) -> None:
         "orders as traced and of smallest peak, Belady's choice and a small integer program, arenas of TensorFlow Lite and "
         "XLA; those of the eight that find addresses. *Run*: on a machine of exactly that many bytes, against the model. "
         "*Of ideal*: time by the machine's clock over the larger of computing and its busier link. *Of least*: the same over "
-        "the least time that this order and residency allow, whenever their copies start (`solvers/overlap.py`), or, where "
+        "the least time that this order and residency allow, whenever their copies start (`scratchpad/overlap.py`), or, where "
         "ops run again, over computing. *Again*: ops run a second time; of such mappings no bound is known, so they stand "
         "beside *once*, the fewest bytes without."
     )

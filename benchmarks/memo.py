@@ -17,13 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ..planner.api import Session
-from ..planner.errors import InvalidSchedule, MemplanError
-from ..planner.machine import load_machine
-from ..planner.pipeline import Planner
-from ..planner.plan import Side
-from ..solvers.memo import find_layers
-from ..solvers.timeline import EAGER, HOLD, SINCE
+from ..planner.ir.errors import InvalidSchedule, MemplanError
+from ..planner.ir.machine import load_machine
+from ..planner.ir.plan import Side
+from ..planner.pipeline.planner import Planner
+from ..planner.verbs.plan import Session
+from ..solvers.remat.memo_rule import find_layers
+from ..solvers.remat.problem import EAGER, HOLD, SINCE
 from .command import Command
 from .models import gpt_7b
 from .record import (

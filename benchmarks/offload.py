@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from ..planner.api import Session
-from ..planner.plan import load
+from ..planner.ir.plan import load
+from ..planner.verbs.plan import Session
 from .command import Command, each_model
 from .models import FIVE, build
 from .planning import attempt

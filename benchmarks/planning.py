@@ -12,9 +12,9 @@ from pathlib import Path
 import msgspec
 import torch
 
-from ..planner.api import Session
-from ..planner.errors import BudgetError
-from ..planner.plan import Plan
+from ..planner.ir.errors import BudgetError
+from ..planner.ir.plan import Plan
+from ..planner.verbs.plan import Session
 from .models import build
 from .record import Row, answer
 

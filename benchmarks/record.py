@@ -11,7 +11,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from ..backends.trial import CHILD
+from ..backends.measure.training import CHILD
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -158,7 +158,7 @@ def machine_lines() -> Row:
     import torch
 
     from .. import __version__
-    from ..planner.local import cpu_name, memory_limit
+    from ..planner.cost.local import cpu_name, memory_limit
 
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
     return {

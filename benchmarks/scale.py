@@ -33,7 +33,7 @@ LINEAR = 1.1  # growth of time over growth of depth that still counts as linear,
 def serve(request: Row) -> Iterator[Row]:
     """Plan one shape in this process."""
     began = time.monotonic()
-    from ..planner.api import plan
+    from ..planner.verbs.plan import plan
     from .models import llama_7b, llama_70b
     from .planning import facts_of
 

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from ..backends.trial import LEARNING_RATE, Request, train
-from ..planner.api import Session
-from ..planner.plan import load
+from ..backends.measure.training import LEARNING_RATE, Request, train
+from ..planner.ir.plan import load
+from ..planner.verbs.plan import Session
 from .command import Command, each_model
 from .models import FIVE, build
 from .offload import SLACK

@@ -30,10 +30,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends.eager import recapture
-from ..backends.trial import Meter, arena_bytes, checksum, tensors
-from ..planner.plan import load
-from ..planner.watch import Watch
+from ..backends.eager.module import recapture
+from ..backends.measure.training import Meter, arena_bytes, checksum, tensors
+from ..planner.cost.watch import Watch
+from ..planner.ir.plan import load
 from .models import Made, build, checkpointing
 from .record import MIB, Row, answer, ask
 

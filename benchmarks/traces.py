@@ -37,8 +37,8 @@ def serve(request: Row) -> Iterator[Row]:
 
 def steps(made: tuple, kind: str, wanted: list[str]) -> Iterator[Row]:
     """Rows of the steps that there are plans for."""
-    from ..planner.api import Session
-    from ..planner.errors import BudgetError
+    from ..planner.ir.errors import BudgetError
+    from ..planner.verbs.plan import Session
 
     model, args = made
     session = Session(model, args, train=kind == "train", machine=MACHINE, time_limit=60.0)
@@ -72,11 +72,11 @@ def timed(call: Callable[[], Any]) -> Timed:
 
 def place(program: Any, machine: Any, schedule: Any) -> Row:
     """Addresses for one schedule, flat and on two levels."""
-    from ..passes.addresses import Place, find_lives, requests_of
-    from ..planner.referee import referee
-    from ..solvers.allocate import pack, pack_level
-    from ..solvers.levels import pack_levels
-    from ..solvers.storage import peak_of
+    from ..passes.place import Place, find_lives, requests_of
+    from ..planner.ir.referee import referee
+    from ..solvers.storage.allocate import pack, pack_level
+    from ..solvers.storage.levels import pack_levels
+    from ..solvers.storage.problem import peak_of
 
     lives = [life for life in find_lives(program, machine, schedule) if life.tier == 0]
     size = np.array([buffer.bytes for buffer in program.buffers], np.int64)

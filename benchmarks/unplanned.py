@@ -27,8 +27,8 @@ def made(name: str) -> Made:
 
 def serve(request: Row) -> Iterator[Row]:
     """Measure eager's step, or predict it."""
-    from ..backends.trial import Request, train
-    from ..planner.api import Session
+    from ..backends.measure.training import Request, train
+    from ..planner.verbs.plan import Session
 
     model, args = made(request["model"])
     if request["task"] == "eager":

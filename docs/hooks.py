@@ -32,7 +32,7 @@ def front_page(readme: str) -> str:
 
 def command_reference() -> str:
     """Every command's `--help`, as a terminal of 100 columns shows it."""
-    from memplan.planner.cli import app
+    from memplan.planner.cli.app import app
     from typer.main import get_command
     from typer.testing import CliRunner
 

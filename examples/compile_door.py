@@ -4,8 +4,8 @@ python examples/compile_door.py
 """
 
 import torch
-from memplan.backends.ledger import ledger_of
-from memplan.planner.units import show_bytes
+from memplan.backends.compile.ledger import ledger_of
+from memplan.planner.ir.units import show_bytes
 from torch import nn
 
 

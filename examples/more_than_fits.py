@@ -9,7 +9,7 @@ import copy
 
 import memplan
 import torch
-from memplan.planner.units import show_bytes
+from memplan.planner.ir.units import show_bytes
 from torch import nn
 
 LAYERS, WIDTH, STEPS = 12, 512, 5

@@ -9,7 +9,7 @@ all: where the inputs that it would keep alive are smaller than what it gives to
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..planner.program import Program
+from ..planner.ir.program import Program
 
 
 @dataclass(frozen=True)

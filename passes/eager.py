@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import msgspec
 
-from ..planner.program import SUM, Program
-from ..planner.schedule import Free, Instruction, Run, Schedule
+from ..planner.ir.program import SUM, Program
+from ..planner.ir.schedule import Free, Instruction, Run, Schedule
 from .liveness import Liveness
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from ..planner.program import Buffer, Kind, Op, Program
+from ..planner.ir.program import Buffer, Kind, Op, Program
 
 WEIGHTS = (Kind.PARAMETER, Kind.CONSTANT)
 # Elementwise, though torch does not say so: with fixed statistics a normalisation scales and shifts each channel.

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import accumulate
 
-from ..planner.program import Kind, Phase, Program
+from ..planner.ir.program import Kind, Phase, Program
 from .promptly import Promptly
 
 SMALL = 1 << 16  # bytes: what is smaller costs more in latency than it frees

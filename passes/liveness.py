@@ -8,8 +8,8 @@ output of the program and that is the last run).
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
-from ..planner.program import Program
-from ..planner.schedule import Free, Instruction, Run, Schedule
+from ..planner.ir.program import Phase, Program
+from ..planner.ir.schedule import Free, Instruction, Run, Schedule, Start
 
 
 @dataclass(frozen=True)
@@ -78,3 +78,20 @@ def last_reads(program: Program, order: Sequence[int], homes: Container[int] = (
             if owned[buffer] >= 0 or buffer in homes:
                 result[at, buffer] = current.setdefault(buffer, at)
     return result
+
+
+def held_bytes(program: Program, schedule: Schedule) -> int:
+    """Bytes of its own that a step holds while other pieces run: after its forward pass, or after its backward pass."""
+    here: set[int] = set()
+    most: set[int] = set()
+    for step in schedule.instructions:
+        if isinstance(step, Run):
+            if program.ops[step.op].phase is Phase.LOSS:
+                most = set(here)
+            here |= set(step.keep)
+            here -= {old for _, old in step.reuse}
+        elif isinstance(step, Start):
+            here.add(step.buffer)  # a copy out is of what is here
+        elif isinstance(step, Free) and step.tier == 0:
+            here.discard(step.buffer)
+    return max(sum(program.buffers[buffer].bytes for buffer in held) for held in (most, here))

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from ..planner.machine import Machine
-from ..planner.program import Program
-from ..planner.schedule import Run, Schedule
-from .addresses import Life, find_lives
+from ..planner.ir.machine import Machine
+from ..planner.ir.program import Program
+from ..planner.ir.schedule import Run, Schedule
+from .place import Life, find_lives
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..planner.machine import Machine
-from ..planner.program import Program
+from ..planner.ir.machine import Machine
+from ..planner.ir.program import Program
 from .liveness import last_reads
 from .transfers import routes_of
 

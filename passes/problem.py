@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..planner.machine import Machine
-from ..planner.program import Op, Program
-from ..solvers.timeline import NO_TIERS, Problem
+from ..planner.ir.machine import Machine
+from ..planner.ir.program import Op, Program
+from ..solvers.remat.problem import NO_TIERS, Problem
 from .transfers import routes_of
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..planner.program import Phase, Program
+from ..planner.ir.program import Phase, Program
 
 
 @dataclass(frozen=True)

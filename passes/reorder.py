@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from ..planner.program import Phase, Program
+from ..planner.ir.program import Phase, Program
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ..planner.machine import Machine
-from ..planner.program import Program
-from ..planner.schedule import Free, Instruction, Run, Schedule, Start, Wait
+from ..planner.ir.machine import Machine
+from ..planner.ir.program import Program
+from ..planner.ir.schedule import Free, Instruction, Run, Schedule, Start, Wait
 from .liveness import last_reads
 
 

@@ -9,14 +9,14 @@ from threading import Lock
 
 import numpy as np
 
-from .anneal import anneal, make_space
-from .canonical import Search, make_instance
-from .compiled import is_kept, note_kept
-from .greedy import ORDERS, first_fit, lowest_first
-from .master import find_slots
-from .segments import find_segments
-from .storage import make_storage
-from .timeline import NO_TIERS, Problem, profile, score
+from .jit.compiled import is_kept, note_kept
+from .remat.anneal import anneal, make_space
+from .remat.exact import find_slots
+from .remat.problem import NO_TIERS, Problem, profile, score
+from .remat.segments import find_segments
+from .storage.canonical import Search, make_instance
+from .storage.greedy import ORDERS, first_fit, lowest_first
+from .storage.problem import make_storage
 
 STAGE = "compiling the solvers, once"
 Progress = Callable[[str, float], None]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
-from memplan.solvers.compiled import code_directory
+from memplan.solvers.jit.compiled import code_directory
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE))  # `strategies` and `exact` are for every test file

@@ -16,7 +16,7 @@ from functools import cache
 from itertools import count
 
 import msgspec
-from memplan.planner.program import Program
+from memplan.planner.ir.program import Program
 
 TICK = 1e-9  # seconds; times are whole numbers of these
 

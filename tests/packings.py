@@ -4,7 +4,7 @@ from itertools import permutations
 
 import numpy as np
 from hypothesis import strategies as st
-from memplan.solvers.storage import FREE, Storage
+from memplan.solvers.storage.problem import FREE, Storage
 
 
 def make(size, spans, pin=None, alignment=1) -> Storage:

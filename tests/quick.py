@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from memplan.solvers import search
+from memplan.solvers.remat import search
 
 ROUNDS, SIMULATIONS = 4, 1500  # of a search
 

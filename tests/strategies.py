@@ -4,10 +4,10 @@ import random
 
 import numpy as np
 from hypothesis import strategies as st
-from memplan.planner.machine import Machine, Tier, Unit
-from memplan.planner.pipeline import Planner
-from memplan.planner.program import Buffer, Kind, Op, Phase, Program
-from memplan.solvers.timeline import BEGIN, EAGER, HOLD, MOVE, SINCE, events_of
+from memplan.planner.ir.machine import Machine, Tier, Unit
+from memplan.planner.ir.program import Buffer, Kind, Op, Phase, Program
+from memplan.planner.pipeline.planner import Planner
+from memplan.solvers.remat.problem import BEGIN, EAGER, HOLD, MOVE, SINCE, events_of
 
 ROOMY = Machine("roomy", "cpu", (Tier("device", 1 << 50, 1e9),), (Unit("core", "device", {"default": 1e9}),))
 

@@ -14,6 +14,7 @@ FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SHOWN = {"", "text", "sh", "json", "toml", "csv"}  # not run: output, installation, files
 # That a block runs is the question, not how good its plan is.
 HASTY = f"import sys; sys.path.append({str(ROOT / 'tests')!r}); from quick import hasty; cut = hasty(); cut.__enter__()"
+MAIN = HASTY + "; from memplan.planner.cli.app import main; main()"
 RUNNER = f"""
 import json, os, shlex, subprocess, sys
 {HASTY}
@@ -25,8 +26,7 @@ for kind, code, line in json.load(open(sys.argv[1])):
         for command in code.replace("\\\\\\n", " ").splitlines():
             words = shlex.split(command.removeprefix("$ "))
             assert words[0] == "memplan", command
-            subprocess.run([sys.executable, "-P", "-c", "{HASTY}; from memplan.planner.cli import main; main()", *words[1:]],
-                           check=True)
+            subprocess.run([sys.executable, "-P", "-c", "{MAIN}", *words[1:]], check=True)
 """
 
 

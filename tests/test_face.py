@@ -33,7 +33,7 @@ def test_the_package_can_be_run():
 
 def test_a_child_runs_its_parents_code(tmp_path):
     """Whatever else is called memplan where Python looks first: a clone beside the script, say."""
-    from memplan.backends.fresh import python_running
+    from memplan.backends.measure.fresh import python_running
 
     (tmp_path / "memplan").mkdir()
     (tmp_path / "memplan" / "__init__.py").write_text("raise SystemExit('another memplan')")

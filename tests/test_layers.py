@@ -1,72 +1,61 @@
-"""Who may import whom, read from the source; and what must not be loaded."""
+"""Who may import whom, read from the folders and the source; and what must not be loaded."""
 
 import ast
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 
+import networkx as nx
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("planner", "passes", "solvers", "backends")
-NOUNS = {
-    f"planner.{name}"
-    for name in "program machine schedule referee plan coverage summary errors units text trace files columns".split()
-}
-CAPTURE = {
-    f"planner.{name}"
-    for name in "capture inputs inputtext constants casts structure layouts asides graph nodes in_place optimizers "
-    "optimizertrial restore native keys workspaces cache cost disk estimate gauge local probe watch standins tracing callers "
-    "plain_calls hooks reached reach state reads writes rebinding calls step settle losses".split()
-}
-# The storeys, lowest first: a module may import from its own and from those below, where ALLOWED does not say less.
-STOREYS = {
-    **dict.fromkeys(NOUNS, 0),
-    "planner.referee": 0,
-    "solvers": 1,
-    **dict.fromkeys(CAPTURE, 1),
-    "passes": 2,
-    "planner.pipeline": 3,
-    "planner.ways": 3,
-    "planner.addresses": 3,
-    "planner.mapping": 3,
-    "backends": 4,
-    "planner.api": 5,
-    "planner.models": 3,  # builds models by name for the command line and its trials; knows no plan
-    "planner.placing": 5,
-    "planner.levers": 5,
-    "planner.floors": 5,
-    "planner.maps": 5,
-    "planner.spec": 0,  # names of models, read without torch
-    **dict.fromkeys((f"planner.{name}" for name in ("tables", "options", "asked", "flags", "progress", "terminal")), 6),
-    **dict.fromkeys((f"planner.commands.{name}" for name in ("plan", "files", "run", "sweep", "machines", "places")), 6),
-    "planner.commands": 6,
-    "planner.cli": 6,
-}
-# Imports that go up, each deliberate and made inside a function.
-UPWARD = {
-    ("planner.plan", "backends.eager"): "Plan.apply is the face of the backend; loaded when a plan is applied",
-}
+STOREYS = ("planner", "passes", "solvers", "backends")
+# Rooms, lowest first; a storey stands for its rooms that are not named. A room imports what is below it; of rooms on one
+# line each may import the others as long as there is no way back.
+ORDER = (
+    ("planner.ir",),
+    ("planner.cost",),
+    ("planner.capture", "planner.models", "solvers"),
+    ("passes",),
+    ("planner.pipeline",),
+    ("backends",),
+    ("planner.verbs",),
+    ("planner.cli",),
+)
+# The one import that goes up, made when a method is called.
+FACE = ("planner.ir.plan", "backends.eager.module")  # `Plan.apply`
 
 
+@cache
 def modules() -> dict[str, Path]:
-    """Every module of the package by its dotted name."""
+    """Every module of the package by its dotted name, without the package's."""
     found = {}
-    for folder in FOLDERS:
-        for path in sorted((ROOT / folder).rglob("*.py")):
+    for storey in STOREYS:
+        for path in sorted((ROOT / storey).rglob("*.py")):
             parts = path.relative_to(ROOT).with_suffix("").parts
             found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 
 
-MODULES = modules()
+def room_of(name: str) -> str:
+    """The folder that a module lies in, dotted."""
+    return ".".join(modules()[name].relative_to(ROOT).parent.parts)
 
 
-def imports(name: str) -> list[tuple[str, bool]]:
+def level_of(room: str) -> int:
+    """How high a room lies."""
+    levels = {name: level for level, names in enumerate(ORDER) for name in names}
+    return levels[room] if room in levels else levels[room.partition(".")[0]]
+
+
+@cache
+def imports(name: str) -> tuple[tuple[str, bool], ...]:
     """What a module imports, package modules without the package's name; and whether a type checker alone sees it."""
-    tree = ast.parse(MODULES[name].read_text())
-    package = name if MODULES[name].name == "__init__.py" else name.rpartition(".")[0]
+    path = modules()[name]
+    tree = ast.parse(path.read_text())
+    package = ["memplan", *(name if path.name == "__init__.py" else name.rpartition(".")[0]).split(".")]
     quiet = {
         id(inner)
         for node in ast.walk(tree)
@@ -78,35 +67,47 @@ def imports(name: str) -> list[tuple[str, bool]]:
         if isinstance(node, ast.Import):
             found += [(alias.name, id(node) in quiet) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                above = package.split(".")[: len(package.split(".")) - node.level + 1]
-                base = ".".join([*above, *([base] if base else [])])
-            names = [f"{base}.{alias.name}" if f"{base}.{alias.name}" in MODULES else base for alias in node.names]
-            found += [(one, id(node) in quiet) for one in names]
-    return [(one.removeprefix("memplan."), hidden) for one, hidden in found]
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            inner = base.removeprefix("memplan").lstrip(".")
+            parts = [f"{inner}.{alias.name}".lstrip(".") for alias in node.names]
+            found += [(f"memplan.{part}" if part in modules() else base, id(node) in quiet) for part in parts]
+    return tuple((one.removeprefix("memplan."), hidden) for one, hidden in found)
 
 
-def storey(name: str) -> int | None:
-    """Where a module of the package lives; None for somebody else's."""
-    return STOREYS.get(name, STOREYS.get(name.partition(".")[0]))
+def arrows(between_rooms: bool) -> nx.DiGraph:
+    """Who imports whom when the program runs, the face left out."""
+    found = nx.DiGraph()
+    for name in modules():
+        for target, hidden in imports(name):
+            if hidden or target not in modules() or (name, target) == FACE:
+                continue
+            one, other = (room_of(name), room_of(target)) if between_rooms else (name, target)
+            if one != other:
+                found.add_edge(one, other)
+    return found
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if "." in name])
-def test_imports_go_down(name):
-    """cli -> api -> backends -> pipeline -> passes -> solvers and capture -> nouns; what goes up is listed with its reason."""
-    own = storey(name)
-    assert own is not None, f"{name} has no storey: add it to STOREYS"
-    for target, hidden in imports(name):
-        if hidden or target not in MODULES or (name, target) in UPWARD:
-            continue
-        level = storey(target)
-        assert level is not None, target
-        assert level <= own, f"{name} imports {target}, which is above it"
+@pytest.mark.parametrize("between_rooms", [True, False], ids=["rooms", "files"])
+def test_nothing_imports_in_a_circle(between_rooms: bool):
+    """Neither rooms nor files."""
+    assert not [sorted(one) for one in nx.strongly_connected_components(arrows(between_rooms)) if len(one) > 1]
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("solvers")])
-def test_solvers_know_arrays_only(name):
+def test_rooms_import_what_lies_below():
+    """cli -> verbs -> backends -> pipeline -> passes -> solvers and capture -> cost -> ir."""
+    up = [(one, other) for one, other in arrows(True).edges if level_of(one) < level_of(other)]
+
+    assert not up
+
+
+def test_the_face_is_still_needed():
+    """An exception that is gone goes from here too."""
+    assert FACE[1] in {target for target, _ in imports(FACE[0])}
+
+
+@pytest.mark.parametrize("name", [name for name in modules() if name.startswith("solvers")])
+def test_solvers_know_arrays_only(name: str):
     """A solver imports no torch and nothing of the package but solvers."""
     for target, _ in imports(name):
         assert target.partition(".")[0] not in {"torch", "planner", "passes", "backends", "memplan"}, target
@@ -114,36 +115,41 @@ def test_solvers_know_arrays_only(name):
 
 def test_the_referee_knows_the_nouns_only():
     """It shares no code with what it judges."""
-    inside = {target for target, _ in imports("planner.referee") if target in MODULES}
+    inside = {target for target, _ in imports("planner.ir.referee") if target in modules()}
 
-    assert inside <= {"planner.program", "planner.machine", "planner.schedule", "planner.errors"}
+    assert inside <= {f"planner.ir.{name}" for name in ("program", "machine", "schedule", "errors")}
 
 
-def test_only_capture_and_backends_import_torch_when_loaded():
-    """The nouns, the pipeline and the face import no torch at their top level."""
-    for name in (*NOUNS, "planner.pipeline", "planner.api", "passes.liveness", "passes.problem", "planner.cost"):
-        tree = ast.parse(MODULES[name].read_text())
-        for node in tree.body:
+def test_torch_is_imported_by_capture_and_backends_alone():
+    """Other rooms do without it until a function is called."""
+    for name, path in modules().items():
+        if room_of(name) in ("planner.capture", "planner.models") or name.startswith("backends"):
+            continue
+        for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
                 assert not any(one.partition(".")[0] == "torch" for one in names), name
 
 
-def test_every_exception_is_still_needed():
-    """UPWARD lists no import that is gone."""
-    for source, target in UPWARD:
-        if source in MODULES:
-            assert target in {one for one, _ in imports(source)}, (source, target)
+def test_every_room_says_what_it_is_for():
+    """Its `__init__.py` holds a docstring and no code, so that importing one file of a room loads that file."""
+    for name, path in modules().items():
+        if path.name == "__init__.py":
+            tree = ast.parse(path.read_text())
+            assert ast.get_docstring(tree), name
+            assert len(tree.body) == 1, name
 
 
-def test_every_folder_is_in_the_wheel():
-    """pyproject lists each package folder, and each has an __init__.py."""
+def test_every_room_is_in_the_wheel():
+    """pyproject lists each package folder."""
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    found = {"memplan", *("memplan." + ".".join(path.parent.relative_to(ROOT).parts) for path in MODULES.values())}
 
-    assert set(listed) == found
-    for folder in found - {"memplan"}:
-        assert (ROOT.joinpath(*folder.split(".")[1:]) / "__init__.py").is_file()
+    assert set(listed) == {
+        "memplan",
+        *("memplan." + ".".join(path.parent.relative_to(ROOT).parts) for path in modules().values()),
+    }
+    for room in {path.parent for path in modules().values()}:
+        assert (room / "__init__.py").is_file()
 
 
 def test_the_root_holds_the_face_and_the_way_in():
@@ -153,5 +159,5 @@ def test_the_root_holds_the_face_and_the_way_in():
 
 def test_the_face_and_the_solvers_do_not_load_torch():
     """`import memplan` is quick, and the solvers work without torch."""
-    code = "import sys, memplan, memplan.solvers.anneal, memplan.planner.plan; assert 'torch' not in sys.modules"
+    code = "import sys, memplan, memplan.solvers.remat.anneal, memplan.planner.ir.plan; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

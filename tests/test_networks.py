@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from memplan.planner.models import first_on_path, load_model
+from memplan.planner.models.byname import first_on_path, load_model
 from torch import nn
 
 FOLDER = Path(__file__).parents[1] / "examples" / "networks"

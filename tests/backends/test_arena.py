@@ -6,8 +6,15 @@ from concurrent.futures import ThreadPoolExecutor
 import memplan
 import pytest
 import torch
-from memplan.backends.into import SPECIAL, dropout_is_a_product, find_operator, out_form, out_names, results_of
-from memplan.planner.errors import MemplanError
+from memplan.backends.eager.out_forms import (
+    SPECIAL,
+    dropout_is_a_product,
+    find_operator,
+    out_form,
+    out_names,
+    results_of,
+)
+from memplan.planner.ir.errors import MemplanError
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

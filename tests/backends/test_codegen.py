@@ -1,8 +1,8 @@
 """The generated functions as text: what a reader of a traceback sees."""
 
 import torch
-from memplan.backends.codegen import generate
-from memplan.planner.api import Session
+from memplan.backends.eager.codegen import generate
+from memplan.planner.verbs.plan import Session
 from torch import nn
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import memplan
 import pytest
 import torch
-from memplan.planner.errors import BudgetError
+from memplan.planner.ir.errors import BudgetError
 from torch import nn
 from torch.nn import functional as F
 

@@ -8,8 +8,8 @@ from typing import Any
 import memplan
 import pytest
 import torch
-from memplan.planner.errors import MemplanError
-from memplan.planner.machine import Machine, Tier, Unit
+from memplan.planner.ir.errors import MemplanError
+from memplan.planner.ir.machine import Machine, Tier, Unit
 from torch import nn
 from torch.nn import functional
 

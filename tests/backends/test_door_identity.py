@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from memplan.backends.identity import likeness, named
-from memplan.planner.machine import Machine, Tier, Unit
+from memplan.backends.compile.identity import likeness, named
+from memplan.planner.ir.machine import Machine, Tier, Unit
 from torch import nn
 from torch.nn import functional
 

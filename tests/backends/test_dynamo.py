@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from memplan.backends import compilation, ledger, spacefile
-from memplan.backends.filetier import FileTier
-from memplan.backends.ledger import Ledger, Visit
-from memplan.planner.errors import BudgetError, CaptureError, MemplanError
-from memplan.planner.machine import Link, Machine, Tier, Unit
-from memplan.planner.schedule import Run
+from memplan.backends.compile import compilation, ledger
+from memplan.backends.compile.ledger import Ledger, Visit
+from memplan.backends.tiers import spacefile
+from memplan.backends.tiers.filetier import FileTier
+from memplan.planner.ir.errors import BudgetError, CaptureError, MemplanError
+from memplan.planner.ir.machine import Link, Machine, Tier, Unit
+from memplan.planner.ir.schedule import Run
 from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode

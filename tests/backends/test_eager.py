@@ -10,11 +10,11 @@ import memplan
 import msgspec
 import pytest
 import torch
-from memplan.backends.codegen import drawing_from, get_state
-from memplan.planner.api import Session
-from memplan.planner.errors import BudgetError, MemplanError, PlanMismatch
-from memplan.planner.machine import load_machine
-from memplan.planner.nodes import is_view
+from memplan.backends.eager.codegen import drawing_from, get_state
+from memplan.planner.capture.nodes import is_view
+from memplan.planner.ir.errors import BudgetError, MemplanError, PlanMismatch
+from memplan.planner.ir.machine import load_machine
+from memplan.planner.verbs.plan import Session
 from torch import nn
 from torch.nn import functional as F
 

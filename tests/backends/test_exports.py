@@ -11,12 +11,12 @@ from xml.etree import ElementTree
 
 import msgspec
 import pytest
-from memplan.backends import exports
-from memplan.planner.machine import load_machine
-from memplan.planner.plan import Plan, Recipe, Side, unlimited
-from memplan.planner.program import Buffer, Kind, Op, Phase, Program
-from memplan.planner.referee import referee
-from memplan.planner.schedule import Free, Placement, Run, Schedule, Start, Wait
+from memplan.backends.report.replay import exports
+from memplan.planner.ir.machine import load_machine
+from memplan.planner.ir.plan import Plan, Recipe, Side, unlimited
+from memplan.planner.ir.program import Buffer, Kind, Op, Phase, Program
+from memplan.planner.ir.referee import referee
+from memplan.planner.ir.schedule import Free, Placement, Run, Schedule, Start, Wait
 
 MIB = 1 << 20
 

@@ -10,10 +10,10 @@ import memplan
 import pytest
 import torch
 import torch.utils._pytree as pytree
-from memplan.backends import eager
-from memplan.backends.graphs import WARM, extra_bytes
-from memplan.planner.errors import BudgetError, MemplanError
-from memplan.planner.nodes import is_view
+from memplan.backends.eager.graphs import WARM, extra_bytes
+from memplan.backends.eager.module import module as eager
+from memplan.planner.capture.nodes import is_view
+from memplan.planner.ir.errors import BudgetError, MemplanError
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

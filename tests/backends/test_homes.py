@@ -12,12 +12,12 @@ import memplan
 import pytest
 import torch
 from memplan import bring_back
-from memplan.backends import spacefile
-from memplan.backends.homes import is_away
+from memplan.backends.eager.fetched import is_away
+from memplan.backends.tiers import spacefile
 from memplan.passes.homes import Homes
-from memplan.planner.api import Session
-from memplan.planner.machine import Link, Machine, Tier, Unit
-from memplan.planner.program import Kind
+from memplan.planner.ir.machine import Link, Machine, Tier, Unit
+from memplan.planner.ir.program import Kind
+from memplan.planner.verbs.plan import Session
 from torch import nn
 
 WIDTH = 160  # a weight of 100 KiB: what is smaller stays

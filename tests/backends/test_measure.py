@@ -9,18 +9,17 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from memplan.backends import measure as measuring
-from memplan.backends import meters, timing
-from memplan.backends.calls import NoRoom, Unmeasurable, build, free_bytes
-from memplan.backends.measure import answer, calibrate, measure
-from memplan.backends.meters import allocator_extra, cuda_environment, seconds_of
-from memplan.planner.cost import Figures, Table
-from memplan.planner.errors import MemplanError
-from memplan.planner.estimate import Work
-from memplan.planner.gauge import Reading, Reference
-from memplan.planner.machine import Machine, Tier, Unit
-from memplan.planner.program import Buffer, Kind, Op, Phase, Program
-from memplan.planner.watch import Watch, is_quiet, waited
+from memplan.backends.eager.calls import NoRoom, Unmeasurable, build, free_bytes
+from memplan.backends.measure.meters import allocator_extra, cuda_environment, seconds_of
+from memplan.backends.measure.worker import answer, calibrate, measure, meters, timing
+from memplan.backends.measure.worker import worker as measuring
+from memplan.planner.cost.estimate import Work
+from memplan.planner.cost.gauge import Reading, Reference
+from memplan.planner.cost.table import Figures, Table
+from memplan.planner.cost.watch import Watch, is_quiet, waited
+from memplan.planner.ir.errors import MemplanError
+from memplan.planner.ir.machine import Machine, Tier, Unit
+from memplan.planner.ir.program import Buffer, Kind, Op, Phase, Program
 
 MACHINE = Machine("toy", "cpu", (Tier("device", 1 << 30, 1e9),), (Unit("core", "device", {"default": 1e9}),))
 
@@ -404,7 +403,7 @@ def test_a_worker_ends_with_its_gpus_context(monkeypatch: pytest.MonkeyPatch) ->
 HOLES = """
 import ctypes
 import torch
-from memplan.backends.trial import Meter
+from memplan.backends.measure.training import Meter
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
 pieces = [libc.malloc(60_000) for _ in range(600)]  # below what is mapped singly: they lie in the heap

@@ -11,11 +11,11 @@ import memplan
 import msgspec
 import pytest
 import torch
-from memplan.backends import filetier, spacefile
-from memplan.backends.moving import blank, places_of
-from memplan.planner.api import Session
-from memplan.planner.errors import MemplanError
-from memplan.planner.machine import Link, Machine, Tier, Unit
+from memplan.backends.tiers import filetier, spacefile
+from memplan.backends.tiers.moving import blank, places_of
+from memplan.planner.ir.errors import MemplanError
+from memplan.planner.ir.machine import Link, Machine, Tier, Unit
+from memplan.planner.verbs.plan import Session
 from torch import nn
 from torch.nn import functional
 

@@ -7,14 +7,13 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
-from memplan.backends import pictures
-from memplan.backends.queues import BAR, INTO, OUT, RUNS, SINGLE, boxes, lanes, shares
-from memplan.backends.report import RECOMPUTED, copies, held, lives
-from memplan.planner.machine import Link, Machine, Tier, load_machine
-from memplan.planner.plan import Plan, Recipe, Side, unlimited
-from memplan.planner.program import Buffer, Kind, Op, Phase, Program
-from memplan.planner.referee import referee
-from memplan.planner.schedule import Free, Run, Schedule, Start, Wait
+from memplan.backends.report.queues import BAR, INTO, OUT, RUNS, SINGLE, boxes, lanes, shares
+from memplan.backends.report.replay import RECOMPUTED, copies, held, lives, pictures
+from memplan.planner.ir.machine import Link, Machine, Tier, load_machine
+from memplan.planner.ir.plan import Plan, Recipe, Side, unlimited
+from memplan.planner.ir.program import Buffer, Kind, Op, Phase, Program
+from memplan.planner.ir.referee import referee
+from memplan.planner.ir.schedule import Free, Run, Schedule, Start, Wait
 
 MIB = 1 << 20
 

@@ -3,12 +3,12 @@
 import random
 
 import pytest
-from memplan.backends.report import RECOMPUTED, WORKSPACE, largest, layers, lives, phases
-from memplan.planner.machine import load_machine
-from memplan.planner.plan import Plan, Recipe, Side, unlimited
-from memplan.planner.program import Buffer, Kind, Op, Phase, Program
-from memplan.planner.referee import referee
-from memplan.planner.schedule import Free, Run, Schedule
+from memplan.backends.report.replay import RECOMPUTED, WORKSPACE, largest, layers, lives, phases
+from memplan.planner.ir.machine import load_machine
+from memplan.planner.ir.plan import Plan, Recipe, Side, unlimited
+from memplan.planner.ir.program import Buffer, Kind, Op, Phase, Program
+from memplan.planner.ir.referee import referee
+from memplan.planner.ir.schedule import Free, Run, Schedule
 
 KIB = 1024
 
@@ -118,7 +118,7 @@ def test_lives_add_up_to_the_referees_timeline(stride: int):
 
 def test_copies_count_where_they_land():
     program, machine = chain(2), load_machine("h100-80gb")
-    from memplan.planner.schedule import Start, Wait
+    from memplan.planner.ir.schedule import Start, Wait
 
     plain = scheduled(program).instructions
     act = program.ops[0].writes[0]

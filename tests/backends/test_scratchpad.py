@@ -7,8 +7,8 @@ import memplan
 import msgspec
 import pytest
 import torch
-from memplan.backends.scratchpad import Await, Copy, Exec, Scratchpad
-from memplan.planner.errors import MemplanError, PlanMismatch
+from memplan.backends.scratchpad.machine import Await, Copy, Exec, Scratchpad
+from memplan.planner.ir.errors import MemplanError, PlanMismatch
 from torch import nn
 from torch.nn import functional as F
 

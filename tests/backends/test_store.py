@@ -19,11 +19,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memplan.backends import filetier, pinnedtier, spacefile
-from memplan.backends.filetier import FileJob, FileTier
-from memplan.backends.pinnedtier import PinnedTier
-from memplan.backends.store import Traffic, Visit
-from memplan.planner.errors import MemplanError
+from memplan.backends.tiers import filetier, pinnedtier, spacefile
+from memplan.backends.tiers.filetier import FileJob, FileTier
+from memplan.backends.tiers.pinnedtier import PinnedTier
+from memplan.backends.tiers.store import Traffic, Visit
+from memplan.planner.ir.errors import MemplanError
 
 TYPES = (
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.complex64,

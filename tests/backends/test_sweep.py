@@ -12,9 +12,9 @@ import pytest
 import sweep_functions
 import sweep_modules
 import torch
-from memplan.planner.api import Session
-from memplan.planner.errors import BudgetError, CaptureError
-from memplan.planner.machine import load_machine
+from memplan.planner.ir.errors import BudgetError, CaptureError
+from memplan.planner.ir.machine import load_machine
+from memplan.planner.verbs.plan import Session
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("hasty")

@@ -6,10 +6,10 @@ import warnings
 import msgspec
 import pytest
 import torch
-from memplan.planner.api import Session
-from memplan.planner.errors import PlanMismatch
-from memplan.planner.machine import load_machine
-from memplan.planner.plan import Plan
+from memplan.planner.ir.errors import PlanMismatch
+from memplan.planner.ir.machine import load_machine
+from memplan.planner.ir.plan import Plan
+from memplan.planner.verbs.plan import Session
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("hasty")

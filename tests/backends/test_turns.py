@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from memplan.backends import turns
-from memplan.backends.trial import Request, Trial, in_fresh_process
-from memplan.backends.turns import Child, Comparison, compare, in_turns
-from memplan.planner.errors import MemplanError
+from memplan.backends.measure.compare import Child, Comparison, compare, in_turns
+from memplan.backends.measure.training import Request, Trial, in_fresh_process
+from memplan.backends.measure.worker import compare as turns
+from memplan.planner.ir.errors import MemplanError
 
 FACTORY = """
 import torch

@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from memplan.planner.machine import load_machine
-from memplan.planner.optimizers import PART, ROW, SMALL, rows_of
-from memplan.planner.program import Kind, Phase
+from memplan.planner.capture.optimizers import PART, ROW, SMALL, rows_of
+from memplan.planner.ir.machine import load_machine
+from memplan.planner.ir.program import Kind, Phase
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("hasty")

@@ -10,7 +10,7 @@ from typing import Any
 import memplan
 import pytest
 import torch
-from memplan.planner.machine import Machine, Tier, Unit
+from memplan.planner.ir.machine import Machine, Tier, Unit
 from torch import nn
 
 MACHINE = Machine("toy", "cpu", (Tier("device", 1 << 34, 1e10),), (Unit("core", "device", {"default": 1e10}, launch=1e-6),))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from cases import Case
-from memplan.planner.errors import MemplanError
+from memplan.planner.ir.errors import MemplanError
 from quick import hasty
 from torch import Tensor, nn
 
@@ -165,7 +165,7 @@ def compare(wanted: list[Step], found: list[Step]) -> str:
 
 def machine() -> Any:
     """This host, with a roofline in place of measurements: what a case takes is not the question."""
-    from memplan.planner.machine import Machine, Tier, Unit
+    from memplan.planner.ir.machine import Machine, Tier, Unit
 
     return Machine("fuzz-cpu", "cpu", (Tier("device", 1 << 34, 1e10, rounding=64, alignment=64),),
                    (Unit("cores", "device", {"default": 1e11}, launch=1e-6),), ())  # fmt: skip

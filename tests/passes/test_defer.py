@@ -7,8 +7,8 @@ from memplan.passes.defer import Defer, movable
 from memplan.passes.liveness import Liveness
 from memplan.passes.promptly import Promptly
 from memplan.passes.reorder import Reorder
-from memplan.planner.program import Kind, Phase, Program
-from memplan.planner.referee import referee
+from memplan.planner.ir.program import Kind, Phase, Program
+from memplan.planner.ir.referee import referee
 from strategies import ROOMY, Maker, make_program
 
 

@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memplan.passes.addresses import Life, Place, find_lives, requests_of
 from memplan.passes.liveness import Liveness
 from memplan.passes.outside import LeaveOutside
-from memplan.planner.errors import InvalidSchedule, TraceError
-from memplan.planner.machine import Machine, Tier, Unit
-from memplan.planner.placing import find_places
-from memplan.planner.program import Buffer, Kind, Op, Phase, Program
-from memplan.planner.referee import referee
-from memplan.planner.schedule import Free, Run, Schedule
-from memplan.solvers.allocate import pack
-from memplan.solvers.storage import Status, peak_of
+from memplan.passes.place import Life, Place, find_lives, requests_of
+from memplan.planner.ir.errors import InvalidSchedule, TraceError
+from memplan.planner.ir.machine import Machine, Tier, Unit
+from memplan.planner.ir.program import Buffer, Kind, Op, Phase, Program
+from memplan.planner.ir.referee import referee
+from memplan.planner.ir.schedule import Free, Run, Schedule
+from memplan.planner.verbs.alloc import find_places
+from memplan.solvers.storage.allocate import pack
+from memplan.solvers.storage.problem import Status, peak_of
 from strategies import make_order, make_program
 
 ALIGNED = Machine("aligned", "cpu", (Tier("device", 1 << 40, 1e9, alignment=16),), (Unit("core", "device", {"default": 1e9}),))

@@ -21,6 +21,6 @@ import torch
 )
 def test_arguments_are_checked_before_the_model_is_traced(monkeypatch, budget, options, told):
     """A mistake in them costs no minutes."""
-    monkeypatch.setattr("memplan.planner.capture.capture", lambda *_, **__: pytest.fail("traced"))
+    monkeypatch.setattr("memplan.planner.capture.capture.capture", lambda *_, **__: pytest.fail("traced"))
     with pytest.raises(memplan.MemplanError, match=told):
         memplan.plan(torch.nn.Linear(2, 2), budget, (torch.ones(1, 2),), **options)

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import memplan
 import pytest
 import torch
-from memplan.planner.errors import CaptureError
+from memplan.planner.ir.errors import CaptureError
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from memplan.planner.capture import capture
+from memplan.planner.capture.capture import capture
 from torch import nn
 from torch.nn.modules import module as hooks
 from torch.utils.checkpoint import checkpoint

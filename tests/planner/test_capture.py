@@ -7,10 +7,10 @@ import threading
 import memplan
 import pytest
 import torch
-from memplan.planner.api import Session, sweep
-from memplan.planner.capture import capture
-from memplan.planner.errors import BudgetError, CaptureError, MachineError, MemplanError, PlanMismatch
-from memplan.planner.program import Kind, Phase
+from memplan.planner.capture.capture import capture
+from memplan.planner.ir.errors import BudgetError, CaptureError, MachineError, MemplanError, PlanMismatch
+from memplan.planner.ir.program import Kind, Phase
+from memplan.planner.verbs.plan import Session, sweep
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -405,6 +405,6 @@ def test_programs_and_schedules_read_well(golden):
     model = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32), nn.Dropout(0.1), nn.Linear(32, 8))
     plan = make(None, model, (torch.empty(256, 32),))
     tight = make(plan.minimum, model, (torch.empty(256, 32),))
-    from memplan.planner.text import show_schedule
+    from memplan.planner.ir.text import show_schedule
 
     assert golden == f"{tight.program}\n{show_schedule(tight.program, tight.schedule)}"

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from memplan.planner import api, cli
-from memplan.planner.errors import BudgetError, CaptureError
-from memplan.planner.machine import load_machine
-from memplan.planner.plan import Plan, Recipe, Side, unlimited
-from memplan.planner.program import Buffer, Kind, Op, Phase, Program
-from memplan.planner.referee import referee
-from memplan.planner.schedule import Free, Run, Schedule
+from memplan.planner.cli.app import app as cli
+from memplan.planner.ir.errors import BudgetError, CaptureError
+from memplan.planner.ir.machine import load_machine
+from memplan.planner.ir.plan import Plan, Recipe, Side, unlimited
+from memplan.planner.ir.program import Buffer, Kind, Op, Phase, Program
+from memplan.planner.ir.referee import referee
+from memplan.planner.ir.schedule import Free, Run, Schedule
+from memplan.planner.verbs import plan as api
 
 MODEL = "hf:bert?num_hidden_layers=1&hidden_size=32&num_attention_heads=2&intermediate_size=32&vocab_size=50&seq=8"
 
@@ -164,7 +165,7 @@ def test_errors_end_in_one_line_and_their_status(capsys, monkeypatch, error, sta
     ],
 )
 def test_usage_is_status_2_without_loading_the_model(capsys, monkeypatch, words):
-    monkeypatch.setattr("memplan.planner.models.load_transformers", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("memplan.planner.models.byname.load_transformers", lambda *_, **__: pytest.fail("loaded"))
 
     status, out, err = call(capsys, *words)
 
@@ -242,7 +243,8 @@ def test_sweep_prints_the_curve(capsys, monkeypatch, tmp_path):
 
 
 def test_run_puts_predictions_beside_measurements(capsys, monkeypatch):
-    from memplan.backends import trial, turns
+    from memplan.backends.measure.worker import compare as turns
+    from memplan.backends.measure.worker import training as trial
 
     def pretend(plain, planned, peaks, device, tell):
         assert (plain.plan, peaks, device) == (None, (4 << 20, small_plan().peak), "cuda")
@@ -298,7 +300,7 @@ except SystemExit:
 
 @pytest.mark.slow
 def test_a_trial_measures_itself_and_repeats_in_any_process():
-    from memplan.backends.trial import Request, in_fresh_process, run
+    from memplan.backends.measure.training import Request, in_fresh_process, run
 
     request = Request(MODEL, None, 2)
 
@@ -311,7 +313,7 @@ def test_a_trial_measures_itself_and_repeats_in_any_process():
 
 
 def test_a_trial_that_fails_says_why(capsys, monkeypatch):
-    from memplan.backends import trial
+    from memplan.backends.measure.worker import training as trial
 
     request = msgspec.json.encode(trial.Request("no.py:f", None, 1))
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(request)))

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from memplan.planner.capture import capture
-from memplan.planner.cost import Figures, Table, apply_costs
-from memplan.planner.estimate import OPTIMIZER_CALL, Estimate, Sample, Work, quantile, roofline, work_of
-from memplan.planner.keys import measurable
-from memplan.planner.machine import Machine, Tier, Unit
-from memplan.planner.pipeline import Planner
-from memplan.planner.program import Op, Phase, Program
-from memplan.planner.schedule import Run
+from memplan.planner.capture.capture import capture
+from memplan.planner.cost.estimate import OPTIMIZER_CALL, Estimate, Sample, Work, quantile, roofline, work_of
+from memplan.planner.cost.keys import measurable
+from memplan.planner.cost.table import Figures, Table, apply_costs
+from memplan.planner.ir.machine import Machine, Tier, Unit
+from memplan.planner.ir.program import Op, Phase, Program
+from memplan.planner.ir.schedule import Run
+from memplan.planner.pipeline.planner import Planner
 from torch import nn
 
 MACHINE = Machine(

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from memplan.planner.cache import write_atomically
-from memplan.planner.files import write_file
+from memplan.planner.cost.cache import write_atomically
+from memplan.planner.ir.files import write_file
 
 
 def test_a_file_is_replaced_and_keeps_its_permissions(tmp_path: Path):
@@ -49,7 +49,7 @@ def test_a_link_stays_a_link_and_a_device_a_device(tmp_path: Path):
 @pytest.mark.parametrize("failing", ["write_new", "replace"])
 def test_a_failure_leaves_the_old_file_and_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str):
     """Whatever fails on the way, the old content is there, nothing lies beside it, and the error says which file."""
-    from memplan.planner import files
+    from memplan.planner.ir import files
 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
@@ -72,7 +72,7 @@ import resource, sys
 from pathlib import Path
 import memplan
 from memplan.backends import exports, pictures
-from memplan.planner.trace import read_trace, write_trace
+from memplan.planner.ir.bufferfile import read_trace, write_trace
 plan = memplan.load("plan.json")
 figure = pictures.timeline(plan)
 resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))

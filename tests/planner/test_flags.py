@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
-from memplan.planner import api, maps
-from memplan.planner.flags import ELSEWHERE, in_flags
+from memplan.planner.cli.flags import ELSEWHERE, in_flags
+from memplan.planner.verbs import map as maps
+from memplan.planner.verbs import plan as api
 
 ROOT = Path(__file__).parent.parent.parent
 WORDS = {*inspect.signature(api.plan).parameters, *inspect.signature(maps.map_model).parameters} - {"model", "args", "progress"}

@@ -6,10 +6,10 @@ import memplan
 import msgspec
 import pytest
 import torch
-from memplan.planner.api import Session
-from memplan.planner.errors import BudgetError, CaptureError
-from memplan.planner.machine import load_machine
-from memplan.planner.nodes import is_view
+from memplan.planner.capture.nodes import is_view
+from memplan.planner.ir.errors import BudgetError, CaptureError
+from memplan.planner.ir.machine import load_machine
+from memplan.planner.verbs.plan import Session
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("hasty")

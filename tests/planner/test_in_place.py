@@ -1,8 +1,8 @@
-"""Kernels that `planner.in_place` writes over an operand give, written so, the bits of the ordinary call."""
+"""Kernels that `planner.capture.in_place` writes over an operand give, written so, the bits of the ordinary call."""
 
 import pytest
 import torch
-from memplan.planner.in_place import ROWWISE, InPlace, in_place_form, out_overload
+from memplan.planner.capture.in_place import ROWWISE, InPlace, in_place_form, out_overload
 from torch import fx
 
 ATEN = torch.ops.aten

@@ -11,7 +11,7 @@ import memplan
 import pytest
 import torch
 from input_cases import Net, built, every, floats, ids, step
-from memplan.planner.errors import CaptureError, PlanMismatch
+from memplan.planner.ir.errors import CaptureError, PlanMismatch
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("hasty")

@@ -7,8 +7,8 @@ from typing import Any
 import memplan
 import pytest
 import torch
-from memplan.planner.constants import Constants
-from memplan.planner.layouts import CORRECTED
+from memplan.planner.capture.constants import Constants
+from memplan.planner.capture.layouts import CORRECTED
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F

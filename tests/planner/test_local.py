@@ -9,12 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from memplan.planner import disk, local, probe
-from memplan.planner.disk import DiskRates, each_chunk, file_system, offload_directory, probe_disk, usual_time
-from memplan.planner.errors import MachineError
-from memplan.planner.gauge import Reading, Reference
-from memplan.planner.local import PAGE, Rates, device_key, doubts_rates, local_machine, memory_available
-from memplan.planner.workspaces import cublas_bytes
+from memplan.planner.cost.disk import (
+    DiskRates,
+    each_chunk,
+    file_system,
+    offload_directory,
+    probe_disk,
+    usual_time,
+)
+from memplan.planner.cost.gauge import Reading, Reference
+from memplan.planner.cost.local import PAGE, Rates, device_key, doubts_rates, local_machine, memory_available
+from memplan.planner.cost.table import disk, local, probe
+from memplan.planner.cost.workspaces import cublas_bytes
+from memplan.planner.ir.errors import MachineError
 
 GIB = 1 << 30
 QUIET = Reading(1, 1e-3, 1e-3)

@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from memplan.passes.fuse import Fuse
 from memplan.passes.prefetch import Prefetch
-from memplan.planner import cli
-from memplan.planner.errors import BudgetError, InvalidSchedule, MachineError, MemplanError
-from memplan.planner.machine import load_machine
-from memplan.planner.mapping import Mapper, events_of
-from memplan.planner.program import Buffer, Kind, Op, Phase, Program
-from memplan.planner.referee import referee
-from memplan.planner.schedule import Free, Start
-from memplan.solvers.residency import Residency
-from memplan.solvers.spm import peaks
+from memplan.planner.cli.app import app as cli
+from memplan.planner.ir.errors import BudgetError, InvalidSchedule, MachineError, MemplanError
+from memplan.planner.ir.machine import load_machine
+from memplan.planner.ir.program import Buffer, Kind, Op, Phase, Program
+from memplan.planner.ir.referee import referee
+from memplan.planner.ir.schedule import Free, Start
+from memplan.planner.pipeline.mapping import Mapper, events_of
+from memplan.solvers.scratchpad.residency import Residency
+from memplan.solvers.scratchpad.spm import peaks
 from torch import nn
 
 MACHINE = load_machine("scratchpad")
@@ -209,7 +209,7 @@ def test_without_addresses_it_says_how_many_bytes_are_enough(monkeypatch):
     """Where nothing is found by address, the number it names has been tried."""
     made = memplan.map_model(net(), "M_P", IMAGE)
     real, least = Mapper.schedule, made.mapper.landmarks["M_P"]
-    monkeypatch.setattr("memplan.planner.mapping.solve_placed", lambda *args: None)
+    monkeypatch.setattr("memplan.planner.pipeline.mapping.solve_placed", lambda *args: None)
 
     def short(self, mapped, room, *rest):
         return real(self, mapped, room, *rest) if room > least else None

@@ -11,12 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memplan.planner.api import Session
-from memplan.planner.errors import BudgetError
-from memplan.planner.machine import Link, Machine, Tier, Unit
-from memplan.planner.models import load_model
-from memplan.planner.pipeline import SMALL, WORTH, Planner
-from memplan.planner.terminal import fail
+from memplan.planner.cli.terminal import fail
+from memplan.planner.ir.errors import BudgetError
+from memplan.planner.ir.machine import Link, Machine, Tier, Unit
+from memplan.planner.models.byname import load_model
+from memplan.planner.pipeline.planner import SMALL, WORTH, Planner
+from memplan.planner.verbs.plan import Session
 from strategies import programs
 from torch import nn
 
@@ -29,7 +29,7 @@ SIZES = "num_hidden_layers=2&hidden_size=64&intermediate_size=128&num_attention_
 MODEL = f"hf:llama?{SIZES}&batch=2&seq=64"
 CODE = f"""
 import sys, memplan
-from memplan.planner.models import load_model
+from memplan.planner.models.byname import load_model
 model, args, kwargs = load_model("{MODEL}", meta=True)
 levers, limit, budget = sys.argv[1].split(","), float(sys.argv[2]), int(sys.argv[3])
 try:
@@ -92,7 +92,7 @@ def test_a_schedule_that_is_kept_is_only_a_beginning(cached, monkeypatch):
 
 def memplan_files():
     """What lies in the cache."""
-    from memplan.planner.cache import cache_directory
+    from memplan.planner.cost.cache import cache_directory
 
     return sorted(path for path in cache_directory().rglob("*") if path.is_file())
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from memplan.planner.models import ModelError, converted, load_model
+from memplan.planner.models.byname import ModelError, converted, load_model
 
 TEXT = "hidden_size=32&intermediate_size=32&num_hidden_layers=1&num_attention_heads=2&vocab_size=50&seq=8&batch=2"
 MODELS = [

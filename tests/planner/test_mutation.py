@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from memplan.passes.liveness import Liveness
 from memplan.passes.transfers import Transfers
-from memplan.planner.errors import InvalidSchedule
-from memplan.planner.machine import Link, Machine, Tier, Unit
-from memplan.planner.pipeline import Planner
-from memplan.planner.program import Phase, Program
-from memplan.planner.referee import referee
-from memplan.planner.schedule import Free, Instruction, Run, Schedule, Start, Wait
+from memplan.planner.ir.errors import InvalidSchedule
+from memplan.planner.ir.machine import Link, Machine, Tier, Unit
+from memplan.planner.ir.program import Phase, Program
+from memplan.planner.ir.referee import referee
+from memplan.planner.ir.schedule import Free, Instruction, Run, Schedule, Start, Wait
+from memplan.planner.pipeline.planner import Planner
 from strategies import ROOMY, events_of_program, make_order, make_program, scramble, some_homes
 
 POISON = "poison"

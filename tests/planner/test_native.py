@@ -6,7 +6,7 @@ from collections.abc import Callable
 import memplan
 import pytest
 import torch
-from memplan.planner.native import FAMILIES, KEYS, LEFT, native_kernels
+from memplan.planner.capture.native import FAMILIES, KEYS, LEFT, native_kernels
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("hasty")

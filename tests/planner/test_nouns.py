@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from memplan.passes.transfers import Transfers
-from memplan.planner.errors import BudgetError, InvalidSchedule, MachineError, MemplanError
-from memplan.planner.machine import Link, Machine, load_machine
-from memplan.planner.pipeline import Planner
-from memplan.planner.plan import Plan, Recipe, Side, unlimited
-from memplan.planner.program import Buffer, Kind, Op, Phase, Program
-from memplan.planner.referee import referee
-from memplan.planner.schedule import check_levers
-from memplan.planner.units import parse_bytes
+from memplan.planner.ir.errors import BudgetError, InvalidSchedule, MachineError, MemplanError
+from memplan.planner.ir.machine import Link, Machine, load_machine
+from memplan.planner.ir.plan import Plan, Recipe, Side, unlimited
+from memplan.planner.ir.program import Buffer, Kind, Op, Phase, Program
+from memplan.planner.ir.referee import referee
+from memplan.planner.ir.schedule import check_levers
+from memplan.planner.ir.units import parse_bytes
+from memplan.planner.pipeline.planner import Planner
 from strategies import ROOMY, events_of_program, make_program, scramble
 
 OP = Op("relu", "relu", "relu", Phase.FORWARD, (0,), (1,), reuse=((1, 0),))

@@ -5,9 +5,9 @@ from itertools import product
 import memplan
 import pytest
 import torch
-from memplan.planner.errors import CaptureError
-from memplan.planner.optimizers import check_alone, kept_by
-from memplan.planner.plan import OPTIMIZERS as NAMES
+from memplan.planner.capture.optimizers import check_alone, kept_by
+from memplan.planner.ir.errors import CaptureError
+from memplan.planner.ir.plan import OPTIMIZERS as NAMES
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 

@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from memplan.planner import cli
+from memplan.planner.cli.app import app as cli
 
 MODEL = "hf:gpt2?n_layer=1"
 COMMANDS = ("", "plan", "show", "check", "run", "sweep", "machines", "calibrate", "alloc", "map")
@@ -61,7 +61,7 @@ def call(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int, s
 )
 def test_what_makes_no_sense_is_refused_before_torch(capsys, monkeypatch, words, told):
     """One line with what to do, status 2; with --json one object that says the same."""
-    monkeypatch.setitem(sys.modules, "memplan.planner.models", None)  # an import of it fails
+    monkeypatch.setitem(sys.modules, "memplan.planner.models.byname", None)  # an import of it fails
     status, out, err = call(capsys, *words)
     assert (status, out) == (2, "")
     assert err.count("\n") == 1
@@ -87,7 +87,7 @@ def test_a_model_that_cannot_be_read_is_refused_before_torch(capsys, monkeypatch
     """Status 1, for nothing is wrong with the options."""
     monkeypatch.chdir(tmp_path)
     Path("here.py").touch()
-    monkeypatch.setitem(sys.modules, "memplan.planner.models", None)
+    monkeypatch.setitem(sys.modules, "memplan.planner.models.byname", None)
     status, out, err = call(capsys, "plan", spec)
     assert (status, out, err.count("\n")) == (1, "", 1)
     assert told in err

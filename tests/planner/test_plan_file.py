@@ -8,7 +8,7 @@ from pathlib import Path
 import memplan
 import pytest
 import torch
-from memplan.planner.errors import BudgetError, InvalidSchedule, PlanMismatch
+from memplan.planner.ir.errors import BudgetError, InvalidSchedule, PlanMismatch
 from torch import nn
 
 WRONG = (PlanMismatch, InvalidSchedule)

@@ -6,8 +6,8 @@ import sys
 import time
 
 import pytest
-from memplan.planner import progress as shown
-from memplan.planner.progress import RunningLine, progress
+from memplan.planner.cli.app import progress as shown
+from memplan.planner.cli.progress import RunningLine, progress
 from rich.console import Console
 
 

@@ -9,8 +9,8 @@ import memplan
 import msgspec
 import pytest
 import torch
-from memplan.planner.errors import PlanMismatch
-from memplan.planner.machine import load_machine
+from memplan.planner.ir.errors import PlanMismatch
+from memplan.planner.ir.machine import load_machine
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("hasty")

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from memplan.passes.liveness import Liveness
 from memplan.passes.problem import flatten
-from memplan.planner.errors import InvalidSchedule
-from memplan.planner.machine import Link, Machine, Tier, Unit
-from memplan.planner.program import Buffer, Kind, Op, Phase, Program
-from memplan.planner.referee import RULES, check_places, referee
-from memplan.planner.schedule import Free, Placement, Run, Schedule, Start, Wait
-from memplan.solvers.timeline import BEGIN, EAGER, HOLD, SINCE, events_of, profile, score
+from memplan.planner.ir.errors import InvalidSchedule
+from memplan.planner.ir.machine import Link, Machine, Tier, Unit
+from memplan.planner.ir.program import Buffer, Kind, Op, Phase, Program
+from memplan.planner.ir.referee import RULES, check_places, referee
+from memplan.planner.ir.schedule import Free, Placement, Run, Schedule, Start, Wait
+from memplan.solvers.remat.problem import BEGIN, EAGER, HOLD, SINCE, events_of, profile, score
 from strategies import ROOMY, make_program, planned_orders
 
 W, A, B, M, T, GB, GW = range(7)  # the buffers of `step`

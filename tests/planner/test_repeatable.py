@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from memplan.passes.reorder import Reorder
-from memplan.planner.api import Session
-from memplan.planner.capture import capture
-from memplan.planner.errors import BudgetError, CaptureError
-from memplan.planner.machine import load_machine
-from memplan.planner.program import Buffer, Kind, Op, Phase, Program
+from memplan.planner.capture.capture import capture
+from memplan.planner.ir.errors import BudgetError, CaptureError
+from memplan.planner.ir.machine import load_machine
+from memplan.planner.ir.program import Buffer, Kind, Op, Phase, Program
+from memplan.planner.verbs.plan import Session
 from torch import nn
 
 WIDTH = 32

@@ -11,8 +11,8 @@ import msgspec
 import numpy
 import pytest
 import torch
-from memplan.planner.errors import CaptureError, PlanMismatch
-from memplan.planner.machine import load_machine
+from memplan.planner.ir.errors import CaptureError, PlanMismatch
+from memplan.planner.ir.machine import load_machine
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("hasty")

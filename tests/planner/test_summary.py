@@ -2,12 +2,12 @@
 
 import msgspec
 import pytest
-from memplan.planner.machine import load_machine
-from memplan.planner.plan import Plan, Recipe, Side, unlimited
-from memplan.planner.program import Buffer, Kind, Op, Phase, Program
-from memplan.planner.referee import referee
-from memplan.planner.schedule import Free, Run, Schedule
-from memplan.planner.units import show_bytes, show_change, show_count, show_seconds, show_share
+from memplan.planner.ir.machine import load_machine
+from memplan.planner.ir.plan import Plan, Recipe, Side, unlimited
+from memplan.planner.ir.program import Buffer, Kind, Op, Phase, Program
+from memplan.planner.ir.referee import referee
+from memplan.planner.ir.schedule import Free, Run, Schedule
+from memplan.planner.ir.units import show_bytes, show_change, show_count, show_seconds, show_share
 
 
 def made(budget: int | None, gap: float, again: bool = True, infer: bool = False) -> Plan:

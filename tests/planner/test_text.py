@@ -1,8 +1,8 @@
 """Programs and schedules as people read them."""
 
-from memplan.planner.program import Buffer, Kind, Op, Phase, Program
-from memplan.planner.schedule import Free, Placement, Run, Schedule, Start, Wait
-from memplan.planner.text import show_program, show_schedule
+from memplan.planner.ir.program import Buffer, Kind, Op, Phase, Program
+from memplan.planner.ir.schedule import Free, Placement, Run, Schedule, Start, Wait
+from memplan.planner.ir.text import show_program, show_schedule
 
 MIB = 1 << 20
 DROPOUT = "aten.native_dropout.default"

@@ -5,10 +5,11 @@ import subprocess
 import sys
 
 import pytest
-from memplan.planner import cli, trace
-from memplan.planner.addresses import approve
-from memplan.planner.errors import PlacementError, TraceError
-from memplan.planner.trace import read_trace, write_trace
+from memplan.planner.cli.app import app as cli
+from memplan.planner.ir import bufferfile as trace
+from memplan.planner.ir.bufferfile import read_trace, write_trace
+from memplan.planner.ir.errors import PlacementError, TraceError
+from memplan.planner.pipeline.storage import approve
 
 GOOD = "id,lower,upper,size\na,0,3,4\nb,3,9,4\nc,0,9,4\nd,9,21,4\ne,0,21,4\n"
 HEAD = "id,lower,upper,size\n"

@@ -7,10 +7,10 @@ from pathlib import Path
 import memplan
 import pytest
 import torch
-from memplan.backends.trial import Request, in_fresh_process
+from memplan.backends.measure.training import Request, in_fresh_process
 from memplan.passes.defer import Defer
-from memplan.planner.api import Session
-from memplan.planner.program import Phase
+from memplan.planner.ir.program import Phase
+from memplan.planner.verbs.plan import Session
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memplan.planner.referee import first_clash
-from memplan.solvers.allocate import pack, pins_clash
-from memplan.solvers.canonical import (
+from memplan.planner.ir.referee import first_clash
+from memplan.solvers.storage.allocate import pack, pins_clash
+from memplan.solvers.storage.canonical import (
     ALL,
     DOMINANCE,
     LIFT,
@@ -24,11 +24,11 @@ from memplan.solvers.canonical import (
     Search,
     make_instance,
 )
-from memplan.solvers.coalesce import coalesce
-from memplan.solvers.formulations import pack_mip, pack_sat
-from memplan.solvers.greedy import ORDERS, first_fit, lowest_first
-from memplan.solvers.instances import cut_rectangle
-from memplan.solvers.storage import LIMIT, Status, make_storage, peak_of
+from memplan.solvers.storage.coalesce import coalesce
+from memplan.solvers.storage.formulations import pack_mip, pack_sat
+from memplan.solvers.storage.greedy import ORDERS, first_fit, lowest_first
+from memplan.solvers.storage.instances import cut_rectangle
+from memplan.solvers.storage.problem import LIMIT, Status, make_storage, peak_of
 from packings import faults, make, smallest_peak, solid, storages
 
 EASY = settings(deadline=None, max_examples=60)
@@ -102,7 +102,7 @@ def test_the_integer_program_knows_large_rectangles(seed):
 
 def test_the_integer_program_stops_while_it_is_written_down(monkeypatch):
     """The clock is read for each buffer: where the pairs alone take too long, nothing is solved."""
-    looks = count_looks(monkeypatch, "memplan.solvers.formulations")
+    looks = count_looks(monkeypatch, "memplan.solvers.storage.formulations")
     storage, _ = cut_rectangle(60, 5, fray=0.3)
     assert pack_mip(storage, None, 10.0).status is Status.UNKNOWN
     assert looks() == 12
@@ -166,7 +166,7 @@ def count_looks(monkeypatch, module: str):
 @pytest.mark.parametrize("many", [150, 400])
 def test_the_search_looks_at_the_clock_often_enough(monkeypatch, many):
     """Between two looks it visits no more nodes than a slice has, however many it may try before it starts anew."""
-    looks = count_looks(monkeypatch, "memplan.solvers.canonical")
+    looks = count_looks(monkeypatch, "memplan.solvers.storage.canonical")
     storage, _ = cut_rectangle(many, 5, fray=0.3)
     search = Search(storage)
     assert search.fit(storage.bound, 6.0)[0] == STOPPED
@@ -181,7 +181,7 @@ def test_looking_at_the_clock_changes_nothing(monkeypatch, nodes):
     storage, _ = cut_rectangle(40, 5, fray=0.3)
     found = []
     for slice_ in (10**9, nodes * len(storage)):
-        monkeypatch.setattr("memplan.solvers.canonical.SLICE", slice_)
+        monkeypatch.setattr("memplan.solvers.storage.canonical.SLICE", slice_)
         search = Search(storage)
         rank, _ = next(search.ranks())
         got, offset = search.once(rank, storage.bound, 3000, time.monotonic() + 60)
@@ -267,7 +267,7 @@ def test_nothing_to_place():
 
 def test_too_many_buffers_are_not_searched(monkeypatch):
     """Beyond what the search takes, the answer is greedy and says so."""
-    monkeypatch.setattr("memplan.solvers.allocate.MANY", 10)
+    monkeypatch.setattr("memplan.solvers.storage.allocate.MANY", 10)
     storage, _ = cut_rectangle(60, 5, fray=0.3)
     answer = pack(storage, seconds=1, merge=False)
     assert answer.status is Status.FEASIBLE

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memplan.planner.pipeline import Planner
-from memplan.planner.program import Program
-from memplan.planner.referee import referee
-from memplan.solvers.anneal import anneal, segment_open
-from memplan.solvers.timeline import score
+from memplan.planner.ir.program import Program
+from memplan.planner.ir.referee import referee
+from memplan.planner.pipeline.planner import Planner
+from memplan.solvers.remat.anneal import anneal, segment_open
+from memplan.solvers.remat.problem import score
 from strategies import ROOMY, make_program
 
 

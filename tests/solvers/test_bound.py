@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memplan.passes.liveness import Liveness
-from memplan.planner.pipeline import Planner
-from memplan.planner.referee import referee
-from memplan.solvers.timeline import EAGER, HOLD, SINCE, events_of, score
+from memplan.planner.ir.referee import referee
+from memplan.planner.pipeline.planner import Planner
+from memplan.solvers.remat.problem import EAGER, HOLD, SINCE, events_of, score
 from strategies import ROOMY, make_order, make_program
 
 

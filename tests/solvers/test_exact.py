@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 from exact import cheapest, optimum
-from memplan.planner.capture import capture
-from memplan.planner.cost import apply_costs
-from memplan.planner.errors import BudgetError
-from memplan.planner.machine import load_machine
-from memplan.planner.pipeline import Planner
-from memplan.planner.program import Program
+from memplan.planner.capture.capture import capture
+from memplan.planner.cost.table import apply_costs
+from memplan.planner.ir.errors import BudgetError
+from memplan.planner.ir.machine import load_machine
+from memplan.planner.ir.program import Program
+from memplan.planner.pipeline.planner import Planner
 from strategies import ROOMY, make_program
 from torch import nn
 

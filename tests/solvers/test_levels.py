@@ -3,11 +3,11 @@
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memplan.solvers.allocate import pack, pack_level
-from memplan.solvers.instances import cut_rectangle, tower
-from memplan.solvers.levels import pack_levels
-from memplan.solvers.repeat import find_repeats
-from memplan.solvers.storage import Storage, make_storage, peak_of
+from memplan.solvers.storage.allocate import pack, pack_level
+from memplan.solvers.storage.instances import cut_rectangle, tower
+from memplan.solvers.storage.levels import pack_levels
+from memplan.solvers.storage.problem import Storage, make_storage, peak_of
+from memplan.solvers.storage.repeat import find_repeats
 from packings import faults, make, storages
 
 EASY = settings(deadline=None, max_examples=60)

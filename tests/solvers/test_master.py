@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from memplan.planner.pipeline import Planner
-from memplan.solvers.bound import highs_model
-from memplan.solvers.timeline import score
+from memplan.planner.pipeline.planner import Planner
+from memplan.solvers.remat.bound import highs_model
+from memplan.solvers.remat.problem import score
 from strategies import ROOMY, make_program
 
 SEEDS = range(12)
@@ -69,7 +69,7 @@ def test_each_program_is_given_its_share_of_the_time(monkeypatch, integer):
         return None if len(limits) == 3 else np.ones((1, len(planner.flat.problem.size)))
 
     now = [0.0]
-    monkeypatch.setattr("memplan.solvers.master.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("memplan.solvers.remat.exact.time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(master, "solve", solve)
     master.iterate(base, planner.kept.peak, rounds=4, seconds=8.0, integer=integer)
     assert limits == ([2.0, 2.0, 2.0] if integer else [8.0, 0.0, 0.0])
@@ -79,7 +79,7 @@ def test_each_program_is_given_its_share_of_the_time(monkeypatch, integer):
 def test_the_limit_reaches_the_solver(monkeypatch, integer):
     """The option is set in both kinds of program."""
     made = []
-    monkeypatch.setattr("memplan.solvers.master.highs_model", lambda *given: made.append(highs_model(*given)) or made[-1])
+    monkeypatch.setattr("memplan.solvers.remat.exact.highs_model", lambda *given: made.append(highs_model(*given)) or made[-1])
     planner = planner_of(0)
     moments, used = planner.master.worst(planner.flat.problem.keep_all())
     planner.master.solve(planner.flat.problem.keep_all(), moments, used, 7.5, integer)

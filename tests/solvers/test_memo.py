@@ -4,10 +4,10 @@ import memplan
 import numpy as np
 import pytest
 import torch
-from memplan.planner.api import Session
-from memplan.planner.pipeline import Planner
-from memplan.solvers.memo import LAST, find_layers
-from memplan.solvers.timeline import MOVE, SINCE
+from memplan.planner.pipeline.planner import Planner
+from memplan.planner.verbs.plan import Session
+from memplan.solvers.remat.memo_rule import LAST, find_layers
+from memplan.solvers.remat.problem import MOVE, SINCE
 from transformers import GPT2Config, GPT2LMHeadModel
 
 LAYERS = 5

@@ -3,10 +3,10 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memplan.solvers.allocate import pack
-from memplan.solvers.instances import cut_rectangle
-from memplan.solvers.merge import WAYS, Merger, Weights
-from memplan.solvers.storage import Status, peak_of
+from memplan.solvers.storage.allocate import pack
+from memplan.solvers.storage.instances import cut_rectangle
+from memplan.solvers.storage.merge import WAYS, Merger, Weights
+from memplan.solvers.storage.problem import Status, peak_of
 from packings import faults, make, storages
 
 EASY = settings(deadline=None, max_examples=60)

@@ -9,16 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from memplan.passes.problem import flatten
 from memplan.passes.transfers import Transfers, routes_of
-from memplan.planner.errors import BudgetError
-from memplan.planner.machine import Link, Machine, Tier, Unit
-from memplan.planner.pipeline import Planner
-from memplan.planner.program import Kind
-from memplan.planner.referee import referee
-from memplan.planner.schedule import Start
-from memplan.solvers.anneal import anneal
-from memplan.solvers.bound import CutModel
-from memplan.solvers.replay import IN, IN_DELAY, OUT, OUT_DELAY
-from memplan.solvers.timeline import Problem, profile, score
+from memplan.planner.ir.errors import BudgetError
+from memplan.planner.ir.machine import Link, Machine, Tier, Unit
+from memplan.planner.ir.program import Kind
+from memplan.planner.ir.referee import referee
+from memplan.planner.ir.schedule import Start
+from memplan.planner.pipeline.planner import Planner
+from memplan.solvers.remat.anneal import anneal
+from memplan.solvers.remat.bound import CutModel
+from memplan.solvers.remat.problem import Problem, profile, score
+from memplan.solvers.remat.replay import IN, IN_DELAY, OUT, OUT_DELAY
 from strategies import ROOMY, events_of_program, make_program, scramble, some_homes
 
 

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 from memplan.passes.problem import flatten
-from memplan.solvers.segments import find_segments
+from memplan.solvers.remat.segments import find_segments
 from strategies import make_program
 
 

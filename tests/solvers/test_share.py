@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memplan.solvers.allocate import pack, pins_clash
-from memplan.solvers.share import FEW, pack_sharing
-from memplan.solvers.storage import FREE, Packing, Status, Storage, peak_of
+from memplan.solvers.storage.allocate import pack, pins_clash
+from memplan.solvers.storage.problem import FREE, Packing, Status, Storage, peak_of
+from memplan.solvers.storage.share import FEW, pack_sharing
 from packings import make, meet
 
 EASY = settings(deadline=None, max_examples=80)

@@ -7,19 +7,34 @@ from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memplan.planner.referee import first_clash
-from memplan.solvers.again import solve_again
-from memplan.solvers.cosma import solve_pulp, solve_sat
-from memplan.solvers.orders import beam
-from memplan.solvers.overlap import least_time
-from memplan.solvers.peakorder import Walk, find_order
-from memplan.solvers.placed import solve_placed
-from memplan.solvers.replacement import ARENAS, POLICIES, baseline, stays
-from memplan.solvers.residency import Mapped, Residency, cost_of, find_gaps, make_solver, solve_ordered
-from memplan.solvers.spm import best_of, join, peaks, smallest_peak_order, solve, solve_part, with_capacity
-from memplan.solvers.storage import peak_of
-from memplan.solvers.waists import cut
-from memplan.solvers.walls import Model, arrange, solve_walls
+from memplan.planner.ir.referee import first_clash
+from memplan.solvers.programs.cpsat import make_solver
+from memplan.solvers.scratchpad.again import solve_again
+from memplan.solvers.scratchpad.cosma import solve_pulp, solve_sat
+from memplan.solvers.scratchpad.orders import beam
+from memplan.solvers.scratchpad.overlap import least_time
+from memplan.solvers.scratchpad.peakorder import Walk, find_order
+from memplan.solvers.scratchpad.placed import solve_placed
+from memplan.solvers.scratchpad.replacement import ARENAS, POLICIES, baseline, stays
+from memplan.solvers.scratchpad.residency import (
+    Mapped,
+    Residency,
+    cost_of,
+    find_gaps,
+    solve_ordered,
+)
+from memplan.solvers.scratchpad.spm import (
+    best_of,
+    join,
+    peaks,
+    smallest_peak_order,
+    solve,
+    solve_part,
+    with_capacity,
+)
+from memplan.solvers.scratchpad.waists import cut
+from memplan.solvers.scratchpad.walls import Model, arrange, solve_walls
+from memplan.solvers.storage.problem import peak_of
 from ortools.sat.python import cp_model
 
 
@@ -357,8 +372,8 @@ def test_orders_share_the_time(monkeypatch):
         clock.now += seconds
         return Mapped(tuple(order), frozenset(), 1, 0)
 
-    monkeypatch.setattr("memplan.solvers.spm.time", clock)
-    monkeypatch.setattr("memplan.solvers.spm.solve_ordered", slow)
+    monkeypatch.setattr("memplan.solvers.scratchpad.spm.time", clock)
+    monkeypatch.setattr("memplan.solvers.scratchpad.spm.solve_ordered", slow)
     best_of(problem, [list(range(6))] * 3, 6.0, 0)
     assert clock.now == 6.0
 

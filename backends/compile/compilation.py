@@ -1,0 +1,339 @@
+"""One piece of a model -> code: AOTAutograd traces it, memplan plans it, and generated code or Inductor runs it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import torch
+from torch import _guards, fx, nn
+from torch._functorch import config as functorch_config
+from torch._functorch.aot_autograd import aot_module_simplified
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ...passes.liveness import held_bytes
+from ...planner.capture.casts import cached_casts
+from ...planner.capture.constants import Constants, own_results
+from ...planner.capture.native import native_kernels
+from ...planner.capture.tracing import in_words
+from ...planner.cost.local import device_key
+from ...planner.cost.table import Table, apply_costs
+from ...planner.ir.errors import BudgetError, MemplanError
+from ...planner.ir.machine import Machine
+from ...planner.ir.plan import Side
+from ...planner.ir.program import Program
+from ...planner.pipeline.planner import Planner
+from ..eager.codegen import Generated, generate
+from ..eager.recast import Backward
+from .identity import Arguments
+from .ledger import Visit, burden, left_bytes, small_schedules, storages
+from .partition import Joint, describe, emit, pack, token_of, unpack, visits_of
+
+if TYPE_CHECKING:
+    from .door import Piece
+
+
+@dataclass(eq=False)
+class Code:
+    """A piece planned and compiled for one set of shapes.
+
+    Attributes:
+        planner: for other schedules of the same program.
+        side: the schedule that runs.
+        wanted: the one that is to run from the next call on.
+        callable: what AOTAutograd made.
+        backward: asked whether it may run under autocast.
+        visit: the run under way, to be told what it returned and saved.
+    """
+
+    planner: Planner
+    side: Side
+    wanted: Side
+    callable: Callable[..., Any]
+    backward: Backward
+    visit: Visit | None = None
+
+    @staticmethod
+    def make(
+        piece: "Piece", args: Sequence[Any], machine: Machine, choose: Callable[[Planner], Side], known: Planner | None
+    ) -> "Code":
+        """Trace, plan and compile a piece for these arguments."""
+        return _Compilation(piece, machine, choose, known).compile(args)
+
+    @property
+    def program(self) -> Program:
+        """What was planned."""
+        return self.planner.program
+
+    @property
+    def own(self) -> int:
+        """Bytes at the peak, parameters and inputs left out."""
+        return self.side.peak - self.program.resident_bytes
+
+    @property
+    def held(self) -> int:
+        """Bytes held while other pieces run."""
+        return held_bytes(self.program, self.side.schedule)
+
+    @property
+    def left(self) -> int:
+        """Bytes left behind by the backward pass."""
+        return left_bytes(self.program)
+
+    def at_share(self, share: float) -> Side:
+        """A schedule with a peak that share of the way from the least to the most; the least where none is found."""
+        most = self.planner.kept
+        if share >= 1.0:
+            return most
+        least = min(small_schedules(self.planner), key=lambda side: burden(self.program, side))
+        if share <= 0.0 or least.peak >= most.peak:
+            return least
+        try:
+            return self.planner.solve(int(least.peak + share * (most.peak - least.peak))).side
+        except BudgetError:
+            return least
+
+    def run(self, args: Sequence[Any], visit: Visit) -> Any:
+        """Call it, filling in the visit."""
+        self.visit = visit
+        try:
+            return self.callable(*args)
+        finally:
+            self.visit = None
+
+    def returned(self, outputs: Sequence[Any], saved: Sequence[Any]) -> None:
+        """The forward pass has ended."""
+        if self.visit is None:
+            return
+        rounding = self.planner.machine.tiers[0].rounding
+        self.visit.outputs = storages([value for value in outputs if isinstance(value, torch.Tensor)], rounding)
+        made = [value.untyped_storage() for value in saved if isinstance(value, torch.Tensor)]
+        made = [
+            storage for storage in made if storage._cdata not in self.visit.inputs and storage._cdata not in self.visit.outputs
+        ]
+        if made:
+            self.visit.saved = StorageWeakRef(max(made, key=lambda storage: storage.nbytes()))
+
+
+class _Compilation:
+    """One pass through AOTAutograd: its callbacks share what the partition has found."""
+
+    def __init__(self, piece: "Piece", machine: Machine, choose: Callable[[Planner], Side], known: Planner | None):
+        self.piece = piece
+        self.machine = machine
+        self.choose = choose
+        self.known = known
+        self.inductor = piece.ledger.options.inner == "inductor"
+        self.mode = None if self.inductor else Constants()
+        self.arguments: Arguments | None = None
+        self.code: Code | None = None
+        self.joint: Joint | None = None
+        self.generated: Generated | None = None
+
+    def compile(self, args: Sequence[Any]) -> Code:
+        """The piece, planned and compiled.
+
+        Raises:
+            CaptureError: AOTAutograd, or Inductor, cannot.
+            BudgetError: no schedule fits.
+        """
+        self.arguments = self.piece.arguments(args)
+        traced: Any = self.piece.gm if self.mode is None else _Called(self.piece.gm, self.mode)
+        with in_words(f"compile {self.piece.name}"), surroundings(self.inductor, self.mode):
+            made = aot_module_simplified(
+                traced,
+                list(args),
+                fw_compiler=self.compile_forward,
+                bw_compiler=self.compile_backward,
+                inference_compiler=self.compile_inference,
+                partition_fn=self.partition,
+                decompositions=decompositions(self.inductor),
+            )
+        if self.code is None:
+            raise MemplanError(f"AOTAutograd compiled {self.piece.name} without asking for a partition")
+        self.code.callable = made
+        return self.code
+
+    def plan(self, graph: fx.GraphModule, forward_outputs: int) -> None:
+        """Choose a schedule for a graph and write its code."""
+        piece = self.piece
+        assert self.arguments is not None
+        region_of = no_region if self.mode is None else self.mode.region_of
+        self.joint = describe(graph, self.arguments, forward_outputs, piece.name, self.machine.device, region_of)
+        program = self.joint.traced.program
+        if self.inductor:  # its random numbers come from seeds of its own, and it decides what is written in place
+            ops = tuple(msgspec.structs.replace(op, reuse=(), repeatable=op.repeatable and not op.random) for op in program.ops)
+            program = msgspec.structs.replace(program, ops=ops)
+        table = Table(device_key(self.machine.device)) if self.machine.name.startswith("local") else None
+        program = apply_costs(program, self.machine, table)
+        if self.known is not None and self.known.program.digest == program.digest:
+            planner = self.known
+        else:
+            levers = piece.ledger.options.levers
+            planner = Planner(
+                program,
+                self.machine,
+                recompute="recompute" in levers,
+                reorder="reorder" in levers,
+                offload="offload" in levers,
+                seed=piece.ledger.options.seed,
+            )
+        side = self.choose(planner)
+        with _disable_current_modes():  # space in other tiers is real
+            self.generated = generate(self.joint.traced, side.schedule, self.machine)
+        self.code = Code(planner, side, side, no_code, Backward(self.joint.traced))
+
+    def partition(
+        self, graph: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **rest: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """AOTAutograd's question: what is forward, what is backward, and what is saved between them?"""
+        self.plan(graph, num_fwd_outputs)
+        assert self.joint is not None
+        assert self.code is not None
+        assert self.generated is not None
+        return emit(self.joint, self.code.side.schedule, self.generated, self.machine)
+
+    def compile_forward(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """The forward pass: a list of inputs, which is emptied, to outputs and what is saved."""
+        assert self.code is not None
+        assert self.joint is not None
+        code, count = self.code, len(self.joint.returns)
+        inner = self.inner(gm, example_inputs, count, False) if self.inductor else self.eager_forward()
+
+        def forward(args: list[Any]) -> Any:
+            results = inner(args)
+            code.returned(results[:count], results[count:])
+            return results
+
+        return boxed(forward)
+
+    def compile_backward(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """The backward pass: a list of saved tensors and tangents, which is emptied, to gradients."""
+        if self.inductor:
+            with surroundings(True):
+                return torch._dynamo.disable(self.inner(gm, example_inputs, 0, True), reason="memplan has planned it")
+        return torch._dynamo.disable(boxed(self.eager_backward()), reason="memplan has planned it")
+
+    def compile_inference(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """A pass that nothing follows."""
+        ends = next(iter(gm.graph.find_nodes(op="output")))
+        self.plan(gm, len(ends.args[0]))
+        assert self.joint is not None
+        if not self.inductor:
+            return boxed(self.eager_forward())
+        return self.inner(gm, example_inputs, len(self.joint.returns), False, inference=True)
+
+    def eager_forward(self) -> Callable[[list[Any]], list[Any]]:
+        """Generated code under AOTAutograd's convention."""
+        assert self.generated is not None
+        assert self.joint is not None
+        code, returns = self.generated, self.joint.returns
+        plain, ends = len(code.saved), len(code.saved) + code.states
+        positions = iter(range(len(code.arguments)))
+        fixed = [(None if source.kind == "constant" else next(positions), source.value) for source in code.arguments]
+
+        def forward(args: list[Any]) -> list[Any]:
+            given = [value if place is None else args[place] for place, value in fixed]
+            args.clear()
+            with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
+                made, saved = code.forward(given)
+            tensors = iter(made)
+            outputs = [next(tensors) if isinstance(value, fx.Node) else value for value in returns]
+            states, visits = saved[plain:ends], saved[ends:]
+            return [*outputs, *saved[:plain], *(pack(state) for state in states), *([token_of(visits)] if visits else [])]
+
+        return forward
+
+    def eager_backward(self) -> Callable[[list[Any]], list[Any]]:
+        """Generated code under AOTAutograd's convention."""
+        assert self.generated is not None
+        code = self.generated
+        constants = [position for position, source in enumerate(code.arguments) if source.kind == "constant"]
+        inputs = len(code.arguments) - len(constants)
+        places = [place - sum(constant < place for constant in constants) for place in code.gradients]
+        plain, ends = len(code.saved), len(code.saved) + code.states
+
+        def backward(args: list[Any]) -> list[Any]:
+            visits = visits_of(args[ends]) if code.tiers else []
+            saved: list[Any] = [*args[:plain], *(unpack(state) for state in args[plain:ends]), *visits]
+            tangents = args[ends + bool(code.tiers) :]
+            args.clear()
+            with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
+                found = code.backward(saved, tangents)
+            result: list[Any] = [None] * inputs
+            for place, gradient in zip(places, found, strict=True):
+                result[place] = gradient
+            return result
+
+        return backward
+
+    def inner(self, graph: fx.GraphModule, inputs: Sequence[Any], visible: int, backward: bool, inference: bool = False) -> Any:
+        """A graph compiled by Inductor; the first outputs keep the strides that the caller expects."""
+        from torch._inductor.compile_fx import compile_fx_inner
+        from torch._inductor.fx_passes.replace_random import replace_random_passes
+        from torch._inductor.virtualized import V
+
+        ends = next(iter(graph.graph.find_nodes(op="output")))
+        ends.meta["user_visible_output_idxs"] = list(range(visible))
+        with V.set_fake_mode(_guards.detect_fake_mode(list(inputs))):
+            replace_random_passes(graph)  # random numbers from seeds: Inductor knows no other
+        return compile_fx_inner(graph, list(inputs), is_backward=backward, is_inference=inference)
+
+
+class _Called(nn.Module):
+    """A piece as it is traced for eager's kernels: told which of its casts are autocast's."""
+
+    def __init__(self, piece: fx.GraphModule, mode: Constants):
+        super().__init__()
+        self.piece = piece
+        self.mode = mode
+        self.caches = torch.is_grad_enabled() and torch.is_autocast_cache_enabled()
+
+    def forward(self, *args: Any) -> Any:
+        with cached_casts(self.mode, self.caches):
+            return self.piece(*args)
+
+
+def no_region(cast: fx.Node) -> None:
+    """Inductor's arithmetic is its own, and nobody keeps its casts."""
+
+
+def boxed(function: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
+    """Mark a function as one that empties its list of arguments, so that AOTAutograd holds nothing either."""
+    function._boxed_call = True  # type: ignore[attr-defined]
+    return function
+
+
+def no_code(*args: Any) -> Any:
+    """Stands in until AOTAutograd has returned."""
+    raise MemplanError("the piece is still being compiled")
+
+
+def decompositions(inductor: bool) -> dict[Any, Any]:
+    """Ops to take apart while tracing: none where eager's kernels run, Inductor's own where it compiles."""
+    if not inductor:
+        return {}
+    from torch._inductor.decomposition import select_decomp_table
+
+    return dict(select_decomp_table())
+
+
+@contextmanager
+def surroundings(inductor: bool, mode: FakeTensorMode | None = None) -> Iterator[None]:
+    """What a piece is traced under.
+
+    For eager's kernels, that these stay in one piece, and fake tensors laid out as they lay theirs out; for Inductor, a context
+    to report strides to. Autocast is off in the backward pass, where it is off in eager if `backward()` is called outside.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(functorch_config.patch(backward_pass_autocast="off"))
+        if not inductor:
+            stack.enter_context(native_kernels())
+            stack.enter_context(own_results())
+        if mode is not None or _guards.TracingContext.try_get() is None:
+            mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
+            stack.enter_context(_guards.tracing(_guards.TracingContext(mode)))
+        yield

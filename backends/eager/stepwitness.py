@@ -1,0 +1,115 @@
+"""Watches the steps of one planned module: what is beside their budget, and whether they run at all.
+
+A tool may put another `forward` in the planned one's place. Whether that calls the planned one cannot be seen from outside;
+but if a gradient then reaches a parameter and no planned step has run backward, it did not. One parameter has a hook that
+looks. As long as `forward` is the planned one, gradients that come otherwise are nobody's concern: the model that was planned
+shares its parameters, and may be trained as it is.
+"""
+
+import weakref
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...passes.liveness import held_bytes
+from ...planner.ir.errors import UnplannedWarning
+from .witness import Seen, Witness, keeps_graph
+
+if TYPE_CHECKING:
+    from ...planner.ir.plan import Plan
+    from .module import _Runner
+
+
+class Mark:
+    """One forward pass whose backward pass is to come; it lives as long as what that needs."""
+
+    __slots__ = ("__weakref__",)
+
+
+class StepWitness(Witness):
+    """The witness of one planned module.
+
+    Attributes:
+        held: bytes that a step holds between its passes.
+        outside: the caller computes the loss.
+        marks: forward passes whose backward pass is to come.
+        came: a planned step has run backward, and the watched parameter's gradient has not been accumulated since.
+    """
+
+    def __init__(self, budget: int | str | None, held: int, outside: bool, seen: list[Seen]):
+        super().__init__(budget, seen)
+        self.held = held
+        self.outside = outside
+        self.marks: weakref.WeakSet[Mark] = weakref.WeakSet()
+        self.came = False
+
+    @staticmethod
+    def of(plan: "Plan") -> "StepWitness":
+        """The witness of a plan's steps."""
+        return StepWitness(plan.budget, held_bytes(plan.program, plan.schedule), plan.recipe.loss, plan.seen)
+
+    def anew(self) -> "StepWitness":
+        """The witness of a copy."""
+        return StepWitness(self.budget, self.held, self.outside, self.seen)
+
+    def begin(self, parameters: Iterable[torch.Tensor], alone: bool) -> None:
+        """A training step is about to begin; `alone` if it refuses to begin before an earlier one has ended."""
+        if self.budget is None:
+            return
+        self.gradients(parameters)
+        self.buckets()
+        if self.marks and not alone:  # a step that is alone in its arena, or with its homes, refuses a second itself
+            self.pending(self.held)
+
+    def mark(self) -> Mark:
+        """A forward pass begins."""
+        made = Mark()
+        self.marks.add(made)
+        return made
+
+    def backward(self, mark: Mark) -> None:
+        """A planned backward pass begins."""
+        self.marks.discard(mark)
+        self.came = True
+        if self.budget is not None and self.outside and keeps_graph():
+            self.retained(0, "what the graph between the planned step and the loss has saved")
+
+    def watch(self, runner: "_Runner", name: str, parameter: Any) -> None:
+        """Have a parameter's gradients looked at: has a planned step made them?
+
+        Args:
+            runner: the planned forward; not kept alive by this.
+            name: the parameter's.
+            parameter: one whose gradient the planned step makes.
+        """
+        module, known = weakref.ref(runner.module), weakref.ref(runner)  # who replaces `forward` drops the runner
+
+        def arrived(reached: torch.Tensor) -> None:
+            planned = module()
+            if planned is not None:
+                self.arrived(planned, known(), name)
+
+        handle = parameter.register_post_accumulate_grad_hook(arrived)
+        weakref.finalize(runner.module, handle.remove).atexit = False
+
+    def arrived(self, module: torch.nn.Module, runner: "_Runner | None", name: str) -> None:
+        """A gradient has been accumulated into the watched parameter of a planned module."""
+        came, self.came = self.came, False
+        found = vars(module).get("forward")
+        if came or (found is not None and found is runner) or "unplanned" in self.said:
+            return
+        instead = "nothing" if found is None else told(found)
+        self.say("unplanned", 0, f"a gradient reached {name} without the planned step: the planned module's forward has been "
+                 f"replaced by {instead}, which does not call the planned one, so no budget is kept; apply the plan after the "
+                 "tool has made its changes, or have what replaces forward call it", UnplannedWarning)  # fmt: skip
+
+
+def told(function: Any) -> str:
+    """What to call a function: its module and name."""
+    inner = getattr(function, "__func__", function)
+    name = getattr(inner, "__qualname__", type(inner).__name__)
+    return f"{getattr(inner, '__module__', None) or type(inner).__module__}.{name}"
+
+
+__all__ = ["StepWitness"]

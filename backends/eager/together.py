@@ -1,0 +1,52 @@
+"""Several calls of a planned module in one backward pass: where eager PyTorch would add gradients in another order, it is said.
+
+A planned step is one node of autograd, which returns one gradient for each parameter. Where a parameter is used several times
+in a step, eager mode adds each of its terms to what the later calls have left, ((b2 + b1) + a2) + a1; of two planned steps
+autograd adds the sums, (b2 + b1) + (a2 + a1). And under autocast eager mode keeps one cast of a parameter for all calls in the
+same region, and adds up their gradients in 16 bits; planned steps cast theirs back first. To return the terms as they are made,
+every one of them would have to be kept until the step's end: that is memory, which was planned for something else.
+"""
+
+import warnings
+
+import torch
+
+from ...planner.capture.graph import Traced
+
+HALF = (torch.float16, torch.bfloat16)
+ADVICE = "call backward() after each call for eager's very bits"
+
+
+class Together:
+    """Says once that calls that share a backward pass have not eager's last bits.
+
+    Attributes:
+        why: what of the step makes a difference; None where nothing does.
+        last: the backward pass in which a step of the module ran last.
+    """
+
+    def __init__(self, traced: Traced):
+        self.why = reason(traced)
+        self.last = -1
+
+    def note(self) -> None:
+        """A step's backward pass begins."""
+        number = getattr(torch._C, "_current_graph_task_id", lambda: -1)()
+        if number >= 0 and number == self.last and self.why is not None:
+            warnings.warn(f"several calls of a planned module share one backward pass, and {self.why}; {ADVICE}", stacklevel=3)
+            self.why = None
+        self.last = number
+
+
+def reason(traced: Traced) -> str | None:
+    """What makes the gradients of two calls together other than eager's, in their last bits."""
+    for place, gradient in traced.gradients:
+        name, target = traced.sources[place].name, gradient.target
+        first = next(iter(gradient.all_input_nodes), None)
+        if target == torch.ops.aten._to_copy.default and first is not None and first.meta["val"].dtype in HALF:
+            return (f"{name} is cast by autocast, whose cache lets eager mode add up the gradients of all calls in 16 bits: "
+                    "planned ones are added up in the parameter's type")  # fmt: skip
+        if target == torch.ops.aten.add.Tensor and len(gradient.all_input_nodes) == 2:
+            return (f"{name} is used several times in each, whose gradients are added up call by call, where eager mode adds "
+                    "term by term: last bits differ")  # fmt: skip
+    return None

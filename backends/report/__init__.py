@@ -1,0 +1,4 @@
+"""Plans for people: the replay behind every picture, exports for other tools, HTML.
+
+Imports `planner.ir` alone.
+"""

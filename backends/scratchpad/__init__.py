@@ -1,0 +1,1 @@
+"""A scratchpad machine that runs a mapping on exactly so many bytes."""

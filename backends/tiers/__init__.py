@@ -1,0 +1,1 @@
+"""Memory behind the device: files on a disk, pinned memory of the host."""

@@ -1,0 +1,78 @@
+"""The bytes that eager PyTorch holds at its peak, from a step that runs on fake tensors as autograd runs it.
+
+The unplanned schedule frees each value after its last reader, and makes what autograd would save. Eager mode frees a value when
+nobody refers to it any more: a loop's variable outlives its use, `torch.utils.checkpoint` drops what is inside it. No graph
+knows that; the run does (`planner.capture.eagerly`).
+"""
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..cost.table import Table
+from ..cost.workspaces import modelled_workspace
+from ..ir.program import Kind, Phase, Program
+from .nodes import describe_call, is_view
+
+Moments = dict[str, tuple[int, int]]  # an op's key -> the most bytes that live when it returns, and how many it has written
+
+
+class Live(TorchDispatchMode):
+    """Counts the storages that live while ops run. Enter it after the mode of the fake tensors.
+
+    Attributes:
+        moments: for each kind of op, when the most lived.
+    """
+
+    def __init__(self, given: Iterable[torch.Tensor]):
+        super().__init__()
+        self.moments: Moments = {}
+        self.sizes: dict[int, int] = {}
+        self.now = 0
+        for tensor in given:
+            self.meet(tensor)
+
+    def meet(self, tensor: torch.Tensor) -> int:
+        """Count a tensor's storage until it is freed. Returns its bytes if it is new."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.sizes:
+            return 0
+        self.sizes[key] = size = storage.nbytes()
+        self.now += size
+        weakref.finalize(storage, self.forget, key).atexit = False
+        return size
+
+    def forget(self, key: int) -> None:
+        """A storage has been freed."""
+        self.now -= self.sizes.pop(key, 0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = sum(self.meet(leaf) for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor))
+        if not is_view(func):
+            key = describe_call(func, args, kwargs or {})
+            self.moments[key] = max(self.moments.get(key, (0, 0)), (self.now, made))
+        return result
+
+
+def eager_peak(moments: Moments, program: Program, table: Table | None) -> int:
+    """Bytes at the peak of a step in eager mode, optimizer state and the workspaces of kernels counted.
+
+    Args:
+        moments: of its forward and backward pass.
+        program: of the same step, with its costs: its optimizer's figures.
+        table: measurements of the device, or None.
+    """
+    state = sum(buffer.bytes for buffer in program.buffers if buffer.kind is Kind.STATE)
+    peak = 0
+    for key, (live, made) in moments.items():
+        figures = table.get(key) if table is not None else None
+        peak = max(peak, live + (modelled_workspace(key, made, program.device) if figures is None else figures.workspace))
+    gradients = sum(buffer.bytes for buffer in program.buffers if buffer.kind is Kind.GRADIENT)
+    updates = [op.workspace for op in program.ops if op.phase is Phase.UPDATE]
+    return state + peak if not updates else max(state + peak, program.resident_bytes + gradients + max(updates))

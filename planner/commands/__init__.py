@@ -1,1 +1,0 @@
-"""The commands: each parses its own options, calls the API, and prints."""

@@ -1,0 +1,185 @@
+"""What `memplan alloc` does: a file of buffers, pool by pool, to addresses that were checked."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...solvers.storage.allocate import pack
+from ...solvers.storage.formulations import pack_mip, pack_sat
+from ...solvers.storage.problem import Packing, Status, peak_of
+from ...solvers.storage.share import clipped, pack_sharing
+from ...solvers.warm import compile_addresses
+from ..ir.bufferfile import Trace, read_trace, write_trace
+from ..ir.errors import MemplanError
+from ..ir.units import parse_bytes, show_bytes, show_count
+from ..pipeline.storage import alignment_of, approve, no_packing, overwritten, storage_of
+
+SOLVERS = {"auto": pack, "cp-sat": pack_sat, "mip": pack_mip}
+WORST_FIRST = (Status.INFEASIBLE, Status.UNKNOWN, Status.FEASIBLE, Status.OPTIMAL)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The answer for one memory.
+
+    Attributes:
+        name: of the pool; empty where the file has none.
+        rows: its buffers, as indices into the file.
+        packing: the solver's answer.
+        peak: the end of the highest buffer; None where nothing was found.
+        capacity: that was asked for, or None.
+        reason: why there is no answer, or empty.
+    """
+
+    name: str
+    rows: list[int]
+    packing: Packing
+    peak: int | None
+    capacity: int | None
+    reason: str
+
+    def facts(self) -> dict[str, Any]:
+        """For JSON."""
+        found = self.packing
+        return {
+            "peak": self.peak, "lower_bound": found.bound, "status": found.status.value, "buffers": len(self.rows),
+            "method": found.method, "capacity": self.capacity,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Places:
+    """The answer for a file."""
+
+    file: Path
+    trace: Trace
+    pools: list[Pool]
+    offsets: list[int]
+    seconds: float
+
+    @property
+    def reason(self) -> str:
+        """Why there is no answer, in one line, or empty."""
+        found = [(pool.name, pool.reason) for pool in self.pools if pool.reason]
+        return "" if not found else f"pool {found[0][0]!r}: {found[0][1]}" if len(self.pools) > 1 else found[0][1]
+
+    @property
+    def peak(self) -> int | None:
+        """Bytes of all pools together; None where one has no answer."""
+        peaks = [pool.peak for pool in self.pools]
+        return None if None in peaks else sum(peak for peak in peaks if peak is not None)
+
+    @property
+    def bound(self) -> int:
+        """No addresses need fewer bytes, all pools together."""
+        return sum(pool.packing.bound for pool in self.pools)
+
+    def facts(self) -> dict[str, Any]:
+        """For JSON."""
+        many = len(self.pools) > 1
+        status = min((pool.packing.status for pool in self.pools), key=WORST_FIRST.index)
+        facts: dict[str, Any] = {
+            "peak": self.peak,
+            "lower_bound": self.bound,
+            "status": status.value,
+            "seconds": self.seconds,
+            "buffers": len(self.trace.ids),
+            "method": "by pool" if many else self.pools[0].packing.method,
+            "capacity": None if many else self.pools[0].capacity,
+        }
+        facts |= {"pools": {pool.name: pool.facts() for pool in self.pools}} if many else {}
+        return facts | ({"reason": self.reason} if self.reason else {})
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """For people: what, the figure, and what to say of it."""
+        peak = self.peak or 0
+        over = peak / self.bound - 1 if self.bound else 0.0
+        rows: list[tuple[str, ...]] = [
+            ("peak", f"{peak}", show_bytes(peak)),
+            ("lower bound", f"{self.bound}", "proven smallest" if not over else f"peak is {over:.2%} above"),
+        ]
+        if len(self.pools) > 1:
+            for pool in self.pools:
+                how = f"{show_count(len(pool.rows), 'buffer')}, placed by {pool.packing.method}"
+                rows.append((f"pool {pool.name}", f"{pool.peak}", how))
+        else:
+            rows.append(("buffers", f"{len(self.trace.ids)}", f"placed by {self.pools[0].packing.method}"))
+        return [*rows, ("seconds", f"{self.seconds:.3f}", "")]
+
+
+def find_places(
+    file: Path, capacity: str | None, align: int, method: str, time_limit: float, seed: int,
+    report: Callable[[str, float], None],
+) -> Places:  # fmt: skip
+    """Read a file and place its buffers.
+
+    Args:
+        file: CSV, as `planner/ir/bufferfile.py` says.
+        capacity: bytes to fit into, for every pool, or as `fast=1MiB,slow=4GiB`; None for the smallest peaks.
+        align: every offset is a multiple of it, and of what the file's column `alignment` says.
+        method: the solver, one of SOLVERS.
+        time_limit: seconds for all pools together.
+        seed: of the search.
+        report: told what is being done.
+
+    Raises:
+        TraceError: what is wrong in the file, with row and column.
+        MemplanError: a capacity names no pool.
+        PlacementError: addresses did not pass the check.
+    """
+    trace = read_trace(file)
+    parts = trace.by_pool()
+    rooms = capacities(capacity, file, list(parts))
+    compile_addresses(report)
+    report("placing", 0.0)
+    began = time.perf_counter()
+    offsets, pools = [0] * len(trace.ids), []
+    for number, (name, (rows, part)) in enumerate(parts.items()):
+        aligned = alignment_of(file, part, align)
+        storage = storage_of(file, part, aligned)
+        left = max(time_limit - (time.perf_counter() - began), 0.0) / (len(parts) - number)
+        over = overwritten(part)
+        packing = pack_sharing(storage, over, SOLVERS[method], rooms[name], left, seed)
+        found = packing.offset.tolist()
+        if found:
+            approve(part, found, aligned)
+        for row, offset in zip(rows, found, strict=False):
+            offsets[row] = offset
+        fits = (found or not rows) and packing.status in (Status.OPTIMAL, Status.FEASIBLE)
+        reason = "" if fits else no_packing(part, clipped(storage, over), rooms[name], packing, time_limit)
+        peak = peak_of(storage, packing.offset) if found or not rows else None
+        pools.append(Pool(name, rows, packing, peak, rooms[name], reason))
+    return Places(file, trace, pools, offsets, time.perf_counter() - began)
+
+
+def capacities(text: str | None, file: Path, names: list[str]) -> dict[str, int | None]:
+    """The bytes of each pool: of all alike, or of those named."""
+    if text is None or "=" not in text:
+        return dict.fromkeys(names, None if text is None else parse_bytes(text, what="capacity"))
+    named = {name.strip(): size for name, _, size in (word.partition("=") for word in text.split(","))}
+    for name in named:
+        if name not in names:
+            pools = ", ".join(map(repr, names)) if names != [""] else "none"
+            raise MemplanError(f"--capacity names the pool {name!r}, and the pools of {file} are: {pools}")
+    return {name: parse_bytes(named[name], what="capacity") if name in named else None for name in names}
+
+
+def write_places(places: Places, out: Path | None, pictures: list[Path]) -> None:
+    """The file again with offsets, and the packing drawn, pools one above the other."""
+    trace, offsets = places.trace, places.offsets
+    if out is not None:
+        write_trace(out, trace, offsets)
+    if not pictures:
+        return
+    from ...backends.report.pictures import packing, save
+
+    base, lifted = 0, list(offsets)
+    for pool in places.pools:
+        for row in pool.rows:
+            lifted[row] += base
+        base += pool.peak or 0
+    room = places.pools[0].capacity if len(places.pools) == 1 else None
+    for path in pictures:
+        save(packing(places.file.name, trace.spans, trace.sizes, lifted, places.bound, room), path)

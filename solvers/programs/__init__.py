@@ -1,0 +1,1 @@
+"""Exact programs: what every room states its integer and constraint programs through."""
