@@ -1,4 +1,4 @@
-"""A table of torch's functions for `tests/backends/test_sweep.py`: name -> (shape of what the function reads, function)."""
+"""A table of torch's functions for `test_sweep.py`: name -> (shape of what the function reads, function)."""
 
 import torch
 from torch.nn import functional as F

@@ -1,4 +1,4 @@
-"""A table of torch.nn's modules for `tests/backends/test_sweep.py`: name -> (shape of what the module reads, module, use)."""
+"""A table of torch.nn's modules for `test_sweep.py`: name -> (shape of what the module reads, module, use)."""
 
 from functools import partial
 

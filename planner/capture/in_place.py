@@ -9,11 +9,11 @@ from torch import fx
 from .nodes import span
 
 # CPU kernels that reduce each row of the last dimension before they write any of it: as safe in place as pointwise ones.
-# Tested bit for bit against the ordinary call in tests/planner/test_in_place.py; CUDA's kernels are not on the list,
+# Tested bit for bit against the ordinary call in tests/planner/capture/test_in_place.py; CUDA's kernels are not on the list,
 # for nobody has tested them.
 ROWWISE = {"_softmax": 1, "_log_softmax": 1, "_softmax_backward_data": 2, "_log_softmax_backward_data": 2}
 # Its in-place form rounds the number to the tensor's 16 bits first, which the ordinary call does not: this one writes the same
-# as that. Of all operators that have a form to write in place with, it is the only one (tests/planner/test_in_place.py).
+# as that. Of all operators that have a form to write in place with, it is the only one (test_in_place.py).
 WRITTEN = {torch.ops.aten.mul.Scalar: torch.ops.aten.mul.out}
 
 

@@ -1,8 +1,8 @@
 """Layouts, a type and a size that torch's fake kernels get wrong.
 
 What tracing sees has to be what the device's kernel makes, for views follow it. Layouts were found by running torch's
-operators and their gradients on operands of different layouts, real and fake (`tests/planner/test_layouts.py` does so for
-these), and read in the kernels' sources: where the processor's kernel and a GPU's differ, the rule is the processor's alone.
+operators and their gradients on operands of different layouts, real and fake (`test_layouts.py` does so for these), and read in
+the kernels' sources: where the processor's kernel and a GPU's differ, the rule is the processor's alone.
 """
 
 from collections.abc import Iterable

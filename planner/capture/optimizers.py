@@ -146,7 +146,7 @@ def check_alone(optimizer: Any, parameters: Mapping[str, torch.Tensor]) -> None:
 def temporaries_of(name: str, plain: int, group: Mapping[str, Any], together: bool) -> tuple[int, int]:
     """Temporaries of a parameter's size with a group's options: while one is updated, and those left until the next.
 
-    Read in torch/optim and measured in tests/planner/test_optimizers.py. The loop's step negates and decays a gradient into new
+    Read in torch/optim and measured in test_optimizers.py. The loop's step negates and decays a gradient into new
     tensors and drops the old; the multi-tensor one does each into the same, and Nesterov's step in the gradients themselves.
 
     Args:

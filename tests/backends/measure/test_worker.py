@@ -10,9 +10,10 @@ import msgspec
 import pytest
 import torch
 from memplan.backends.eager.calls import NoRoom, Unmeasurable, build, free_bytes
+from memplan.backends.measure import meters, timing
+from memplan.backends.measure import worker as measuring
 from memplan.backends.measure.meters import allocator_extra, cuda_environment, seconds_of
-from memplan.backends.measure.worker import answer, calibrate, measure, meters, timing
-from memplan.backends.measure.worker import worker as measuring
+from memplan.backends.measure.worker import answer, calibrate, measure
 from memplan.planner.cost.estimate import Work
 from memplan.planner.cost.gauge import Reading, Reference
 from memplan.planner.cost.table import Figures, Table

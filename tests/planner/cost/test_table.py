@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from memplan.planner.cost import local
 from memplan.planner.cost.estimate import Work
 from memplan.planner.cost.gauge import Reading
 from memplan.planner.cost.keys import measurable
 from memplan.planner.cost.local import control_group_limits, device_key, local_machine, memory_limit
-from memplan.planner.cost.table import Figures, Table, apply_costs, coverage, local, roofline
+from memplan.planner.cost.table import Figures, Table, apply_costs, coverage, roofline
 from memplan.planner.cost.workspaces import cublas_bytes, modelled_workspace
 from memplan.planner.ir.machine import Machine, Tier, Unit, load_machine, preset_names
 from memplan.planner.ir.program import Buffer, Kind, Op, Phase, Program

@@ -7,8 +7,9 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+from memplan.backends.report import pictures
 from memplan.backends.report.queues import BAR, INTO, OUT, RUNS, SINGLE, boxes, lanes, shares
-from memplan.backends.report.replay import RECOMPUTED, copies, held, lives, pictures
+from memplan.backends.report.replay import RECOMPUTED, copies, held, lives
 from memplan.planner.ir.machine import Link, Machine, Tier, load_machine
 from memplan.planner.ir.plan import Plan, Recipe, Side, unlimited
 from memplan.planner.ir.program import Buffer, Kind, Op, Phase, Program

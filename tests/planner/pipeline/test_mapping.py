@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from memplan.passes.fuse import Fuse
 from memplan.passes.prefetch import Prefetch
-from memplan.planner.cli.app import app as cli
+from memplan.planner.cli import app as cli
 from memplan.planner.ir.errors import BudgetError, InvalidSchedule, MachineError, MemplanError
 from memplan.planner.ir.machine import load_machine
 from memplan.planner.ir.program import Buffer, Kind, Op, Phase, Program

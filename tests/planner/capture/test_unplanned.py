@@ -14,7 +14,7 @@ from memplan.planner.verbs.plan import Session
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-FILE = Path(__file__).parents[2] / "benchmarks" / "losses.py"
+FILE = Path(__file__).parents[3] / "benchmarks" / "losses.py"
 LOSSES = runpy.run_path(str(FILE))["LOSSES"]
 EXACT = ("gradient_penalty", "gradient_by_func", "kept_masks")  # nothing but autograd holds memory beyond its last use
 

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from memplan.backends.measure import compare as turns
 from memplan.backends.measure.compare import Child, Comparison, compare, in_turns
 from memplan.backends.measure.training import Request, Trial, in_fresh_process
-from memplan.backends.measure.worker import compare as turns
 from memplan.planner.ir.errors import MemplanError
 
 FACTORY = """

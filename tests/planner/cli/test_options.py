@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from memplan.planner.cli.app import app as cli
+from memplan.planner.cli import app as cli
 
 MODEL = "hf:gpt2?n_layer=1"
 COMMANDS = ("", "plan", "show", "check", "run", "sweep", "machines", "calibrate", "alloc", "map")

@@ -107,7 +107,7 @@ def test_a_plan_of_the_last_release_is_still_applied():
     """Its description of inputs has no places and another nesting; its optimizer has fewer figures."""
     model, other = (nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4)) for _ in range(2))
     other.load_state_dict(model.state_dict())
-    plan = memplan.load(Path(__file__).parent.parent / "data" / "plan-of-0.1.0.json")
+    plan = memplan.load(Path(__file__).parents[2] / "data" / "plan-of-0.1.0.json")
     fast, x = plan.apply(model, loss=square), torch.randn(4, 8)
     for module in (fast, other):
         square(module(x)).backward()

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import msgspec
 import pytest
-from memplan.backends.report.replay import exports
+from memplan.backends.report import exports
 from memplan.planner.ir.machine import load_machine
 from memplan.planner.ir.plan import Plan, Recipe, Side, unlimited
 from memplan.planner.ir.program import Buffer, Kind, Op, Phase, Program

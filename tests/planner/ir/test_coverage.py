@@ -8,11 +8,12 @@ import memplan
 import msgspec
 import pytest
 import torch
-from memplan.backends.measure.worker import worker as measuring
+from memplan.backends.measure import worker as measuring
 from memplan.planner.cli.tables import plan_facts
+from memplan.planner.cost import local
 from memplan.planner.cost.gauge import Reading
 from memplan.planner.cost.local import Rates
-from memplan.planner.cost.table import Figures, local
+from memplan.planner.cost.table import Figures
 from memplan.planner.ir.coverage import Coverage
 from torch import nn
 

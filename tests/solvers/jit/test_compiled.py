@@ -11,7 +11,7 @@ import torch
 from memplan.solvers import warm
 from memplan.solvers.jit import compiled
 from memplan.solvers.remat import anneal, replay
-from memplan.solvers.storage.problem import canonical, greedy
+from memplan.solvers.storage import canonical, greedy
 from torch import nn
 
 SMALL = """
@@ -55,8 +55,9 @@ def test_without_a_place_to_write_it_works(tmp_path):
 def test_another_edition_has_another_folder(monkeypatch, tmp_path):
     """numba would take a function's old code where only what it calls has changed."""
     assert compiled.edition() == compiled.edition()
-    (tmp_path / "compiled.py").write_text("other")
-    monkeypatch.setattr(compiled, "__file__", str(tmp_path / "compiled.py"))
+    (tmp_path / "jit").mkdir()
+    (tmp_path / "jit" / "compiled.py").write_text("other")
+    monkeypatch.setattr(compiled, "__file__", str(tmp_path / "jit" / "compiled.py"))
     first = compiled.edition()
     (tmp_path / "more.py").write_text("")
     assert compiled.edition() != first

@@ -10,7 +10,7 @@ from memplan.planner.cli.flags import ELSEWHERE, in_flags
 from memplan.planner.verbs import map as maps
 from memplan.planner.verbs import plan as api
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 WORDS = {*inspect.signature(api.plan).parameters, *inspect.signature(maps.map_model).parameters} - {"model", "args", "progress"}
 
 

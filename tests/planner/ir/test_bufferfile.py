@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from memplan.planner.cli.app import app as cli
+from memplan.planner.cli import app as cli
 from memplan.planner.ir import bufferfile as trace
 from memplan.planner.ir.bufferfile import read_trace, write_trace
 from memplan.planner.ir.errors import PlacementError, TraceError

@@ -10,8 +10,8 @@ import memplan
 import pytest
 import torch
 import torch.utils._pytree as pytree
+from memplan.backends.eager import module as eager
 from memplan.backends.eager.graphs import WARM, extra_bytes
-from memplan.backends.eager.module import module as eager
 from memplan.planner.capture.nodes import is_view
 from memplan.planner.ir.errors import BudgetError, MemplanError
 from torch import nn

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from memplan.planner.cli.app import app as cli
+from memplan.planner.cli import app as cli
 from memplan.planner.ir.errors import BudgetError, CaptureError
 from memplan.planner.ir.machine import load_machine
 from memplan.planner.ir.plan import Plan, Recipe, Side, unlimited
@@ -243,8 +243,8 @@ def test_sweep_prints_the_curve(capsys, monkeypatch, tmp_path):
 
 
 def test_run_puts_predictions_beside_measurements(capsys, monkeypatch):
-    from memplan.backends.measure.worker import compare as turns
-    from memplan.backends.measure.worker import training as trial
+    from memplan.backends.measure import compare as turns
+    from memplan.backends.measure import training as trial
 
     def pretend(plain, planned, peaks, device, tell):
         assert (plain.plan, peaks, device) == (None, (4 << 20, small_plan().peak), "cuda")
@@ -313,7 +313,7 @@ def test_a_trial_measures_itself_and_repeats_in_any_process():
 
 
 def test_a_trial_that_fails_says_why(capsys, monkeypatch):
-    from memplan.backends.measure.worker import training as trial
+    from memplan.backends.measure import training as trial
 
     request = msgspec.json.encode(trial.Request("no.py:f", None, 1))
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(request)))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from memplan.planner.cost import disk, local, probe
 from memplan.planner.cost.disk import (
     DiskRates,
     each_chunk,
@@ -19,7 +20,6 @@ from memplan.planner.cost.disk import (
 )
 from memplan.planner.cost.gauge import Reading, Reference
 from memplan.planner.cost.local import PAGE, Rates, device_key, doubts_rates, local_machine, memory_available
-from memplan.planner.cost.table import disk, local, probe
 from memplan.planner.cost.workspaces import cublas_bytes
 from memplan.planner.ir.errors import MachineError
 

@@ -6,7 +6,7 @@ import sys
 import time
 
 import pytest
-from memplan.planner.cli.app import progress as shown
+from memplan.planner.cli import progress as shown
 from memplan.planner.cli.progress import RunningLine, progress
 from rich.console import Console
 
