@@ -1,91 +1,13 @@
-"""Who may import whom, read from the folders and the source; and what must not be loaded."""
+"""Who may import whom, and what must not be loaded: see `rooms.py`."""
 
 import ast
 import subprocess
 import sys
 import tomllib
-from functools import cache
-from pathlib import Path
 
 import networkx as nx
 import pytest
-
-ROOT = Path(__file__).parent.parent
-STOREYS = ("planner", "passes", "solvers", "backends")
-# Rooms, lowest first; a storey stands for its rooms that are not named. A room imports what is below it; of rooms on one
-# line each may import the others as long as there is no way back.
-ORDER = (
-    ("planner.ir",),
-    ("planner.cost",),
-    ("planner.capture", "planner.models", "solvers"),
-    ("passes",),
-    ("planner.pipeline",),
-    ("backends",),
-    ("planner.verbs",),
-    ("planner.cli",),
-)
-# The one import that goes up, made when a method is called.
-FACE = ("planner.ir.plan", "backends.eager.module")  # `Plan.apply`
-
-
-@cache
-def modules() -> dict[str, Path]:
-    """Every module of the package by its dotted name, without the package's."""
-    found = {}
-    for storey in STOREYS:
-        for path in sorted((ROOT / storey).rglob("*.py")):
-            parts = path.relative_to(ROOT).with_suffix("").parts
-            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
-
-
-def room_of(name: str) -> str:
-    """The folder that a module lies in, dotted."""
-    return ".".join(modules()[name].relative_to(ROOT).parent.parts)
-
-
-def level_of(room: str) -> int:
-    """How high a room lies."""
-    levels = {name: level for level, names in enumerate(ORDER) for name in names}
-    return levels[room] if room in levels else levels[room.partition(".")[0]]
-
-
-@cache
-def imports(name: str) -> tuple[tuple[str, bool], ...]:
-    """What a module imports, package modules without the package's name; and whether a type checker alone sees it."""
-    path = modules()[name]
-    tree = ast.parse(path.read_text())
-    package = ["memplan", *(name if path.name == "__init__.py" else name.rpartition(".")[0]).split(".")]
-    quiet = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
-        for inner in ast.walk(node)
-    }
-    found = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found += [(alias.name, id(node) in quiet) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            above = package[: len(package) - node.level + 1] if node.level else []
-            base = ".".join([*above, *([node.module] if node.module else [])])
-            inner = base.removeprefix("memplan").lstrip(".")
-            parts = [f"{inner}.{alias.name}".lstrip(".") for alias in node.names]
-            found += [(f"memplan.{part}" if part in modules() else base, id(node) in quiet) for part in parts]
-    return tuple((one.removeprefix("memplan."), hidden) for one, hidden in found)
-
-
-def arrows(between_rooms: bool) -> nx.DiGraph:
-    """Who imports whom when the program runs, the face left out."""
-    found = nx.DiGraph()
-    for name in modules():
-        for target, hidden in imports(name):
-            if hidden or target not in modules() or (name, target) == FACE:
-                continue
-            one, other = (room_of(name), room_of(target)) if between_rooms else (name, target)
-            if one != other:
-                found.add_edge(one, other)
-    return found
+from rooms import BEGIN, END, FACE, ROOT, arrows, imports, level_of, modules, room_of, table
 
 
 @pytest.mark.parametrize("between_rooms", [True, False], ids=["rooms", "files"])
@@ -99,6 +21,16 @@ def test_rooms_import_what_lies_below():
     up = [(one, other) for one, other in arrows(True).edges if level_of(one) < level_of(other)]
 
     assert not up
+
+
+def test_the_map_shows_the_rooms_that_are():
+    """docs/design.md: `python tests/rooms.py` writes it. How many lines a room has may have changed since."""
+
+    def without_lines(rows: list[str]) -> list[list[str]]:
+        return [[cell for at, cell in enumerate(row.split("|")) if at != 4] for row in rows]
+
+    written = (ROOT / "docs" / "design.md").read_text().partition(BEGIN)[2].partition(END)[0].strip().splitlines()
+    assert without_lines(written) == without_lines(table())
 
 
 def test_the_face_is_still_needed():
