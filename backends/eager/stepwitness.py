@@ -18,7 +18,7 @@ from .witness import Seen, Witness, keeps_graph
 
 if TYPE_CHECKING:
     from ...planner.ir.plan import Plan
-    from .module import _Runner
+    from .module import Runner
 
 
 class Mark:
@@ -75,7 +75,7 @@ class StepWitness(Witness):
         if self.budget is not None and self.outside and keeps_graph():
             self.retained(0, "what the graph between the planned step and the loss has saved")
 
-    def watch(self, runner: "_Runner", name: str, parameter: Any) -> None:
+    def watch(self, runner: "Runner", name: str, parameter: Any) -> None:
         """Have a parameter's gradients looked at: has a planned step made them?
 
         Args:
@@ -93,7 +93,7 @@ class StepWitness(Witness):
         handle = parameter.register_post_accumulate_grad_hook(arrived)
         weakref.finalize(runner.module, handle.remove).atexit = False
 
-    def arrived(self, module: torch.nn.Module, runner: "_Runner | None", name: str) -> None:
+    def arrived(self, module: torch.nn.Module, runner: "Runner | None", name: str) -> None:
         """A gradient has been accumulated into the watched parameter of a planned module."""
         came, self.came = self.came, False
         found = vars(module).get("forward")

@@ -26,7 +26,7 @@ from ...planner.capture.nodes import is_pick
 from ...planner.ir.errors import MemplanError
 from ...planner.ir.schedule import Free, Placement, Run, Start, Wait
 from ...planner.pipeline.mapping import Mapping
-from ..eager.module import checked_calls
+from ..eager.checks import Checks
 from ..tiers.moving import storage_over
 
 POISON = 0xFF  # in every floating-point type not a number
@@ -174,7 +174,7 @@ class Scratchpad:
     counted: Counted = field(default_factory=Counted)
 
     def __post_init__(self) -> None:
-        self.calls = checked_calls(self.model, self.captured)
+        self.calls = Checks(self.model, self.captured, tuple(self.captured.traced.sources.values()), lays=True)
         self.traced = self.captured.traced
         self.base = {new: self.traced.base[old] for new, old in enumerate(self.mapping.fused.origin)}
         self.index = {old: new for new, old in enumerate(self.mapping.fused.origin)}

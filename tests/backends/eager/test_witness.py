@@ -170,7 +170,7 @@ def test_a_planned_module_may_be_compiled(capfd):
     compiled = torch.compile(planned, backend="eager")
     capfd.readouterr()
     out = compiled(x)
-    assert type(out.grad_fn).__name__ == "_PlannedBackward"
+    assert type(out.grad_fn).__name__ == "PlannedStepBackward"
     out.pow(2).mean().backward()
     assert all(torch.equal(parameter.grad, grad) for parameter, grad in zip(model.parameters(), wanted, strict=True))
     assert capfd.readouterr() == ("", "")

@@ -1,0 +1,218 @@
+"""Whether a call is the one that was planned for, on a model that still is what it was then.
+
+Everything here is looked at before every step, and takes some tens of microseconds; so what is looked at is found once.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import torch
+from torch import nn
+
+from ...planner.capture.calls import autocast_state, flatten_call, leaf_names
+from ...planner.capture.capture import Captured
+from ...planner.capture.graph import Source
+from ...planner.capture.hooks import hook_tables, is_traced_hook
+from ...planner.capture.inputs import TensorFacts, check_places, facts, places_of, same
+from ...planner.capture.reads import Watch
+from ...planner.capture.writes import WriteBack, training_set
+from ...planner.ir.errors import PlanMismatch
+from .fetched import absence_of
+
+
+class Checks:
+    """Holds calls of a module to what was captured, and says what each of the code's arguments is.
+
+    Attributes:
+        watch: what forward reads beside tensors.
+        stores: what it stores.
+        slots: for each of the code's arguments that is a parameter or a buffer, the table that holds it, and its key there.
+    """
+
+    def __init__(
+        self, module: nn.Module, captured: Captured, arguments: Sequence[Source], moves: bool = False, lays: bool = False
+    ):
+        """Look up what will be looked at.
+
+        Args:
+            module: that is called.
+            captured: what was planned.
+            arguments: of the code that runs.
+            moves: whether it moves parameters elsewhere.
+            lays: copy inputs that lie in memory otherwise than planned, where they would be refused.
+        """
+        self.module = module
+        self.captured = captured
+        self.arguments = arguments
+        self.lays = lays
+        places = {name: (owner._parameters if kind == "parameter" else owner._buffers, key)
+                  for kind, owner, key, name in slots(module)}  # fmt: skip
+        self.slots = [places.get(source.name) for source in arguments]
+        self.children = [(owner._modules, dict(owner._modules)) for owner in module.modules()]
+        self.hooks = [(owner, table, dict(table)) for owner, _, table in hook_tables(module)]
+        self.tied = [(name, places[name], places[names[0]]) for names in captured.structure.tied for name in names[1:]]
+        self.moved = changed_by(captured, arguments, moves)
+        whose = self.moved | {place.storage for place in captured.signature.places if place is not None}
+        self.owners = [(name, place) for name, place in places.items() if name in whose]
+        own = training_set(captured.writes)
+        self.modes = [(name, module.get_submodule(name), training)
+                      for name, training in captured.signature.training if name not in own]  # fmt: skip
+        self.look_up(captured.model())
+
+    def look_up(self, model: nn.Module | None, renewed: bool = False) -> None:
+        """Find what is watched and what is stored, in the module and in the model that it stands for."""
+        roots = [self.module] if model is None else [self.module, model]
+        self.watch = Watch(self.captured.reads, roots, renewed)
+        self.stores = WriteBack(self.captured.writes, roots)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Checks":
+        """The same of a copied module, which is watched once it is whole."""
+        made = object.__new__(type(self))
+        memo[id(self)] = made
+        for key, value in vars(self).items():
+            if key not in ("watch", "stores"):
+                setattr(made, key, value if key in ("captured", "arguments") else copy.deepcopy(value, memo))
+        return made
+
+    def check_call(self, args: tuple, kwargs: dict) -> list[Any]:
+        """The call's leaves, if it is the call that was planned for.
+
+        Raises:
+            PlanMismatch: what differs.
+        """
+        signature = self.captured.signature
+        try:
+            leaves, spec = flatten_call(self.module, args, kwargs)
+        except TypeError as error:
+            raise PlanMismatch(f"the arguments do not fit the model's forward: {error}") from None
+        if spec != signature.spec:
+            was, now = (", ".join(leaf_names(self.module, each)) or "nothing" for each in (signature.spec, spec))
+            now += ", nested otherwise" * (was == now)
+            raise PlanMismatch(f"the plan was made for a call with {was}, and this one has {now}: plan for it, or call the "
+                               "model itself")  # fmt: skip
+        for index, (leaf, known) in enumerate(zip(leaves, signature.inputs, strict=True)):
+            now = facts(leaf)
+            both = isinstance(now, TensorFacts) and isinstance(known, TensorFacts)
+            if not same(now, known) and self.lays and both and now == msgspec.structs.replace(known, stride=now.stride):
+                made = torch.empty_strided(known.shape, known.stride, dtype=leaf.dtype, device=leaf.device)
+                leaves[index] = made.copy_(leaf.detach())
+            elif not same(now, known):
+                name = leaf_names(self.module, spec)[index]
+                raise PlanMismatch(
+                    f"{name} was {known} when the plan was made and is {now} now: plan for it, or call the model itself"
+                )
+        self.check_memory(leaves)
+        self.check_structure()
+        for name, module, training in self.modes:
+            if module.training != training:
+                mode = "training" if training else "evaluation"
+                raise PlanMismatch(
+                    f"module {name or 'itself'} was in {mode} mode when the plan was made: switch back, or plan again"
+                )
+        if autocast_state(self.captured.program.device) != signature.autocast:
+            raise PlanMismatch("autocast was set otherwise when the plan was made: call under the same autocast, or plan again")
+        return leaves
+
+    def check_memory(self, leaves: list[Any]) -> None:
+        """Refuse inputs on another device, or that share memory otherwise than the step allows.
+
+        Raises:
+            PlanMismatch: which.
+        """
+        signature, device = self.captured.signature, self.captured.program.device
+        for index, leaf in enumerate(leaves):
+            if isinstance(leaf, torch.Tensor) and leaf.device.type != device and (leaf.dim() or leaf.device.type != "cpu"):
+                name = leaf_names(self.module, signature.spec)[index]
+                raise PlanMismatch(f"{name} is on {leaf.device}, and the plan's ops are {device}'s: move it")
+        owners = ((name, table[key]) for name, (table, key) in self.owners)
+        now = places_of(leaves, ((name, value) for name, value in owners if value is not None))
+        wrong = check_places(signature.inputs, signature.places, now, lambda: leaf_names(self.module, signature.spec),
+                             self.moved)  # fmt: skip
+        if wrong:
+            raise PlanMismatch(f"{wrong}: plan for it, or call the model itself")
+
+    def check_structure(self) -> None:
+        """Refuse a model that does something else by now.
+
+        Raises:
+            PlanMismatch: what has changed.
+        """
+        for table, children in self.children:
+            for key in [*children, *table] if table != children else ():
+                if table.get(key) is not children.get(key):
+                    done = "added" if key not in children else "removed" if key not in table else "replaced"
+                    raise PlanMismatch(f"submodule {key} has been {done} since the plan was applied: plan again")
+        if "watch" not in vars(self):  # this is a copy, whose module is whole by now
+            self.look_up(None, renewed=True)
+        self.watch.check()
+        for owner, table, known in self.hooks:
+            if len(table) > len(known) + self.stores.added.get(id(table), 0):
+                raise PlanMismatch(f"{owner} has been given a hook since the plan was applied, and a planned step calls "
+                                   "none but the model's own: remove it, or hook the model itself")  # fmt: skip
+            for hook in [hook for key, hook in known.items() if table.get(key) is not hook and not is_traced_hook(hook)]:
+                name = getattr(hook, "__qualname__", type(hook).__name__)
+                raise PlanMismatch(f"{owner} has lost a hook ({name}) since the plan was applied, whose work is part of the "
+                                   "planned step: plan again")  # fmt: skip
+        for name, (table, key), (first, other) in self.tied:
+            if table.get(key) is not first.get(other):
+                raise PlanMismatch(f"{name} was tied to {other} when the plan was made and is not now: plan again")
+
+    def given(self, args: tuple, kwargs: dict) -> list[torch.Tensor]:
+        """What each of the code's arguments is in a call.
+
+        Raises:
+            PlanMismatch: the call, or the model by now, is not what was captured.
+        """
+        return self.fetched(self.check_call(args, kwargs))
+
+    def fetched(self, leaves: list[Any]) -> list[torch.Tensor]:
+        """The same for a call that has been checked."""
+        return [self.fetch(source, slot, leaves) for source, slot in zip(self.arguments, self.slots, strict=True)]
+
+    def fetch(self, source: Source, slot: Any, leaves: list[Any]) -> torch.Tensor:
+        """A resident tensor, if it still is what was planned for.
+
+        Raises:
+            PlanMismatch: the parameter has changed its type or shape, or whether it wants a gradient.
+        """
+        if source.kind == "input":
+            return leaves[source.index]
+        if source.kind == "constant":
+            assert source.value is not None
+            return source.value
+        table, key = slot
+        value = table[key]
+        known = self.captured.parameters[source.name]
+        if not isinstance(value, torch.Tensor) or facts_of(value) != known:
+            raise PlanMismatch(f"{source.name} was {known} when the plan was made and has changed since: plan again")
+        device = self.captured.program.device
+        if value.device.type != device:
+            raise PlanMismatch(f"{source.name} is on {value.device}, and the plan's ops are {device}'s: move the model, or "
+                               "plan it where it is")  # fmt: skip
+        return value
+
+
+def changed_by(captured: Captured, arguments: Sequence[Source], moves: bool) -> set[int | str]:
+    """What a step changes, or moves elsewhere: inputs by the index of their leaf, parameters and buffers by name."""
+    changed = {source.index if source.kind == "input" else source.name for source, _ in captured.traced.mutations.values()}
+    if moves:
+        changed |= {source.name for source in arguments if source.kind == "parameter"}
+    return changed | {name for pairs in captured.traced.updates.values() for name, _ in pairs}
+
+
+def facts_of(value: torch.Tensor) -> TensorFacts:
+    """A parameter's facts, also of one that is away."""
+    found = TensorFacts.of(value)
+    known = absence_of(value)
+    return found if known is None else msgspec.structs.replace(found, stride=known.stride)
+
+
+def slots(module: nn.Module) -> list[tuple[str, nn.Module, str, str]]:
+    """Where each parameter and buffer is held: (kind, module, key, full name)."""
+    found = []
+    for prefix, owner in module.named_modules(remove_duplicate=False):
+        for kind, table in (("parameter", owner._parameters), ("buffer", owner._buffers)):
+            found += [(kind, owner, key, f"{prefix}.{key}" if prefix else key) for key in table]
+    return found

@@ -1,0 +1,98 @@
+"""The whole step as one node of autograd."""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...planner.ir.errors import MemplanError, PlanMismatch
+
+if TYPE_CHECKING:
+    from .module import Runner
+
+
+class PlannedStep(torch.autograd.Function):
+    """The whole step as one node of autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, runner: "Runner", *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+        ctx.set_materialize_grads(False)
+        if runner.code.updates is not None:
+            runner.code.updates.begin()
+        ctx.tokens = [shared.claim() for shared in (runner.code.arena, runner.code.homes) if shared is not None]
+        if runner.code.homes is not None:
+            runner.code.homes.begin()
+        # nothing is recorded below autograd, but some kernels (LSTM's on CPU) save what backward needs only if this is on
+        with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast(), device_of(inputs):
+            outputs, saved = runner.code.forward(list(inputs))
+            returned = {id(value) for value in outputs}  # held as they are they would hold this node, and it them
+            ctx.saved = [value.detach() if id(value) in returned else value for value in saved]
+        ctx.runner = runner
+        ctx.mark = runner.witness.mark()
+        ctx.watched = [(source, value, value._version) for source, value in zip(runner.code.arguments, inputs, strict=True)]
+        ctx.wanted = set(runner.code.tangents)
+        plain = runner.captured.plain
+        ctx.mark_non_differentiable(*(value for index, value in enumerate(outputs)
+                                      if index in plain or not value.is_floating_point()))  # fmt: skip
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        runner, saved = ctx.runner, ctx.saved
+        if torch.is_grad_enabled():
+            raise MemplanError("a planned step's gradients cannot be differentiated again (create_graph=True): call the model "
+                               "that was planned for that, not the planned one")  # fmt: skip
+        if saved is None:
+            raise MemplanError("this planned step has run backward already and freed what it read: call the model again")
+        runner.backward.refuse()
+        for index, tangent in enumerate(tangents):
+            if tangent is not None and index not in ctx.wanted and index in runner.captured.stored:
+                raise PlanMismatch(f"a gradient reaches {runner.captured.stored[index]}, which the model's forward stores, and "
+                                   "the plan leaves it out: plan with loss=, a function that reads it from the model and adds "
+                                   "it to the scalar you differentiate")  # fmt: skip
+            if tangent is not None and index not in ctx.wanted:
+                raise PlanMismatch("a gradient reaches an output of the model other than its loss, which the plan leaves out: "
+                                   "plan with loss=, a function from the output to the scalar you differentiate")  # fmt: skip
+        changing = runner.changing
+        for source, value, version in ctx.watched:
+            if value._version != version and source.name not in changing:
+                raise MemplanError(f"{source.name} was changed in place between forward and backward: gradients would be wrong")
+        left_out = runner.fed.left_out(tangents)
+        ctx.saved = None
+        ctx.watched = None
+        runner.together.note()
+        runner.witness.backward(ctx.mark)
+        given = [laid_out(tangents[index], like) for index, like in runner.code.tangents.items()]
+        updates = runner.code.updates
+        try:
+            with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
+                found = runner.code.backward(saved, given)
+                for index in runner.code.lent:
+                    name = runner.code.arguments[runner.code.gradients[index]].name
+                    found[index] = runner.code.arena.lend(name, found[index])
+        except Exception as error:
+            if updates is None or not (updates.done or updates.begun):
+                raise
+            raise updates.explain(error) from error
+        ctx.tokens = None
+        result: list[torch.Tensor | None] = [None] * (1 + len(runner.code.arguments))
+        for position, gradient, none in zip(runner.code.gradients, found, left_out, strict=True):
+            result[1 + position] = None if none else gradient
+        return tuple(result)
+
+
+def device_of(inputs: Iterable[torch.Tensor]) -> AbstractContextManager[Any]:
+    """Makes the inputs' GPU the current one, as autograd does for the backward pass: generators and new tensors are its own."""
+    found = next((value.device for value in inputs if value.is_cuda), None)
+    return nullcontext() if found is None else torch.cuda.device(found)
+
+
+def laid_out(tangent: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """A tangent with the strides that the graph was traced with; zeros where autograd has none."""
+    if tangent is None:
+        return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+    if tangent.stride() == like.stride() and tangent.dtype == like.dtype:
+        return tangent
+    made = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=tangent.device)
+    return made.copy_(tangent)
