@@ -14,7 +14,7 @@ from .remat.anneal import anneal, make_space
 from .remat.exact import find_slots
 from .remat.problem import NO_TIERS, Problem, profile, score
 from .remat.segments import find_segments
-from .storage.canonical import Search, make_instance
+from .storage.canonical import PlacementSearch, make_instance
 from .storage.greedy import ORDERS, first_fit, lowest_first
 from .storage.problem import make_storage
 
@@ -96,4 +96,4 @@ def place_smallest() -> None:
     instance = make_instance(storage)
     first_fit(storage, instance, next(iter(ORDERS)))
     lowest_first(storage)
-    Search(storage).fit(24, time.monotonic())
+    PlacementSearch(storage).fit(24, time.monotonic())

@@ -63,6 +63,7 @@ class Captured:
         reads: what of the model, beside its tensors, forward has read.
         writes: what it stores, at every call.
         stored: of traced outputs that are no outputs of the model's the name of what they are stored in.
+        counted: what counts of the optimizer; None for none, and of an inference.
         moments: the bytes that lived in eager mode while each op ran; None of an inference, and where the caller computes the
             loss.
     """
@@ -82,6 +83,7 @@ class Captured:
     reads: tuple[Fact, ...] = ()
     writes: tuple[Write, ...] = ()
     stored: dict[int, str] = field(default_factory=dict)
+    counted: Counted | None = None
     moments: Moments | None = None
 
 
@@ -219,6 +221,7 @@ def capture(
         reads=tuple(reads),
         writes=tuple(on_leaves(writes, tensor_leaves)),
         stored=step.stored,
+        counted=counted,
         moments=None if known is None or loss is not None else known.moments,
     )
 

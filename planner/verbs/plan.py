@@ -19,7 +19,7 @@ from ..cost.table import Table, apply_costs, coverage
 from ..ir.coverage import Coverage
 from ..ir.errors import BudgetError, CaptureError, MachineError, MemplanError
 from ..ir.machine import Machine, named_machine
-from ..ir.plan import Counted, Plan, PlanBody, Recipe, Side, assemble, unlimited
+from ..ir.plan import Plan, PlanBody, Recipe, Side, assemble, unlimited
 from ..ir.referee import referee
 from ..ir.schedule import LEVERS, Run, check_levers
 from ..ir.units import parse_bytes, shorten
@@ -209,14 +209,13 @@ class Session:
             device=traced_device(known), runs_on=None if known is None else known.device,
         )  # fmt: skip
         self.capture_seconds = time.monotonic() - began
-        self.optimizer = counted(model, optimizer, self.captured.program.device if known is None else known.device)
         self.recipe = Recipe(
             inputs=describe_inputs(self.captured),
             train=train,
             loss=loss is not None,
             optimizer=None if optimizer is None else optimizer if isinstance(optimizer, str) else type(optimizer).__name__,
             in_backward=optimizer_in_backward,
-            counted=None if isinstance(optimizer, str) else self.optimizer,
+            counted=None if isinstance(optimizer, str) else self.captured.counted,
         )
         real = known is None and all(value.device.type != "meta" for value in model.parameters())
         table, spoilt = None, False
@@ -347,7 +346,7 @@ class Session:
     def levers(self, arena: bool, strategy: str | None) -> dict[str, int]:
         """What is not allowed and would take less than the smallest step known, estimated in bytes."""
         planner = self.planner if strategy is None else dataclasses.replace(self.planner, reorder=True)
-        found = levers_beyond(planner, self.captured.traced, self.optimizer, self.machine.device)
+        found = levers_beyond(planner, self.captured.traced, self.captured.counted, self.machine.device)
         if not arena:
             return found
         without = {f"{name} and no arena": size for name, size in found.items()}
@@ -464,15 +463,6 @@ def check_model(model: Any, kwargs: Any) -> None:
         raise CaptureError(f"plan needs an nn.Module, not a {type(model).__name__}")
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise MemplanError(f"kwargs={shorten(kwargs)}: give a dict of the model's keyword arguments")
-
-
-def counted(model: "nn.Module", optimizer: Any, device: str) -> Counted | None:
-    """What counts of an optimizer."""
-    from ..capture.capture import count_optimizer, trainable
-
-    if optimizer is None:
-        return None
-    return count_optimizer(model, optimizer, trainable(model, optimizer), device)
 
 
 def host_bytes(budget: int | str, capacity: int) -> int:

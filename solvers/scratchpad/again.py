@@ -114,7 +114,7 @@ def solve_again(
     points = find_points(problem, start.order, repeatable, depth)
     if not start.bytes or not points.again:
         return once
-    model = Model(points)
+    model = RepeatModel(points)
     solver = make_solver(seconds, seed)
     if solver.solve(model.model) not in (cp_model.OPTIMAL, cp_model.FEASIBLE) or model.bytes_of(solver) >= start.bytes:
         return once
@@ -124,7 +124,7 @@ def solve_again(
     return replace(start, dropped=chosen[0] - first, again=chosen[1], bytes=model.bytes_of(solver), bound=0)
 
 
-class Model:
+class RepeatModel:
     """The program: what stays between points, what is loaded at them, and what is made again."""
 
     def __init__(self, points: Points):

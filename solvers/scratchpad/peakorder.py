@@ -43,7 +43,7 @@ def find_order(problem: Residency, sets: int = SETS, until: float = math.inf) ->
 
 def search(problem: Residency, sets: int, until: float) -> Ordered:
     """What `find_order` returns."""
-    walk = Walk(problem, until)
+    walk = PeakWalk(problem, until)
     best = min([list(range(walk.count)), walk.beam(BEAM)], key=walk.peak_of)
     peak, proven = walk.peak_of(best), True
     if peak > least_peak(problem):
@@ -64,7 +64,7 @@ def least_peak(problem: Residency) -> int:
     return most
 
 
-class Walk:
+class PeakWalk:
     """Sets of ops as bits, and the bytes that are live after them. Searches are cut short at a time."""
 
     def __init__(self, problem: Residency, until: float = math.inf):

@@ -35,7 +35,7 @@ def solve_walls(problem: Residency, start: Mapped, seconds: float = 10.0, seed: 
     best, bound = start, start.bound
     walls = sorted(range(len(problem.reads)), key=lambda op: -problem.need[op])[:FIRST]
     while bound < best.bytes and (left := until - time.monotonic()) > 0:
-        model = Model(problem, walls, bound, best.bytes)
+        model = WallModel(problem, walls, bound, best.bytes)
         solver = make_solver(left, seed)
         status = solver.solve(model.model)
         if status == cp_model.INFEASIBLE:  # nothing costs less than the best
@@ -80,7 +80,7 @@ def arrange(problem: Residency, walls: list[int], times: list[int], until: float
     return [base[op] for op in beam(bound, WIDTH, until)]
 
 
-class Model:
+class WallModel:
     """The program for some walls.
 
     Time 2 i - 1 is the i-th wall's, counted from 1, and 2 i lies between it and the next; 0 is before the first.

@@ -18,12 +18,12 @@ from threading import Lock
 
 import numpy as np
 
-from .canonical import MANY, NONE, SOLVED, Search, make_instance
+from .canonical import MANY, NONE, SOLVED, PlacementSearch, make_instance
 from .coalesce import coalesce
 from .greedy import ORDERS, first_fit, lowest_first
 from .levels import pack_levels
 from .merge import WAYS, Merger
-from .problem import FREE, LIMIT, NO_PEAK, Packing, Part, Status, Storage, extended, peak_of
+from .problem import FREE, LIMIT, NO_PEAK, Packing, Reduced, Status, Storage, extended, peak_of
 
 PAIRS = 2e7  # buffers live at once, counted twice: with more, first fit is too slow and takes too much memory
 SHARE = 0.25  # of the time, for packing on two levels
@@ -151,12 +151,12 @@ class Work:
             self.offer(levels.offset, "two levels")
 
     @cached_property
-    def small(self) -> Part:
+    def small(self) -> Reduced:
         """The coalesced problem; the problem itself where buffers are pinned."""
         storage = self.storage
         if (storage.pin != FREE).any():
-            return Part(storage, np.arange(len(storage)), np.zeros(len(storage), np.int64))
-        return Part(*coalesce(storage))
+            return Reduced(storage, np.arange(len(storage)), np.zeros(len(storage), np.int64))
+        return Reduced(*coalesce(storage))
 
     @property
     def can_merge(self) -> bool:
@@ -190,7 +190,7 @@ class Work:
 
     def prove(self, until: float) -> None:
         """Search at the goal, or the bound where that is higher, which rises each time that nothing fits."""
-        search = Search(self.storage, seed=2 * self.seed, stop=self.stop)
+        search = PlacementSearch(self.storage, seed=2 * self.seed, stop=self.stop)
         while not self.done and time.monotonic() < until:
             at = max(self.goal, self.bound)
             got, offset = search.fit(at, until)
@@ -201,14 +201,14 @@ class Work:
 
     def hold(self, until: float) -> None:
         """Search the coalesced problem at the goal."""
-        search = Search(self.small.storage, seed=2 * self.seed + 1, stop=self.stop)
+        search = PlacementSearch(self.small.storage, seed=2 * self.seed + 1, stop=self.stop)
         got, offset = search.fit(self.goal, until)
         if got == SOLVED:
             self.offer(self.small.whole(offset), "coalesced, search")
 
     def sink(self, until: float) -> None:
         """Search the coalesced problem below the best peak, at the bound first; steps halve when a slice of time fails."""
-        search, share, allowed = Search(self.small.storage, seed=2 * self.seed + 1, stop=self.stop), 1.0, SLICE
+        search, share, allowed = PlacementSearch(self.small.storage, seed=2 * self.seed + 1, stop=self.stop), 1.0, SLICE
         while not self.done and time.monotonic() < until:
             unit = self.storage.unit
             step = int((self.peak - self.bound) * share) // unit * unit
@@ -229,7 +229,7 @@ def pack_level(storage: Storage, seconds: float) -> Packing:
     return pack(storage, None, seconds)
 
 
-def greedy(storage: Storage, small: Part, until: float) -> Iterator[tuple[np.ndarray, str]]:
+def greedy(storage: Storage, small: Reduced, until: float) -> Iterator[tuple[np.ndarray, str]]:
     """Packings made without search, with the name of what made each: the cheap ones first."""
     if not (storage.pin != FREE).any():
         yield lowest_first(storage), "lowest first"

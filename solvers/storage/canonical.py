@@ -35,7 +35,7 @@ LEVELS = 64  # of nodes in groups inside groups
 SLICE = 100_000  # nodes times buffers between two looks at the clock: tens of milliseconds
 MANY = 2000  # buffers: more are not searched, for the members of every depth would fill memory
 
-FIXED = ("TWA", "TAW", "WAT", "ZWA", "AZW", "WZT", "OZW", "Lz", "TO")  # see `Search.ranks`
+FIXED = ("TWA", "TAW", "WAT", "ZWA", "AZW", "WZT", "OZW", "Lz", "TO")  # see `PlacementSearch.ranks`
 FEW = 4000  # nodes for each of them
 LEARNED = (("sum", 500, 0.2), ("area", 2000, 0.2), ("sum", 1000, 0.2), ("sum", 3000, 0.5))
 FORGET = 0.9  # of the blame, from one restart to the next
@@ -352,7 +352,7 @@ def _search(instance, state, rank, capacity, use):  # pragma: no cover
 
 
 @dataclass
-class Search:
+class PlacementSearch:
     """Restarts of the search on one problem.
 
     Attributes:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .problem import Part, Storage, make_storage
+from .problem import Reduced, Storage, make_storage
 
 AROUND = 8  # neighbours in the order of beginnings, and of ends, that are looked at on either side
 LIMITS = (0.01, 0.03, 0.1, 0.3, 1.0)  # of waste, at each of which the problem is handed out
@@ -90,7 +90,7 @@ class Merger:
             share *= self.weights.summed
         return share * (self.weights.shared if begin[i] == begin[j] or end[i] == end[j] else 1.0)
 
-    def run(self) -> Iterator[Part]:
+    def run(self) -> Iterator[Reduced]:
         """The problem at each limit of waste at which it has become smaller."""
         before = FEWER * self.left
         for limit in LIMITS:
@@ -136,7 +136,7 @@ class Merger:
         begin, end = self.begin[k], self.end[k]
         return [(self.by_begin, (begin, k)), (self.by_end, (end, k)), (self.by_size, (self.size[k], begin, k))]
 
-    def part(self) -> Part:
+    def part(self) -> Reduced:
         """What remains, and where each buffer lies in it."""
         rest = [i for i in range(len(self.joins)) if self.joins[i] >= 0]
         root, base = np.empty(len(self.joins), np.int64), np.empty(len(self.joins), np.int64)
@@ -144,4 +144,4 @@ class Merger:
             for member, offset in self.inside[i]:
                 root[member], base[member] = number, offset
         lower, upper = ([self.times[ends[i]] for i in rest] for ends in (self.begin, self.end))
-        return Part(make_storage(lower, upper, [self.size[i] for i in rest]), root, base)
+        return Reduced(make_storage(lower, upper, [self.size[i] for i in rest]), root, base)

@@ -163,7 +163,7 @@ def extended(storage: Storage, members: np.ndarray, packing: Packing) -> Packing
 
 
 @dataclass(frozen=True)
-class Part:
+class Reduced:
     """A smaller problem, and how its answer extends to all buffers: each lies in one of the smaller problem, at an offset."""
 
     storage: Storage

@@ -13,7 +13,7 @@ from memplan.solvers.scratchpad.again import solve_again
 from memplan.solvers.scratchpad.cosma import solve_pulp, solve_sat
 from memplan.solvers.scratchpad.orders import beam
 from memplan.solvers.scratchpad.overlap import least_time
-from memplan.solvers.scratchpad.peakorder import Walk, find_order
+from memplan.solvers.scratchpad.peakorder import PeakWalk, find_order
 from memplan.solvers.scratchpad.placed import solve_placed
 from memplan.solvers.scratchpad.replacement import ARENAS, POLICIES, baseline, stays
 from memplan.solvers.scratchpad.residency import (
@@ -33,7 +33,7 @@ from memplan.solvers.scratchpad.spm import (
     with_capacity,
 )
 from memplan.solvers.scratchpad.waists import cut
-from memplan.solvers.scratchpad.walls import Model, arrange, solve_walls
+from memplan.solvers.scratchpad.walls import WallModel, arrange, solve_walls
 from memplan.solvers.storage.problem import peak_of
 from ortools.sat.python import cp_model
 
@@ -179,7 +179,7 @@ def test_fewer_walls_bound_from_below(problem, data):
     costs = []
     for chosen in (walls[:-1], walls):
         if chosen:
-            model, solver = Model(problem, chosen, 0, 10**6), make_solver(20.0, 0)  # no bound that would hide a worse one
+            model, solver = WallModel(problem, chosen, 0, 10**6), make_solver(20.0, 0)  # no bound that would hide a worse one
             assert solver.solve(model.model) == cp_model.OPTIMAL
             costs.append(solver.objective_value)
             order = arrange(problem, chosen, model.times(solver))
@@ -220,7 +220,7 @@ def test_no_order_has_a_smaller_peak(seed, ops):
     """The order found has the smallest peak of all, by trying them."""
     problem = make_problem(random.Random(seed), ops)
     order, peak, proven = find_order(problem)
-    walk = Walk(problem)
+    walk = PeakWalk(problem)
     assert proven
     assert peak == walk.peak_of(order) == min(walk.peak_of(list(each)) for each in orders(problem))
 
@@ -234,7 +234,7 @@ def test_at_the_smallest_peak_nothing_moves(seed, ops):
     found = solve(with_capacity(problem, high))
     assert found is not None
     assert found.bytes == 0
-    assert Walk(problem).peak_of(smallest_peak_order(problem)) == high
+    assert PeakWalk(problem).peak_of(smallest_peak_order(problem)) == high
     assert solve(with_capacity(problem, low - 1)) is None
     if low < high:
         less = solve(with_capacity(problem, high - 1), 20.0)

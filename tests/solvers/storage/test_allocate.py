@@ -21,7 +21,7 @@ from memplan.solvers.storage.canonical import (
     SPLIT,
     STOPPED,
     TWINS,
-    Search,
+    PlacementSearch,
     make_instance,
 )
 from memplan.solvers.storage.coalesce import coalesce
@@ -42,7 +42,7 @@ def test_search_is_exact_whatever_prunes(storage, use):
     expected = smallest_peak(storage)
     if expected is None or not len(storage):
         return
-    search = Search(storage, use=use)
+    search = PlacementSearch(storage, use=use)
     got, offset = search.fit(expected, time.monotonic() + 60)
     assert got == SOLVED
     assert not faults(storage, offset)
@@ -168,7 +168,7 @@ def test_the_search_looks_at_the_clock_often_enough(monkeypatch, many):
     """Between two looks it visits no more nodes than a slice has, however many it may try before it starts anew."""
     looks = count_looks(monkeypatch, "memplan.solvers.storage.canonical")
     storage, _ = cut_rectangle(many, 5, fray=0.3)
-    search = Search(storage)
+    search = PlacementSearch(storage)
     assert search.fit(storage.bound, 6.0)[0] == STOPPED
     used = looks()
     assert used <= 9
@@ -182,7 +182,7 @@ def test_looking_at_the_clock_changes_nothing(monkeypatch, nodes):
     found = []
     for slice_ in (10**9, nodes * len(storage)):
         monkeypatch.setattr("memplan.solvers.storage.canonical.SLICE", slice_)
-        search = Search(storage)
+        search = PlacementSearch(storage)
         rank, _ = next(search.ranks())
         got, offset = search.once(rank, storage.bound, 3000, time.monotonic() + 60)
         found.append((got, search.nodes, search.state.blame.tolist(), offset.tolist() if got == SOLVED else []))
@@ -199,7 +199,7 @@ def test_empty_buffers_are_in_nobodys_way():
         empty = solver(make([0, 0], [[(0, 2)], [(1, 3)]], [-1, 7]), None, 5.0)
         assert (empty.status, empty.bound, empty.offset.tolist()) == (Status.OPTIMAL, 0, [0, 7])
     with pytest.raises(ValueError, match="empty"):
-        Search(storage)
+        PlacementSearch(storage)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_twins_and_seeds_do_not_change_the_answer():
     storage = make([3] * 12 + [5], [[(0, 4)]] * 12 + [[(2, 6)]])
     counts = set()
     for _ in range(2):
-        search = Search(storage, seed=3)
+        search = PlacementSearch(storage, seed=3)
         assert search.fit(storage.bound - 1, time.monotonic() + 20)[0] == NONE
         counts.add((search.restarts, search.nodes))
     assert len(counts) == 1
