@@ -698,7 +698,7 @@ def test_a_visit_may_die_in_the_thread_that_copies_for_it(directory, monkeypatch
 
 KILLED = """
 import os, sys, threading, time, torch
-from memplan.backends import filetier, spacefile
+from memplan.backends.tiers import filetier, spacefile
 spacefile.IN_MEMORY = set()
 filetier.CHUNK, real, writing = 4096, os.pwrite, threading.Event()
 

@@ -285,7 +285,7 @@ def test_calibrate_says_what_is_known_of_the_step(capsys):
 def test_help_needs_no_torch():
     code = """
 import sys
-from memplan.planner import cli
+from memplan.planner.cli import app as cli
 try:
     cli.main(["--help"])
 except SystemExit:

@@ -126,7 +126,7 @@ def test_the_version_is_the_packages(capsys):
 def test_the_shell_completes(words, wanted):
     """Without importing torch."""
     code = (
-        "import sys\nfrom memplan.planner import cli\ntry:\n    cli.main([])\nfinally:\n    assert 'torch' not in sys.modules"
+        "import sys\nfrom memplan.planner.cli import app as cli\ntry:\n    cli.main([])\nfinally:\n    assert 'torch' not in sys.modules"
     )
     asked = {"_MEMPLAN_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": words}
     done = subprocess.run([sys.executable, "-P", "-c", code], env={**os.environ, **asked}, capture_output=True, text=True)

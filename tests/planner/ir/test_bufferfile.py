@@ -291,7 +291,7 @@ def test_alloc_does_not_load_torch(tmp_path):
     """Placing buffers is for programs that have no torch, and starts at once."""
     (tmp_path / "in.csv").write_text(GOOD)
     said = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules))"
-    code = f"{said}; from memplan.planner import cli; cli.main()"
+    code = f"{said}; from memplan.planner.cli.app import main; main()"
     words = [sys.executable, "-c", code, "alloc", str(tmp_path / "in.csv")]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"

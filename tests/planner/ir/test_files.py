@@ -71,7 +71,7 @@ SCRIPT = """
 import resource, sys
 from pathlib import Path
 import memplan
-from memplan.backends import exports, pictures
+from memplan.backends.report import exports, pictures
 from memplan.planner.ir.bufferfile import read_trace, write_trace
 plan = memplan.load("plan.json")
 figure = pictures.timeline(plan)

@@ -18,7 +18,7 @@ SMALL = """
 from memplan.solvers.jit.compiled import compiled
 import numba
 before = numba.config.CACHE_DIR
-from memplan.solvers import replay
+from memplan.solvers.remat import replay
 assert numba.config.CACHE_DIR == before
 assert replay.limit_of(3) > 0
 """
