@@ -104,7 +104,7 @@ def a_solver(name: str | None) -> str | None:
     """The name of a solver that can be used here."""
     reason = "" if name is None else why_not(name)
     if reason:
-        raise typer.BadParameter(f"--solver {name} {reason}")
+        raise typer.BadParameter(f"{name!r} {reason}")
     return name
 
 

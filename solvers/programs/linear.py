@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .names import HIGHS, SolverError, find_class, unwarned, why_not
+from .names import DOORS, HIGHS, SolverError, find_class, unwarned, why_not
 
 if TYPE_CHECKING:
     import highspy
@@ -132,12 +132,12 @@ def solve(
     Raises:
         SolverError: the solver is not known or not installed, or gave up.
     """
-    reason = why_not(solver)
-    if reason:
-        raise SolverError(f"{solver} {reason}")
     if solver == HIGHS:
         return by_highs(program, seconds, seed, gap, tolerance)
-    return by_pulp(program, solver, seconds, seed, gap, tolerance)
+    found = find_class(solver) if solver in DOORS else None
+    if found is None:
+        raise SolverError(f"{solver} {why_not(solver)}")
+    return by_pulp(program, solver, found, seconds, seed, gap, tolerance)
 
 
 def highs_model(program: LinearProgram) -> "highspy.Highs":
@@ -182,8 +182,10 @@ def by_highs(program: LinearProgram, seconds: float, seed: int, gap: float, tole
     return Outcome(Verdict.OPTIMAL if best else Verdict.FEASIBLE, values, bound)
 
 
-def by_pulp(program: LinearProgram, solver: str, seconds: float, seed: int, gap: float, tolerance: float | None) -> Outcome:
-    """What `solve` returns, by a solver that PuLP knows. PuLP passes on no bound: an answer that is not optimal has none."""
+def by_pulp(
+    program: LinearProgram, name: str, solver: Any, seconds: float, seed: int, gap: float, tolerance: float | None
+) -> Outcome:
+    """What `solve` returns, by a class of PuLP's for the solver of that name. PuLP passes on no bound: an answer that is not optimal has none."""
     import pulp
 
     empty = np.diff(program.start) == 0  # no solver is given such rows
@@ -193,13 +195,13 @@ def by_pulp(program: LinearProgram, solver: str, seconds: float, seed: int, gap:
         return Outcome(Verdict.UNKNOWN, NOTHING, -np.inf)
     with unwarned():
         model, columns = pulp_model(program)
-        found = find_class(solver)
-        made = found(msg=False, **options_of(found.__name__, None if np.isinf(seconds) else seconds, seed, gap, tolerance))
+        limit = None if np.isinf(seconds) else seconds
+        made = solver(msg=False, **options_of(solver.__name__, limit, seed, gap, tolerance))
         try:
             model.solve(made)
         except Exception as error:  # each raises what its owner's library raises
-            told = " ".join(str(error).split()) or type(error).__name__
-            raise SolverError(f"{solver} gave up: {told}") from error
+            told = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+            raise SolverError(f"{name} gave up: {told}") from error
     if model.status == pulp.LpStatusInfeasible:
         return Outcome(Verdict.INFEASIBLE, NOTHING, np.inf)
     known = [column.varValue for column in columns]
@@ -257,9 +259,14 @@ def options_of(name: str, seconds: float | None, seed: int, gap: float, toleranc
         exact = [] if tolerance is None else [f"numerics/feastol={tolerance}"]
         return {"timeLimit": seconds, "gapRel": gap, "options": [f"randomization/randomseedshift={seed}", *exact]}
     if name in ("GUROBI", "GUROBI_CMD"):
-        own: dict[str, Any] = {"MIPGap": gap, "Seed": seed, "Threads": 1}
+        own: dict[str, Any] = {
+            "OutputFlag": 0,
+            "MIPGap": gap,
+            "Seed": seed,
+            "Threads": 1,
+        }  # silence first, or it tells the rest
         own |= {} if tolerance is None else {"IntFeasTol": tolerance, "FeasibilityTol": tolerance}
-        return {"timeLimit": seconds, **(own if name == "GUROBI" else {"options": list(own.items())})}
+        return {"timeLimit": seconds, **({"manageEnv": True, **own} if name == "GUROBI" else {"options": list(own.items())})}
     own = {"mip tolerances mipgap": gap, "randomseed": seed, "threads": 1}
     own |= {} if tolerance is None else {"mip tolerances integrality": tolerance, "simplex tolerances feasibility": tolerance}
     if name == "CPLEX_PY":

@@ -154,7 +154,7 @@ def test_a_solver_that_gives_up_is_told_in_a_line(monkeypatch):
     import pulp
 
     def gives_up(self, lp):
-        raise RuntimeError("Model too large\nfor this licence")
+        raise RuntimeError("Model too large\nfor this licence.")
 
     monkeypatch.setattr(pulp.PULP_CBC_CMD, "actualSolve", gives_up)
     with pytest.raises(SolverError, match=r"^cbc gave up: Model too large for this licence$"):
