@@ -185,7 +185,10 @@ def by_highs(program: LinearProgram, seconds: float, seed: int, gap: float, tole
 def by_pulp(
     program: LinearProgram, name: str, solver: Any, seconds: float, seed: int, gap: float, tolerance: float | None
 ) -> Outcome:
-    """What `solve` returns, by a class of PuLP's for the solver of that name. PuLP passes on no bound: an answer that is not optimal has none."""
+    """What `solve` returns, by a class of PuLP's for the solver of that name.
+
+    PuLP passes on no bound: an answer that is not optimal has none.
+    """
     import pulp
 
     empty = np.diff(program.start) == 0  # no solver is given such rows
