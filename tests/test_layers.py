@@ -93,3 +93,10 @@ def test_the_face_and_the_solvers_do_not_load_torch():
     """`import memplan` is quick, and the solvers work without torch."""
     code = "import sys, memplan, memplan.solvers.remat.anneal, memplan.planner.ir.plan; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("name", ["memplan", "memplan.planner.cli.app"])
+def test_what_few_need_is_loaded_when_it_is_asked_for(name: str):
+    """PuLP and networkx are for a solver that is named and for `Program.to_networkx`: neither makes the first second longer."""
+    code = f"import sys, {name}; assert not {{'torch', 'pulp', 'networkx'}} & {{*sys.modules}}"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

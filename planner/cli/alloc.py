@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from ...solvers.programs.names import NAMES
+from .asked import refuse
 from .options import (
     Json,
     Method,
@@ -14,6 +16,7 @@ from .options import (
     output,
     picture,
     readable_capacity,
+    solver,
 )
 from .progress import progress
 from .tables import table
@@ -36,15 +39,20 @@ def alloc(
     svg: Annotated[Path | None, picture("The same, scalable.")] = None,
     time_limit: SearchLimit = 10.0,
     method: Annotated[Method, typer.Option(help="auto, or a solver to compare it with.")] = Method.AUTO,
+    named: Annotated[str | None, solver(f"Of --method mip, which it implies: {', '.join(NAMES)}.")] = None,
     seed: Seed = 0,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Addresses for buffers with known lifetimes."""
+    refuse((
+        named is not None and method is Method.CP_SAT,
+        f"--solver {named} solves an integer program, and --method {method} is none: leave one of them out",
+    ))  # fmt: skip
     with progress("reading the file", quiet) as report:
         from ..verbs.alloc import find_places, write_places
 
-        places = find_places(file, capacity, align, method.value, time_limit, seed, report)
+        places = find_places(file, capacity, align, method.value, time_limit, seed, report, named)
         if not places.reason:
             write_places(places, out, [path for path in (png, svg) if path is not None])
     facts = places.facts()

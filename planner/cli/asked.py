@@ -25,6 +25,7 @@ def planning(
     strategy: Rule | None = None,
     host_budget: str | None = None,
     in_backward: bool = False,
+    solver: str | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments for `memplan.plan`.
 
@@ -43,6 +44,11 @@ def planning(
         (strategy is not None and arena, f"--strategy {strategy} has no addresses: leave out --arena"),
         (strategy is not None and infer, f"--strategy {strategy} is a rule for training: leave out --infer"),
         (strategy is not None and "offload" not in levers, f"--strategy {strategy} moves activations: --allow offload too"),
+        (strategy is not None and solver is not None, f"--strategy {strategy} solves no program: leave out --solver"),
+        (
+            solver is not None and levers == {"reorder"},
+            f"--solver {solver} does nothing: --allow reorder alone leaves nothing to solve",
+        ),
         (
             host_budget is not None and "offload" not in levers,
             "--host-budget limits what is moved, and nothing is: give --allow offload too",
@@ -66,6 +72,7 @@ def planning(
         "strategy": None if strategy is None else strategy.value,
         "host_budget": host_budget,
         "optimizer_in_backward": in_backward,
+        "solver": solver,
     }
 
 

@@ -7,7 +7,9 @@ import re
 
 # Arguments of the API that have a flag of another name, or none; all others are spelled with hyphens.
 SWITCHES = ("optimizer_in_backward", "lend_gradients", "arena", "recompute", "weights")
-VALUES = ("allow", "bits", "budget", "host_budget", "machine", "optimizer", "scratchpad", "seed", "strategy", "time_limit")
+VALUES = (
+    "allow", "bits", "budget", "host_budget", "machine", "optimizer", "scratchpad", "seed", "solver", "strategy", "time_limit",
+)  # fmt: skip
 PHRASES = (
     (r"pass loss=, a function from the output to a scalar, or labels", "return a scalar, or pass labels"),
     (r"plan with loss=, a function from the output to the scalar you differentiate", "let the model return its loss"),
@@ -34,7 +36,7 @@ def in_flags(message: str) -> str:
         message = re.sub(rf"(?<![\w-]){name}=(?=[\s,:;)]|$)", flag(name), message)
     for name in (name for name in (*SWITCHES, *VALUES) if "_" in name):  # no words of English
         message = re.sub(rf"(?<![\w-]){name}\b", flag(name), message)
-    return re.sub(r"\bwithout (arena|strategy|recompute)\b", r"without --\1", message)
+    return re.sub(r"\bwithout (arena|solver|strategy|recompute)\b", r"without --\1", message)
 
 
 def flag(name: str) -> str:

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ...solvers.programs.names import NAMES
 from ..ir.files import write_file
 from ..ir.units import show_bytes, show_seconds
 from .asked import refuse
@@ -19,6 +20,7 @@ from .options import (
     complete_machine,
     output,
     picture,
+    solver,
 )
 from .progress import progress
 from .tables import after, table
@@ -52,6 +54,7 @@ def map_(
     execute: Annotated[bool, typer.Option("--run", help="Run it on the scratchpad machine, beside the model.")] = False,
     time_limit: SearchLimit = 60.0,
     seed: Seed = 0,
+    named: Annotated[str | None, solver(f"Of what stays in the scratchpad: {', '.join(NAMES)}; left out: CP-SAT.")] = None,
     out: Annotated[Path | None, output("Write the program: .json, or text.", "-o", "--output")] = None,
     png: Annotated[Path | None, picture("Addresses over time as a picture.")] = None,
     svg: Annotated[Path | None, picture("The same, scalable.")] = None,
@@ -71,7 +74,7 @@ def map_(
         report("building the model", 0.0)
         module, args, kwargs = load_model(model, meta=not execute)
         made = map_model(module.eval(), scratchpad, args, kwargs, machine=machine, weights=weights, bits=bits,
-                         recompute=recompute, time_limit=time_limit, seed=seed, progress=report)  # fmt: skip
+                         recompute=recompute, time_limit=time_limit, seed=seed, solver=named, progress=report)  # fmt: skip
         if execute:
             report("running on the scratchpad machine", 0.0)
         ran = compared(made, args, kwargs) if execute else {}

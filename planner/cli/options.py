@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ...solvers.programs.names import NAMES, why_not
 from ..ir.errors import BudgetError, MachineError, MemplanError
 from ..ir.machine import LOCAL, named_machine, preset_names
 from ..ir.plan import OPTIMIZERS
@@ -99,6 +100,14 @@ def a_scratchpad(size: str) -> str:
     return size
 
 
+def a_solver(name: str | None) -> str | None:
+    """The name of a solver that can be used here."""
+    reason = "" if name is None else why_not(name)
+    if reason:
+        raise typer.BadParameter(f"{name!r} {reason}")
+    return name
+
+
 def a_number(seconds: float) -> float:
     """Not nan, which is neither below a least value nor above it."""
     if math.isnan(seconds):
@@ -131,6 +140,11 @@ def output(help: str, *flags: str) -> Any:
     return typer.Option(*flags, help=help, metavar="FILE", callback=writable)
 
 
+def solver(help: str) -> Any:
+    """The option that names a solver of integer programs."""
+    return typer.Option("--solver", metavar="NAME", help=help, callback=a_solver, autocompletion=complete_solver)
+
+
 def starting_with(names: list[str], incomplete: str) -> list[str]:
     """Those that a shell may complete a word to."""
     return [name for name in names if name.startswith(incomplete)]
@@ -139,6 +153,11 @@ def starting_with(names: list[str], incomplete: str) -> list[str]:
 def complete_machine(incomplete: str) -> list[str]:
     """Names of machines."""
     return starting_with([*LOCAL, *preset_names()], incomplete)
+
+
+def complete_solver(incomplete: str) -> list[str]:
+    """Names of solvers, installed or not."""
+    return starting_with(list(NAMES), incomplete)
 
 
 def complete_levers(incomplete: str) -> list[str]:
@@ -206,6 +225,7 @@ SearchLimit = Annotated[
     float, typer.Option("--time-limit", metavar="SECONDS", help="Of search, at most.", min=0.0, callback=a_number)
 ]
 Seed = Annotated[int, typer.Option(metavar="NUMBER", help="Of the search: the same seed, the same plan.", min=0, max=2**31 - 1)]
+Solver = Annotated[str | None, solver(f"Of integer programs: {', '.join(NAMES)}; left out: {NAMES[0]}.")]
 Strategy = Annotated[Rule | None, typer.Option(help="MEMO's own rule of offload, to compare with; left out: the fastest plan.")]
 HostBudget = Annotated[
     str | None,

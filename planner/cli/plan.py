@@ -18,6 +18,7 @@ from .options import (
     Placed,
     Quiet,
     Seed,
+    Solver,
     Strategy,
     TimeLimit,
     output,
@@ -41,6 +42,7 @@ def plan(
     host_budget: HostBudget = None,
     time_limit: TimeLimit = 60.0,
     seed: Seed = 0,
+    solver: Solver = None,
     out: Annotated[Path | None, output("Write the plan here, as JSON.", "-o", "--output")] = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -48,7 +50,7 @@ def plan(
     """Plan a step within a budget."""
     options = planning(
         allow, optimizer, time_limit, seed, infer=infer, machine=machine, arena=arena, lend_gradients=lend_gradients,
-        strategy=strategy, host_budget=host_budget, in_backward=in_backward,
+        strategy=strategy, host_budget=host_budget, in_backward=in_backward, solver=solver,
     )  # fmt: skip
     with progress("loading torch", quiet) as report:
         from ..models.byname import load_model

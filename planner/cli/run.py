@@ -19,6 +19,7 @@ from .options import (
     Placed,
     Quiet,
     Seed,
+    Solver,
     Strategy,
     TimeLimit,
 )
@@ -43,13 +44,14 @@ def run(
     host_budget: HostBudget = None,
     time_limit: TimeLimit = 60.0,
     seed: Seed = 0,
+    solver: Solver = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Train for real, without the plan and with it, and compare."""
     options = planning(
         allow, optimizer, time_limit, seed, arena=arena, lend_gradients=lend_gradients, strategy=strategy,
-        host_budget=host_budget, in_backward=in_backward,
+        host_budget=host_budget, in_backward=in_backward, solver=solver,
     )  # fmt: skip
     stepped = options["optimizer"]
     with progress("loading torch", quiet) as report, tempfile.TemporaryDirectory() as folder:

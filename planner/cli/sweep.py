@@ -21,6 +21,7 @@ from .options import (
     Model,
     Quiet,
     Seed,
+    Solver,
     TimeLimit,
     output,
     picture,
@@ -40,6 +41,7 @@ def sweep(
     in_backward: InBackward = False,
     time_limit: TimeLimit = 60.0,
     seed: Seed = 0,
+    solver: Solver = None,
     png: Annotated[Path | None, picture("The curve as a picture.")] = None,
     svg: Annotated[Path | None, picture("The same, scalable.")] = None,
     table_file: Annotated[Path | None, output("The table as CSV.", "--csv")] = None,
@@ -47,7 +49,7 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Peak against step time over the whole range of budgets."""
-    options = planning(allow, optimizer, time_limit, seed, infer=infer, machine=machine, in_backward=in_backward)
+    options = planning(allow, optimizer, time_limit, seed, infer=infer, machine=machine, in_backward=in_backward, solver=solver)
     with progress("loading torch", quiet) as report:
         from ..models.byname import load_model
         from ..verbs import plan as api

@@ -14,8 +14,12 @@ what runs when nothing is planned.
 import hashlib
 from enum import StrEnum
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import msgspec
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 SUM = -1  # `Op.group` of the sums that autograd makes
 
@@ -176,6 +180,37 @@ class Program(msgspec.Struct, frozen=True, dict=True):
             known.update(op.writes)
         if set(self.outputs) - known:
             raise ValueError(f"output {min(set(self.outputs) - known)} is never written")
+
+    def to_networkx(self) -> "nx.DiGraph":
+        """The ops as a graph of networkx, for its algorithms: critical paths, cuts, drawings.
+
+        Nodes are indices of ops, with `name`, `target`, `phase`, `flops` and `seconds`. An edge leads from an op to one that
+        reads what it makes, with the `buffers` read, as indices, and their `bytes`. Resident buffers have no producer and so no
+        edge; what an op changes for good (`Op.mutates`) orders nothing here.
+
+        Example:
+            >>> from memplan.planner.ir.program import Buffer, Kind, Op, Phase, Program
+            >>> buffers = (Buffer("w", 64, Kind.PARAMETER), Buffer("a", 16, Kind.ACTIVATION), Buffer("b", 8, Kind.OUTPUT))
+            >>> first = Op("mm", "aten.mm.default", "mm", Phase.FORWARD, reads=(0,), writes=(1,), seconds=3e-6)
+            >>> last = Op("sum", "aten.sum.default", "sum", Phase.FORWARD, reads=(1,), writes=(2,), seconds=1e-6)
+            >>> graph = Program("net", buffers, (first, last), outputs=(2,)).to_networkx()
+            >>> graph.nodes[0]["target"], graph.edges[0, 1]
+            ('aten.mm.default', {'buffers': (1,), 'bytes': 16})
+        """
+        import networkx as nx
+
+        graph: nx.DiGraph = nx.DiGraph(name=self.name)
+        for index, op in enumerate(self.ops):
+            graph.add_node(index, name=op.name, target=op.target, phase=op.phase.value, flops=op.flops, seconds=op.seconds)
+        for index, op in enumerate(self.ops):
+            read: dict[int, list[int]] = {}
+            for buffer in dict.fromkeys(op.reads):
+                if self.producer[buffer] >= 0:
+                    read.setdefault(self.producer[buffer], []).append(buffer)
+            for producer, buffers in read.items():
+                size = sum(self.buffers[buffer].bytes for buffer in buffers)
+                graph.add_edge(producer, index, buffers=tuple(buffers), bytes=size)
+        return graph
 
     def __str__(self) -> str:
         from .text import show_program

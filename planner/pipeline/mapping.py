@@ -101,6 +101,7 @@ class Mapper:
         recompute: let ops run again in place of loads.
         seed: of the searches.
         alignment: every address is a multiple of it.
+        solver: of the residency of an order; see `solve_ordered`.
     """
 
     program: Program
@@ -111,6 +112,7 @@ class Mapper:
     recompute: bool = False
     seed: int = 0
     alignment: int = 1
+    solver: str | None = None
 
     def __post_init__(self) -> None:
         if len(self.machine.tiers) < 2 or not self.routes:
@@ -173,7 +175,7 @@ class Mapper:
         compile_addresses()
         began = time.monotonic()
         problem = with_capacity(self.problem, capacity)
-        once = solve(problem, seconds, self.seed)
+        once = solve(problem, seconds, self.seed, self.solver)
         assert once is not None
         mapped, made = once, None
         if self.recompute and once.bytes:
@@ -216,7 +218,7 @@ class Mapper:
         room = max(self.landmarks["M_P"], capacity)
         while True:
             room += room // 16 + self.alignment
-            mapped = solve(with_capacity(self.problem, room), 1.0, self.seed)
+            mapped = solve(with_capacity(self.problem, room), 1.0, self.seed, self.solver)
             if mapped is not None and self.schedule(mapped, room) is not None:
                 return room
 

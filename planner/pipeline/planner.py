@@ -19,6 +19,7 @@ from ...passes.eager import Eager
 from ...passes.liveness import Liveness
 from ...passes.problem import Flat, flatten
 from ...passes.transfers import Transfers, routes_of
+from ...solvers.programs.names import HIGHS
 from ...solvers.remat.bound import CutModel
 from ...solvers.remat.exact import Master, find_slots
 from ...solvers.remat.memo_rule import memo
@@ -64,6 +65,7 @@ class Planner:
         order: the base order, as op indices; by default the best of those that the levers allow, and then others are tried too.
         known: a schedule of the program that was found before.
         asked: the budget in the user's words, for an error.
+        solver: of the integer programs; default: HiGHS.
     """
 
     program: Program
@@ -79,6 +81,7 @@ class Planner:
     order: tuple[int, ...] | None = None
     known: Side | None = None
     asked: str = ""
+    solver: str | None = None
 
     def __post_init__(self) -> None:
         self.homes = self.homes if self.moves else ()
@@ -127,7 +130,8 @@ class Planner:
     @cached_property
     def master(self) -> Master:
         """The keep-or-recompute program."""
-        return Master(self.flat.problem, self.segments, find_slots(self.flat.problem, len(self.program.ops) <= SMALL))
+        slots = find_slots(self.flat.problem, len(self.program.ops) <= SMALL)
+        return Master(self.flat.problem, self.segments, slots, self.solver or HIGHS)
 
     @cached_property
     def search(self) -> Search:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from ..ir.bufferfile import Trace, read_trace, write_trace
 from ..ir.errors import MemplanError
 from ..ir.units import parse_bytes, show_bytes, show_count
 from ..pipeline.storage import alignment_of, approve, no_packing, overwritten, storage_of
+from .solver import check_solver, solving
 
-SOLVERS = {"auto": pack, "cp-sat": pack_sat, "mip": pack_mip}
+METHODS = {"auto": pack, "cp-sat": pack_sat, "mip": pack_mip}
 WORST_FIRST = (Status.INFEASIBLE, Status.UNKNOWN, Status.FEASIBLE, Status.OPTIMAL)
 
 
@@ -109,9 +111,10 @@ class Places:
         return [*rows, ("seconds", f"{self.seconds:.3f}", "")]
 
 
+@solving()
 def find_places(
     file: Path, capacity: str | None, align: int, method: str, time_limit: float, seed: int,
-    report: Callable[[str, float], None],
+    report: Callable[[str, float], None], solver: str | None = None,
 ) -> Places:  # fmt: skip
     """Read a file and place its buffers.
 
@@ -119,16 +122,18 @@ def find_places(
         file: CSV, as `planner/ir/bufferfile.py` says.
         capacity: bytes to fit into, for every pool, or as `fast=1MiB,slow=4GiB`; None for the smallest peaks.
         align: every offset is a multiple of it, and of what the file's column `alignment` says.
-        method: the solver, one of SOLVERS.
+        method: one of METHODS.
         time_limit: seconds for all pools together.
         seed: of the search.
         report: told what is being done.
+        solver: of the integer program, which is the method then; default: HiGHS, where that is the method.
 
     Raises:
         TraceError: what is wrong in the file, with row and column.
-        MemplanError: a capacity names no pool.
+        MemplanError: a capacity names no pool, or the solver cannot be used, or not with the method.
         PlacementError: addresses did not pass the check.
     """
+    chosen = method_of(method, solver)
     trace = read_trace(file)
     parts = trace.by_pool()
     rooms = capacities(capacity, file, list(parts))
@@ -141,7 +146,7 @@ def find_places(
         storage = storage_of(file, part, aligned)
         left = max(time_limit - (time.perf_counter() - began), 0.0) / (len(parts) - number)
         over = overwritten(part)
-        packing = pack_sharing(storage, over, SOLVERS[method], rooms[name], left, seed)
+        packing = pack_sharing(storage, over, chosen, rooms[name], left, seed)
         found = packing.offset.tolist()
         if found:
             approve(part, found, aligned)
@@ -152,6 +157,20 @@ def find_places(
         peak = peak_of(storage, packing.offset) if found or not rows else None
         pools.append(Pool(name, rows, packing, peak, rooms[name], reason))
     return Places(file, trace, pools, offsets, time.perf_counter() - began)
+
+
+def method_of(method: str, solver: str | None) -> Callable[..., Packing]:
+    """What places buffers: the method, or the integer program by a solver.
+
+    Raises:
+        MemplanError: the solver cannot be used, or not with the method.
+    """
+    check_solver(solver)
+    if solver is None:
+        return METHODS[method]
+    if method not in ("auto", "mip"):
+        raise MemplanError(f"solver={solver!r} solves an integer program, and the method {method} is none: give method mip")
+    return partial(pack_mip, solver=solver)
 
 
 def capacities(text: str | None, file: Path, names: list[str]) -> dict[str, int | None]:

@@ -16,6 +16,7 @@ from ..ir.units import parse_bytes, show_bytes, show_count, show_seconds
 from ..pipeline.mapping import SIZES, Mapper
 from ..pipeline.mapping import Mapping as Mapped
 from ..pipeline.planner import Planner
+from .solver import check_solver, solving
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -162,6 +163,7 @@ class MappedModel:
         save(packing(title, spans, size, offsets, None, capacity), path)
 
 
+@solving()
 def map_model(
     model: "nn.Module",
     scratchpad: int | str,
@@ -175,6 +177,7 @@ def map_model(
     recompute: bool = False,
     time_limit: float = 60.0,
     seed: int = 0,
+    solver: str | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> MappedModel:
     """Map an inference onto an accelerator whose scratchpad software manages.
@@ -195,6 +198,8 @@ def map_model(
         recompute: let ops run again where that spares bytes, which COSMA does not; no bound is known of such mappings.
         time_limit: seconds of search.
         seed: of the search.
+        solver: of what stays in the scratchpad in an order of the ops: "highs", "cbc", "scip", "gurobi" or "cplex", if it is
+            installed; default: CP-SAT, which takes less time, and which decides all else in any case.
         progress: is told (stage, share done).
 
     Returns:
@@ -210,6 +215,7 @@ def map_model(
 
     if bits not in (None, *BITS):
         raise MemplanError(f"bits={bits}: choose from {', '.join(map(str, BITS))}, or leave it out for the model's own types")
+    check_solver(solver)
     known = machine if isinstance(machine, Machine) else load_machine(machine)
     if scratchpad not in SIZES:
         readable(scratchpad)
@@ -233,7 +239,7 @@ def map_model(
     if bits is not None:
         sizes = tuple(buffer.bytes // size * bits // 8 for buffer, size in zip(program.buffers, width, strict=True))
     alignment = max(width, default=1) if bits is None else bits // 8
-    mapper = Mapper(program, known, weights, sizes, prefetch, recompute, seed, alignment)
+    mapper = Mapper(program, known, weights, sizes, prefetch, recompute, seed, alignment, solver)
     tell("mapping", 0.0)
     mapping = mapper.map(mapper.capacity_of(scratchpad), time_limit)
     return MappedModel(mapper, mapping, captured, model, seconds)

@@ -26,6 +26,7 @@ from ..ir.units import parse_bytes, shorten
 from ..pipeline.planner import Answer, Planner
 from .floors import keep_floor, known_floor
 from .levers import levers_beyond, with_levers
+from .solver import check_solver, solving
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,6 +39,7 @@ PLACINGS = 8  # plans made to find one that fits with its arena
 Progress = Callable[[str, float], None]
 
 
+@solving()
 def plan(
     model: "nn.Module",
     budget: int | str | None,
@@ -56,6 +58,7 @@ def plan(
     strategy: str | None = None,
     host_budget: int | str | None = None,
     optimizer_in_backward: bool = False,
+    solver: str | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """The fastest step of a model that provably fits a number of bytes, with the same numbers as before.
@@ -88,6 +91,8 @@ def plan(
         optimizer_in_backward: the planned step updates each parameter itself, as soon as its gradient is complete, so that
             gradients never pile up; apply the plan with `plan.apply(model, optimizer=...)`. The numbers are those of a step
             after the backward pass; gradients are gone, so nothing can be clipped or accumulated.
+        solver: of the integer programs that the search begins with: "highs", which is the default, "cbc", "scip", "gurobi" or
+            "cplex", if it is installed.
         progress: is told (stage, fraction of it).
 
     Returns:
@@ -108,10 +113,11 @@ def plan(
         >>> planned(torch.randn(8, 64)).sum().backward()
     """
     check_asked(budget, host_budget, arena, lend_gradients, strategy)
+    check_solver(solver, strategy)
     return Session(
         model, args, kwargs, train=train, loss=loss, optimizer=optimizer, machine=machine, allow=levers_of(allow, strategy),
         time_limit=time_limit, seed=seed, lend_gradients=lend_gradients, host_budget=host_budget,
-        optimizer_in_backward=optimizer_in_backward, progress=progress,
+        optimizer_in_backward=optimizer_in_backward, solver=solver, progress=progress,
     ).plan(budget, arena, strategy)  # fmt: skip
 
 
@@ -120,6 +126,7 @@ def levers_of(allow: Iterable[str] | None, strategy: str | None) -> Iterable[str
     return LEVERS if strategy is not None and allow is None else allow
 
 
+@solving()
 def sweep(
     model: "nn.Module", points: int | Iterable[int | str], args: tuple = (), kwargs: Any = None, **options: Any
 ) -> list[Plan]:
@@ -150,6 +157,7 @@ def sweep(
         [True, True, True]
     """
     arena, strategy = options.pop("arena", False), options.pop("strategy", None)
+    check_solver(options.get("solver"), strategy)
     session = Session(model, args, kwargs, **{**options, "allow": levers_of(options.get("allow"), strategy)})
     if isinstance(points, int):
         session.begin(arena)
@@ -187,12 +195,14 @@ class Session:
         lend_gradients: bool = False,
         host_budget: int | str | None = None,
         optimizer_in_backward: bool = False,
+        solver: str | None = None,
         progress: Progress | None = None,
     ):
         self.began: float | None = time.monotonic()
         levers = check_levers(allow)
         known = named_machine(machine)
         check_numbers(time_limit, seed)
+        check_solver(solver)
         check_model(model, kwargs)
         from ...backends.eager.fetched import bring_back
         from ..capture.capture import capture
@@ -239,6 +249,7 @@ class Session:
         routes = routes_of(known) if self.offload else []
         self.planner = Planner(
             program, known, "recompute" in levers, "reorder" in levers, self.offload, seed=seed, progress=progress,
+            solver=solver,
             homes=Homes(known.tiers[routes[0].tier].capacity, self.captured.traced.shared)(program) if routes else (),
         )  # fmt: skip
         self.solve_began = time.monotonic() - began

@@ -22,10 +22,9 @@ from typing import Any
 import highspy
 import numpy as np
 
+from ..programs.linear import Row, highs_model, of_rows
 from .problem import Problem
 from .replay import IN, IN_DELAY, IN_LOAD, OUT, OUT_DELAY, OUT_LOAD, ROOM
-
-Row = tuple[list[int], list[float], float]  # columns, their coefficients, and what these come to at least
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ class CutModel:
         self.capacity_row = len(rows)
         held = self.dense(keep=problem.size[before], gone=-problem.size[guests])
         rows.append((np.flatnonzero(held).tolist(), held[held != 0].tolist(), -highspy.kHighsInf))
-        self.model = highs_model(cost, lower, upper, rows)
+        self.model = highs_model(of_rows(cost, lower, upper, rows))
 
     def dense(self, **parts: Any) -> np.ndarray:
         """A coefficient for every column: zero but for the kinds named."""
@@ -211,25 +210,6 @@ def closure(problem: Problem, at: int, needed: np.ndarray, tiers: int) -> list[R
         for buffer in problem.inputs(op).tolist():
             rows.append(([*there(buffer), op], [1.0] * (2 + tiers) + [-1.0], 0.0))
     return rows
-
-
-def highs_model(cost: np.ndarray, lower: np.ndarray, upper: np.ndarray, rows: list[Row]) -> highspy.Highs:
-    """A model with rows `coefficients @ columns >= bound`."""
-    counts = [len(columns) for columns, *_ in rows]
-    lp: Any = highspy.HighsLp()  # its stubs promise lists, it takes arrays
-    lp.num_col_, lp.num_row_ = len(cost), len(counts)
-    lp.col_cost_, lp.col_lower_, lp.col_upper_ = cost, lower, upper
-    lp.row_lower_ = np.array([bound for _, _, bound in rows])
-    lp.row_upper_ = np.full(len(counts), highspy.kHighsInf)
-    lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
-    lp.a_matrix_.start_ = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    lp.a_matrix_.index_ = np.array([column for columns, *_ in rows for column in columns], np.int32)
-    lp.a_matrix_.value_ = np.array([value for _, values, _ in rows for value in values], float)
-    model = highspy.Highs()
-    model.setOptionValue("output_flag", False)
-    model.setOptionValue("threads", 1)
-    model.passModel(lp)
-    return model
 
 
 def used_from(problem: Problem, at: int) -> np.ndarray:

@@ -12,12 +12,15 @@ import time
 from dataclasses import dataclass
 from itertools import pairwise
 
-import highspy
 import numpy as np
 
-from .bound import Row, closure, highs_model, in_mean_times, used_from
+from ..programs.linear import Row, of_rows, solve
+from ..programs.names import HIGHS
+from .bound import closure, in_mean_times, used_from
 from .problem import BEGIN, HOLD, KEEP, MOVE, SINCE, Problem, profile
 from .segments import Segments
+
+GAP = 2e-3  # of the program's cost: its rows are estimates, which simulation corrects
 
 
 @dataclass(frozen=True)
@@ -85,11 +88,11 @@ class Master:
 
     Its columns are: for each op of the forward pass how much of it is run again; for each value of the forward pass how
     much of it is kept; the same for moved to each tier in turn; and for each link the time stalled for it. Its times are
-    those of `timed`.
+    those of `timed`. A solver is named to solve it; see `programs/names.py`.
     """
 
-    def __init__(self, problem: Problem, segments: Segments, slots: Slots):
-        self.problem, self.segments, self.slots = problem, segments, slots
+    def __init__(self, problem: Problem, segments: Segments, slots: Slots, solver: str = HIGHS):
+        self.problem, self.segments, self.slots, self.solver = problem, segments, slots, solver
         self.timed, _ = in_mean_times(problem)
         ops = problem.boundary
         self.early = np.flatnonzero(problem.producer < ops)
@@ -97,7 +100,7 @@ class Master:
         self.rows, self.stalls = closure(problem, ops, used_from(problem, ops + 1), tiers), ops + (1 + tiers) * count
         movable = np.isin(self.early, slots.buffer[slots.movable > 0]).astype(float)
         again = (problem.repeatable[:ops] > ops).astype(float)
-        self.upper = np.concatenate([again, np.ones(count), *[movable] * tiers, np.full(2 * tiers, highspy.kHighsInf)])
+        self.upper = np.concatenate([again, np.ones(count), *[movable] * tiers, np.full(2 * tiers, np.inf)])
         self.weight = problem.size[self.early].astype(float)
         loads = [self.weight * (out_load / out + back_load / back)
                  for out, _, out_load, back, _, back_load, *_ in self.timed.tiers]  # fmt: skip
@@ -139,16 +142,11 @@ class Master:
             there = np.flatnonzero(self.until > moment)
             if len(there):
                 rows.append(((ops + there).tolist(), (-self.weight[there]).tolist(), -float(limit)))
-        model = highs_model(self.cost, np.zeros(len(self.cost)), self.upper, rows)
-        model.setOptionValue("time_limit", time_limit)
-        if integer:
-            kinds = [highspy.HighsVarType.kContinuous] * len(self.cost)
-            kinds[ops : self.stalls] = [highspy.HighsVarType.kInteger] * (self.stalls - ops)
-            model.changeColsIntegrality(len(kinds), np.arange(len(kinds), dtype=np.int32), np.array(kinds))
-            model.setOptionValue("mip_rel_gap", 2e-3)
-        model.run()
-        values = np.array(model.getSolution().col_value)
-        if len(values) == 0 or model.getInfo().primal_solution_status != 2:
+        whole = np.zeros(len(self.cost), bool)
+        whole[ops : self.stalls] = integer
+        program = of_rows(self.cost, np.zeros(len(self.cost)), self.upper, rows, whole)
+        values = solve(program, self.solver, time_limit, gap=GAP).values
+        if not len(values):
             return None
         choice = np.zeros((1 + len(self.problem.tiers), len(self.problem.size)))
         choice[:, self.early] = values[ops : self.stalls].reshape(len(choice), -1)

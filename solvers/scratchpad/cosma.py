@@ -13,12 +13,16 @@ the scratchpad; L is its address. The equations, in the order of arXiv 2311.1824
 Repairs: one op a step; nothing is preserved, spilled or retrieved at the first; what lies in the large memory from the
 start is retrieved without having been spilled, and may be created in the step that reads it; an output's store is
 compulsory; and the residents of each step fit by their sum, without which the relaxation is worth nothing. Rows are whole
-numbers, handed to HiGHS through PuLP, with its tolerances set far below a byte, or to CP-SAT.
+numbers, handed to HiGHS or another solver by name, with its tolerances set far below a byte, or to CP-SAT.
 """
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from ..programs import linear
 from ..programs.cpsat import make_solver
+from ..programs.names import HIGHS
 from .residency import Residency
 
 TOLERANCE = 1e-9  # of integrality and feasibility: at 1e-5, times a scratchpad's bytes, tensors overlap
@@ -110,22 +114,22 @@ def used(problem: Residency, buffer: int) -> bool:
     return problem.producer[buffer] >= 0 or bool(problem.readers[buffer])
 
 
-def solve_pulp(problem: Residency, seconds: float = 60.0) -> int | None:
-    """The fewest bytes, by HiGHS through PuLP; None where nothing fits, or nothing was proven in time."""
-    import pulp
-
+def solve_linear(problem: Residency, seconds: float = 60.0, solver: str = HIGHS) -> int | None:
+    """The fewest bytes, by a solver of linear programs; None where nothing fits, or nothing was proven in time."""
     rows = formulate(problem)
-    model = pulp.LpProblem("cosma", pulp.LpMinimize)
-    variables = [pulp.LpVariable(f"x{index}", 0, upper, pulp.LpInteger) for index, upper in enumerate(rows.upper)]
-    model += pulp.lpSum(factor * variables[index] for index, factor in rows.cost.items())
-    for terms, most in rows.rows:
-        model += pulp.lpSum(factor * variables[index] for factor, index in terms) <= most
-    solver = pulp.HiGHS(msg=False, timeLimit=seconds, threads=1, mip_rel_gap=0.0, mip_abs_gap=0.5,
-                        mip_feasibility_tolerance=TOLERANCE, primal_feasibility_tolerance=TOLERANCE)  # fmt: skip
-    model.solve(solver)
-    if pulp.LpStatus[model.status] != "Optimal" or model.sol_status != pulp.LpSolutionOptimal:
-        return None
-    return round(float(pulp.value(model.objective) or 0))  # pyright: ignore[reportArgumentType]
+    cost = np.zeros(len(rows.upper))
+    cost[list(rows.cost)] = list(rows.cost.values())
+    found = linear.solve(
+        linear.of_rows(
+            cost,
+            np.zeros(len(cost)),
+            np.array(rows.upper, float),
+            [([at for _, at in terms], [-float(factor) for factor, _ in terms], -float(most)) for terms, most in rows.rows],
+            np.ones(len(cost), bool),
+        ),
+        solver, seconds, tolerance=TOLERANCE,
+    )  # fmt: skip
+    return round(float(cost @ found.values)) if found.status is linear.Verdict.OPTIMAL else None
 
 
 def solve_sat(problem: Residency, seconds: float = 60.0) -> int | None:

@@ -122,10 +122,11 @@ class Search:
         best: the best mapping known; states that cost as much are not looked at.
         bound: no order moves fewer bytes.
         over: whether looking on is of no use.
+        solver: of the residency of an order that is found; see `solve_ordered`.
     """
 
-    def __init__(self, problem: Residency, best: Mapped, states: int = STATES):
-        self.problem, self.best, self.left = problem, best, states
+    def __init__(self, problem: Residency, best: Mapped, states: int = STATES, solver: str | None = None):
+        self.problem, self.best, self.left, self.solver = problem, best, states, solver
         self.walk, self.bound, self.over = Walk(problem), 0, False
         ready = mask(op for op in range(self.walk.count) if not self.walk.before[op])
         self.heap: list[State] = [(0, 0, 0, 0, 0, 0, ready, ())]
@@ -146,7 +147,8 @@ class Search:
             self.bound = max(self.bound, min(least, self.best.bytes))
             self.over = least >= self.best.bytes or done == full
             if done == full and least < self.best.bytes:
-                found = solve_ordered(self.problem, unroll(path), max(until - time.monotonic(), 1.0), seed)
+                left = max(until - time.monotonic(), 1.0)
+                found = solve_ordered(self.problem, unroll(path), left, seed, self.solver)
                 self.best = found if found is not None and found.bytes < self.best.bytes else self.best
             if not self.over and not seen_better(self.walk, self.seen, cost, done, resident, stored):
                 self.left -= 1

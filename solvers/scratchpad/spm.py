@@ -39,13 +39,14 @@ def distinct(parts: Iterable[Part]) -> list[Part]:
     return list({part.problem: part for part in parts}.values())
 
 
-def solve(problem: Residency, seconds: float = 60.0, seed: int = 0) -> Mapped | None:
+def solve(problem: Residency, seconds: float = 60.0, seed: int = 0, solver: str | None = None) -> Mapped | None:
     """The mapping that moves the fewest bytes, or the best found in time; None where an op alone does not fit.
 
     Args:
         problem: what is mapped.
         seconds: for all of it.
         seed: of the searches.
+        solver: of the residency of an order; see `solve_ordered`.
     """
     if max(problem.need, default=0) > problem.capacity:
         return None
@@ -55,37 +56,39 @@ def solve(problem: Residency, seconds: float = 60.0, seed: int = 0) -> Mapped | 
     rest = distinct(parts)
     for number, part in enumerate(sorted(rest, key=lambda each: len(each.ops))):
         share = max(until - time.monotonic(), LEAST) / (len(rest) - number)
-        answers[part.problem] = solve_part(part.problem, share, seed)
+        answers[part.problem] = solve_part(part.problem, share, seed, solver)
     return join(problem, [(part, answers[part.problem]) for part in parts])
 
 
-def solve_part(problem: Residency, seconds: float, seed: int) -> Mapped:
+def solve_part(problem: Residency, seconds: float, seed: int, solver: str | None = None) -> Mapped:
     """The best mapping of one part found, with a bound over all orders."""
     until = time.monotonic() + seconds
-    best = best_of(problem, [list(range(len(problem.reads))), find_order(problem, until=until)[0]], until, seed)
+    best = best_of(problem, [list(range(len(problem.reads))), find_order(problem, until=until)[0]], until, seed, solver)
     if not best.bytes or one_order(problem):
         return best
     if len(problem.reads) >= MANY:
-        best = min(best, best_of(problem, [beam(problem, WIDTH, until)], until, seed), key=lambda answer: answer.bytes)
+        narrow = best_of(problem, [beam(problem, WIDTH, until)], until, seed, solver)
+        best = min(best, narrow, key=lambda answer: answer.bytes)
     if not best.bytes:
         return best
-    search = Search(problem, best)
+    search = Search(problem, best, solver=solver)
     found = search.run(min(seconds * SHARES[0], until - time.monotonic()), seed)
     if found.bytes > found.bound:
         left = until - time.monotonic()
-        found = solve_walls(problem, found, max(left if search.over else min(left, seconds * SHARES[1]), LEAST), seed)
+        share = max(left if search.over else min(left, seconds * SHARES[1]), LEAST)
+        found = solve_walls(problem, found, share, seed, solver)
         search.best, search.bound = found, found.bound
     if found.bytes > found.bound:
         found = search.run(until - time.monotonic(), seed)
     return found
 
 
-def best_of(problem: Residency, orders: Sequence[list[int]], until: float, seed: int) -> Mapped:
+def best_of(problem: Residency, orders: Sequence[list[int]], until: float, seed: int, solver: str | None = None) -> Mapped:
     """The best residency of some orders, which share the time that is left; every op fits."""
     answers = []
     for number, order in enumerate(orders):
         left = max(until - time.monotonic(), LEAST)
-        answers.append(solve_ordered(problem, order, left / (len(orders) - number), seed))
+        answers.append(solve_ordered(problem, order, left / (len(orders) - number), seed, solver))
     return min((answer for answer in answers if answer is not None), key=lambda answer: answer.bytes)
 
 

@@ -22,7 +22,7 @@ FIRST = 9  # walls to begin with, those that need most
 WIDTH = 20  # of the search for an order
 
 
-def solve_walls(problem: Residency, start: Mapped, seconds: float = 10.0, seed: int = 0) -> Mapped:
+def solve_walls(problem: Residency, start: Mapped, seconds: float = 10.0, seed: int = 0, solver: str | None = None) -> Mapped:
     """The best found over all orders, with a bound over all orders.
 
     Args:
@@ -30,23 +30,24 @@ def solve_walls(problem: Residency, start: Mapped, seconds: float = 10.0, seed: 
         start: a mapping to improve on; its bound must be over all orders.
         seconds: to search for, at most.
         seed: of the searches.
+        solver: of the residency of an order; see `solve_ordered`.
     """
     until = time.monotonic() + seconds
     best, bound = start, start.bound
     walls = sorted(range(len(problem.reads)), key=lambda op: -problem.need[op])[:FIRST]
     while bound < best.bytes and (left := until - time.monotonic()) > 0:
         model = WallModel(problem, walls, bound, best.bytes)
-        solver = make_solver(left, seed)
-        status = solver.solve(model.model)
+        search = make_solver(left, seed)
+        status = search.solve(model.model)
         if status == cp_model.INFEASIBLE:  # nothing costs less than the best
             bound = best.bytes
             break
         if status != cp_model.UNKNOWN:
-            bound = max(bound, math.ceil(solver.best_objective_bound - 1e-6))
+            bound = max(bound, math.ceil(search.best_objective_bound - 1e-6))
         if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
             break
-        order = arrange(problem, walls, model.times(solver), until)
-        found = solve_ordered(problem, order, max(until - time.monotonic(), 1.0), seed)
+        order = arrange(problem, walls, model.times(search), until)
+        found = solve_ordered(problem, order, max(until - time.monotonic(), 1.0), seed, solver)
         assert found is not None
         best = found if found.bytes < best.bytes else best
         more = fullest(problem, order, walls)

@@ -1,8 +1,8 @@
 """Storage allocation as others state it: a constraint program and an integer program, behind the face of `pack`.
 
 They are what the search is compared with, and tested against: rectangles that must not overlap in the plane, for CP-SAT
-(OR-Tools), and one binary for each pair of neighbours that says which lies below, with a big M, for HiGHS (the form of
-MEMO's bi-level plan, section 4.2 there). Both take the problem whole, with gaps, pins and alignment.
+(OR-Tools), and one binary for each pair of neighbours that says which lies below, with a big M, for HiGHS or another solver
+by name (the form of MEMO's bi-level plan, section 4.2 there). Both take the problem whole, with gaps, pins and alignment.
 """
 
 import time
@@ -11,8 +11,10 @@ from functools import wraps
 
 import numpy as np
 
+from ..programs import linear
+from ..programs.names import HIGHS
 from .allocate import pins_clash
-from .canonical import make_instance
+from .canonical import Instance, make_instance
 from .greedy import fit_in_order
 from .problem import FREE, Packing, Status, Storage, extended, peak_of, room_for_all
 
@@ -23,16 +25,17 @@ TOLERANCE = 1e-9  # of integrality and feasibility: at 1e-6, times the big M, bu
 Solver = Callable[[Storage, int | None, float, int], Packing]
 
 
-def without_empty(solver: Solver) -> Callable[..., Packing]:
+def without_empty(pack: Callable[..., Packing]) -> Callable[..., Packing]:
     """The same solver for problems some of whose buffers are empty, or all."""
 
-    @wraps(solver)
-    def solve(storage: Storage, capacity: int | None = None, seconds: float = 10.0, seed: int = 0) -> Packing:
+    @wraps(pack)
+    def solve(storage: Storage, capacity: int | None = None, seconds: float = 10.0, seed: int = 0, **options: str) -> Packing:
         members = np.flatnonzero(storage.size)
         if not len(members):
             return extended(storage, members, Packing(NOTHING, 0, Status.OPTIMAL, "nothing to place"))
         whole = len(members) == len(storage)
-        return extended(storage, members, solver(storage if whole else storage.take(members), capacity, seconds, seed))
+        left = storage if whole else storage.take(members)
+        return extended(storage, members, pack(left, capacity, seconds, seed, **options))
 
     return solve
 
@@ -78,53 +81,70 @@ def pack_sat(storage: Storage, capacity: int | None, seconds: float, seed: int) 
 
 
 @without_empty
-def pack_mip(storage: Storage, capacity: int | None, seconds: float, seed: int) -> Packing:
-    """By HiGHS on pairwise binaries; arguments and answer as of `pack`. Beyond some thousand pairs it finds nothing.
+def pack_mip(storage: Storage, capacity: int | None, seconds: float, seed: int, solver: str = HIGHS) -> Packing:
+    """By an integer program on pairwise binaries; beyond some thousand pairs it finds nothing.
+
+    Arguments and answer are those of `pack`; a solver may be named (`programs/names.py`).
 
     The program says only which buffer of a pair lies below: its offsets are fractions, of sizes padded to the alignment. In
     their order the buffers are then put where they fit, in whole bytes, and it is that peak which counts.
     """
-    import highspy
-
     until, most = time.monotonic() + seconds, ceiling(storage, capacity)
+    method = "mip" if solver == HIGHS else f"mip ({solver})"
     if pins_clash(storage) is not None or storage.bound > most:
-        return Packing(NOTHING, storage.bound, Status.INFEASIBLE, "mip")
-    unknown = Packing(NOTHING, storage.bound, Status.UNKNOWN, "mip")
+        return Packing(NOTHING, storage.bound, Status.INFEASIBLE, method)
+    unknown = Packing(NOTHING, storage.bound, Status.UNKNOWN, method)
     unit = storage.bound / GRAIN
     instance = make_instance(storage)
-    model = highspy.Highs()
-    model.setOptionValue("output_flag", False)
-    size, padded, top = storage.size / unit, storage.padded / unit, most / unit
-    slots = []
-    for i in range(len(storage)):
-        low, high = (0.0, top - size[i]) if storage.pin[i] == FREE else (storage.pin[i] / unit,) * 2
-        slots.append(model.addVariable(lb=low, ub=high))
-    peak = model.addVariable(lb=storage.bound / unit, ub=top, obj=1.0)
-    far = top + (padded - size).max()  # how far an offset may lie below the padded end of another buffer
-    for i in range(len(storage)):
-        model.addConstr(slots[i] + size[i] <= peak)
-        for j in instance.near[instance.near_start[i] : instance.near_start[i + 1]].tolist():
-            if j < i and (storage.pin[i] == FREE or storage.pin[j] == FREE):
-                below = model.addBinary()
-                model.addConstr(slots[i] + padded[i] <= slots[j] + far * (1 - below))
-                model.addConstr(slots[j] + padded[j] <= slots[i] + far * below)
-        if time.monotonic() > until:  # there are too many pairs
-            return unknown
-    for option, value in (
-        ("time_limit", max(until - time.monotonic(), 0.0)), ("random_seed", seed), ("threads", 1), ("mip_rel_gap", 0.0),
-        ("mip_feasibility_tolerance", TOLERANCE), ("primal_feasibility_tolerance", TOLERANCE),
-    ):  # fmt: skip
-        model.setOptionValue(option, value)
-    model.run()
-    outcome, found = model.getModelStatus(), model.getInfo()
-    if outcome == highspy.HighsModelStatus.kInfeasible:
-        return Packing(NOTHING, max(storage.bound, most + 1), Status.INFEASIBLE, "mip")
-    if found.primal_solution_status != 2:
+    program = fragmentation(storage, instance, most / unit, unit, until)
+    if program is None:
         return unknown
-    values = np.array(model.getSolution().col_value)[: len(storage)]
-    offset = fit_in_order(storage, instance, np.argsort(values, kind="stable"))
-    least = int(np.ceil(max(found.mip_dual_bound, 0.0) * unit * (1 - 1e-6) / storage.unit)) * storage.unit
-    return verdict(storage, offset, capacity, storage.bound if capacity is not None else max(storage.bound, least), "mip")
+    answer = linear.solve(program, solver, max(until - time.monotonic(), 0.0), seed, 0.0, TOLERANCE)
+    if answer.status is linear.Verdict.INFEASIBLE:
+        return Packing(NOTHING, max(storage.bound, most + 1), Status.INFEASIBLE, method)
+    if not len(answer.values):
+        return unknown
+    offset = fit_in_order(storage, instance, np.argsort(answer.values[: len(storage)], kind="stable"))
+    least = int(np.ceil(max(answer.bound, 0.0) * unit * (1 - 1e-6) / storage.unit)) * storage.unit
+    return verdict(storage, offset, capacity, storage.bound if capacity is not None else max(storage.bound, least), method)
+
+
+def fragmentation(storage: Storage, instance: Instance, top: float, unit: float, until: float) -> linear.LinearProgram | None:
+    """The integer program, in units of so many bytes; None where there are too many pairs to write down until a time.
+
+    Columns are the offset of each buffer, the peak, and for each pair of neighbours whether the one of the larger number lies
+    below.
+
+    Args:
+        storage: whose buffers.
+        instance: which of them are neighbours.
+        top: the highest peak worth looking at, in units.
+        unit: in bytes.
+        until: when to give up.
+    """
+    count, free = len(storage), storage.pin == FREE
+    size, padded = storage.size / unit, storage.padded / unit
+    far = top + float((padded - size).max())  # how far an offset may lie below the padded end of another buffer
+    rows: list[linear.Row] = []
+    below = count + 1
+    for i in range(count):
+        rows.append(((i, count), (-1.0, 1.0), float(size[i])))
+        for j in instance.near[instance.near_start[i] : instance.near_start[i + 1]].tolist():
+            if j < i and (free[i] or free[j]):
+                rows.append(((j, i, below), (1.0, -1.0, -far), float(padded[i]) - far))
+                rows.append(((j, i, below), (-1.0, 1.0, far), float(padded[j])))
+                below += 1
+        if time.monotonic() > until:  # there are too many pairs
+            return None
+    pairs = below - count - 1
+    pinned = storage.pin / unit
+    return linear.of_rows(
+        cost=np.concatenate([np.zeros(count), [1.0], np.zeros(pairs)]),
+        lower=np.concatenate([np.where(free, 0.0, pinned), [storage.bound / unit], np.zeros(pairs)]),
+        upper=np.concatenate([np.where(free, top - size, pinned), [top], np.ones(pairs)]),
+        rows=rows,
+        whole=np.arange(below) > count,
+    )
 
 
 def ceiling(storage: Storage, capacity: int | None) -> int:

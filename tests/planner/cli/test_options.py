@@ -56,12 +56,21 @@ def call(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int, s
         (["map", MODEL, "--scratchpad", "M_X"], "M_R"),
         (["map", MODEL, "--scratchpad", "1MiB", "--bits", "7"], "8, 16, 32"),
         (["map", MODEL, "--scratchpad", "1MiB", "--bits", "8", "--run"], "leave out --run"),
+        (["plan", MODEL, "--solver", "glpk"], "'glpk' is not known: the solvers are highs, cbc, scip, gurobi, cplex"),
+        (["run", MODEL, "--solver", "cplex"], "'cplex' is not installed: pip install cplex"),
+        (["sweep", MODEL, "--solver", "CBC"], "'CBC' is not known"),
+        (["map", MODEL, "--scratchpad", "M_R", "--solver", "cplex"], "pip install cplex"),
+        (["alloc", "none.csv", "--solver", "glpk"], "'glpk' is not known"),
+        (["alloc", "none.csv", "--solver", "highs", "--method", "cp-sat"], "--method cp-sat is none"),
+        (["plan", MODEL, "--solver", "highs", "--strategy", "memo"], "leave out --solver"),
+        (["plan", MODEL, "--solver", "highs", "--allow", "reorder"], "leaves nothing to solve"),
         (["plna", MODEL], "'plan'"),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_torch(capsys, monkeypatch, words, told):
     """One line with what to do, status 2; with --json one object that says the same."""
     monkeypatch.setitem(sys.modules, "memplan.planner.models.byname", None)  # an import of it fails
+    monkeypatch.setattr("memplan.solvers.programs.names.find_class", lambda name: None)
     status, out, err = call(capsys, *words)
     assert (status, out) == (2, "")
     assert err.count("\n") == 1
@@ -121,13 +130,13 @@ def test_the_version_is_the_packages(capsys):
         ("memplan plan --allow recompute,", {"recompute,reorder", "recompute,offload"}),
         ("memplan plan hf:gpt2", {"gpt2"}),
         ("memplan plan --optimizer ad", {"adam", "adamw"}),
+        ("memplan map --solver c", {"cbc", "cplex"}),
     ],
 )
 def test_the_shell_completes(words, wanted):
     """Without importing torch."""
-    code = (
-        "import sys\nfrom memplan.planner.cli import app as cli\ntry:\n    cli.main([])\nfinally:\n    assert 'torch' not in sys.modules"
-    )
+    code = "from memplan.planner.cli import app\ntry:\n    app.main([])\nfinally:\n    import sys\n"
+    code += "    assert not {'torch', 'pulp'} & {*sys.modules}"
     asked = {"_MEMPLAN_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": words}
     done = subprocess.run([sys.executable, "-P", "-c", code], env={**os.environ, **asked}, capture_output=True, text=True)
     assert done.stderr == ""

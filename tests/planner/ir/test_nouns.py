@@ -1,8 +1,10 @@
 """What a program and a machine may be, how sizes are read, and what a plan counts."""
 
+import doctest
 import random
 
 import msgspec
+import networkx as nx
 import numpy as np
 import pytest
 from hypothesis import given
@@ -94,6 +96,31 @@ def test_sizes_that_cannot_be_are_refused_in_one_short_line(case):
     with pytest.raises(BudgetError, match="capacity") as caught:
         parse_bytes(NO_SIZES[case], what="capacity")
     assert len(str(caught.value)) < 200
+
+
+@given(st.integers(0, 10**6), st.integers(2, 12))
+def test_a_program_is_a_graph_of_networkx(seed, forward):
+    """Every read of what an op makes lies on one edge, once, with its bytes; and the graph allows the base order."""
+    program = make_program(random.Random(seed), forward)
+    graph = program.to_networkx()
+    read = {(program.producer[buffer], at, buffer)
+            for at, op in enumerate(program.ops) for buffer in op.reads if program.producer[buffer] >= 0}  # fmt: skip
+    found = [(one, other, buffer) for one, other, buffers in graph.edges.data("buffers") for buffer in buffers]
+    assert sorted(found) == sorted(read)
+    for _, _, facts in graph.edges.data():
+        assert facts["bytes"] == sum(program.buffers[buffer].bytes for buffer in facts["buffers"])
+    for at, op in enumerate(program.ops):
+        facts = {"name": op.name, "target": op.target, "phase": op.phase.value, "flops": op.flops, "seconds": op.seconds}
+        assert graph.nodes[at] == facts
+    assert nx.is_directed_acyclic_graph(graph)
+    assert list(nx.lexicographical_topological_sort(graph)) == list(range(len(program.ops)))
+
+
+def test_what_the_graph_of_a_program_looks_like():
+    """The docstring's example."""
+    tests = doctest.DocTestFinder().find(Program.to_networkx, "to_networkx", globs={})
+    assert sum(doctest.DocTestRunner().run(test).failed for test in tests) == 0
+    assert tests[0].examples
 
 
 def test_a_lever_that_does_not_exist_yet_is_refused():

@@ -17,6 +17,7 @@ from memplan.planner.ir.program import Buffer, Kind, Op, Phase, Program
 from memplan.planner.ir.referee import referee
 from memplan.planner.ir.schedule import Free, Start
 from memplan.planner.pipeline.mapping import Mapper, events_of
+from memplan.solvers.programs.names import NAMES, SolverError, why_not
 from memplan.solvers.scratchpad.residency import Residency
 from memplan.solvers.scratchpad.spm import peaks
 from torch import nn
@@ -44,6 +45,50 @@ def inference(rng: random.Random, ops: int) -> Program:
     program = Program("random", tuple(buffers), tuple(made), outputs)
     program.verify()
     return program
+
+
+@pytest.mark.parametrize("solver", [name for name in NAMES if not why_not(name)])
+@settings(max_examples=10)
+@given(seed=st.integers(0, 2**32), ops=st.integers(2, 12))
+def test_a_mapping_by_any_solver_moves_as_little(solver, seed, ops):
+    """As few bytes, proven so, halfway between the largest op and the smallest peak."""
+    program = inference(random.Random(seed), ops)
+    wanted, made = (Mapper(program, MACHINE, weights=True, solver=each) for each in (None, solver))
+    capacity = wanted.landmarks["M_H"]
+    wanted, made = wanted.map(capacity), made.map(capacity)
+    assert made.report == referee(made.fused.program, made.machine, made.schedule)
+    assert made.mapped.bytes == made.bound == wanted.bound
+    assert made.noncompulsory == wanted.noncompulsory
+
+
+def test_map_model_hands_its_solver_on(monkeypatch):
+    """To every order that is tried; and what a solver gives up at is told in a line."""
+    asked = []
+
+    def gives_up(program, solver, *rest, **options):
+        asked.append(solver)
+        raise SolverError("cbc gave up: too large")
+
+    wide = zip((4, 16, 16), (16, 16, 4), strict=True)
+    skip = Skips(nn.Sequential(*[layer for width in wide for layer in (nn.Conv2d(*width, 3), nn.Sigmoid())])).eval()
+    image = torch.ones(1, 4, 32, 32)
+    assert memplan.map_model(skip, "M_R", (image,), solver="cbc").mapping.noncompulsory > 0
+    monkeypatch.setattr("memplan.solvers.programs.linear.solve", gives_up)
+    with pytest.raises(MemplanError, match="cbc gave up: too large: choose another, or leave it out"):
+        memplan.map_model(skip, "M_R", (image,), solver="cbc")
+    assert asked == ["cbc"]
+
+
+class Skips(nn.Module):
+    """Its input waits for its end, in nobody's interest."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        y = x.sin()
+        return self.inner(y) + y[..., 3:-3, 3:-3]
 
 
 @settings(max_examples=40, deadline=None)

@@ -10,17 +10,19 @@ from hypothesis import strategies as st
 from memplan.passes.liveness import Liveness
 from memplan.passes.outside import LeaveOutside
 from memplan.passes.place import Life, Place, find_lives, requests_of
-from memplan.planner.ir.errors import InvalidSchedule, TraceError
+from memplan.planner.ir.errors import InvalidSchedule, MemplanError, TraceError
 from memplan.planner.ir.machine import Machine, Tier, Unit
 from memplan.planner.ir.program import Buffer, Kind, Op, Phase, Program
 from memplan.planner.ir.referee import referee
 from memplan.planner.ir.schedule import Free, Run, Schedule
 from memplan.planner.verbs.alloc import find_places
+from memplan.solvers.programs.names import NAMES, why_not
 from memplan.solvers.storage.allocate import pack
 from memplan.solvers.storage.problem import Status, peak_of
 from strategies import make_order, make_program
 
 ALIGNED = Machine("aligned", "cpu", (Tier("device", 1 << 40, 1e9, alignment=16),), (Unit("core", "device", {"default": 1e9}),))
+SOLVERS = [name for name in NAMES if not why_not(name)]
 QUICK = settings(deadline=None, max_examples=60)
 
 
@@ -240,6 +242,31 @@ def test_no_time_is_no_proof(tmp_path, method):
     places = find_places(file, None, 1, method, 0.0, 0, lambda stage, share: None)
     assert places.pools[0].packing.status is Status.UNKNOWN
     assert "no packing was found in 0 s" in places.reason
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@settings(max_examples=15)
+@given(st.integers(0, 10**6))
+def test_addresses_by_any_solver_have_the_same_proven_peak(tmp_path_factory, solver, seed):
+    """`memplan alloc --solver`: the integer program, in every pool, with nothing on anything else."""
+    rng = random.Random(seed)
+    file = tmp_path_factory.mktemp("places") / "few.csv"
+    rows = [(rng.randint(0, 9), rng.randint(1, 5), rng.randint(1, 99), rng.choice("pq")) for _ in range(rng.randint(1, 8))]
+    lines = [f"{at},{lower},{lower + wide},{size},{pool}" for at, (lower, wide, size, pool) in enumerate(rows)]
+    file.write_text("\n".join(["id,lower,upper,size,pool", *lines]))
+    wanted = find_places(file, None, 1, "auto", 10.0, 0, lambda stage, share: None)
+    found = find_places(file, None, 1, "auto", 10.0, 0, lambda stage, share: None, solver)
+    assert wanted.facts()["status"] == found.facts()["status"] == "optimal"
+    assert found.peak == found.bound == wanted.peak
+    assert {pool.packing.method for pool in found.pools} == {"mip" if solver == "highs" else f"mip ({solver})"}
+
+
+def test_a_solver_solves_no_other_method(tmp_path):
+    """Before the file is read."""
+    with pytest.raises(MemplanError, match="give method mip"):
+        find_places(tmp_path / "none.csv", None, 1, "cp-sat", 1.0, 0, lambda stage, share: None, "highs")
+    with pytest.raises(MemplanError, match="is not known"):
+        find_places(tmp_path / "none.csv", None, 1, "mip", 1.0, 0, lambda stage, share: None, "glpk")
 
 
 def test_an_empty_buffer_of_a_schedule_costs_nothing():

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from memplan.planner.pipeline.planner import Planner
-from memplan.solvers.remat.bound import highs_model
+from memplan.solvers.programs.linear import highs_model
 from memplan.solvers.remat.problem import score
 from strategies import ROOMY, make_program
 
@@ -79,7 +79,9 @@ def test_each_program_is_given_its_share_of_the_time(monkeypatch, integer):
 def test_the_limit_reaches_the_solver(monkeypatch, integer):
     """The option is set in both kinds of program."""
     made = []
-    monkeypatch.setattr("memplan.solvers.remat.exact.highs_model", lambda *given: made.append(highs_model(*given)) or made[-1])
+    monkeypatch.setattr(
+        "memplan.solvers.programs.linear.highs_model", lambda *given: made.append(highs_model(*given)) or made[-1]
+    )
     planner = planner_of(0)
     moments, used = planner.master.worst(planner.flat.problem.keep_all())
     planner.master.solve(planner.flat.problem.keep_all(), moments, used, 7.5, integer)
