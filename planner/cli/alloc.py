@@ -22,6 +22,8 @@ from .progress import progress
 from .tables import table
 from .terminal import answer, end
 
+AUTO = Method("auto")
+
 
 def alloc(
     file: Annotated[Path, typer.Argument(metavar="IN.CSV", help="Columns id, lower, upper, size; lifetimes half-open.")],
@@ -38,7 +40,7 @@ def alloc(
     png: Annotated[Path | None, picture("The packing as a picture.")] = None,
     svg: Annotated[Path | None, picture("The same, scalable.")] = None,
     time_limit: SearchLimit = 10.0,
-    method: Annotated[Method, typer.Option(help="auto, or a solver to compare it with.")] = Method.AUTO,
+    method: Annotated[Method, typer.Option(help="auto, or a solver to compare it with.")] = AUTO,
     named: Annotated[str | None, solver(f"Of --method mip, which it implies: {', '.join(NAMES)}.")] = None,
     seed: Seed = 0,
     quiet: Quiet = False,
@@ -46,7 +48,7 @@ def alloc(
 ) -> None:
     """Addresses for buffers with known lifetimes."""
     refuse((
-        named is not None and method is Method.CP_SAT,
+        named is not None and method.value not in ("auto", "mip"),
         f"--solver {named} solves an integer program, and --method {method} is none: leave one of them out",
     ))  # fmt: skip
     with progress("reading the file", quiet) as report:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...solvers.programs.names import NAMES, why_not
+from ...solvers.storage.methods import METHODS
 from ..ir.errors import BudgetError, MachineError, MemplanError
 from ..ir.machine import LOCAL, named_machine, preset_names
 from ..ir.plan import OPTIMIZERS
@@ -22,20 +23,16 @@ SCRATCHPADS = ("M_R", "M_P", "M_H")  # as `planner/pipeline/mapping.py` knows th
 PICTURES = (".png", ".svg", ".pdf")
 
 
-class Method(StrEnum):
-    """Solvers of storage allocation."""
+if TYPE_CHECKING:  # what tables name is in no type checker's reach
 
-    AUTO = "auto"
-    CP_SAT = "cp-sat"
-    MIP = "mip"
-
-
-if TYPE_CHECKING:
+    class Method(StrEnum):
+        """Ways to place buffers."""
 
     class Optimizer(StrEnum):
-        """Names of torch's optimizers: its members are a table's, which no type checker reads."""
+        """Torch's optimizers."""
 
 else:
+    Method = StrEnum("Method", {name.upper(): name for name in METHODS})
     Optimizer = StrEnum("Optimizer", {name.upper(): name for name in OPTIMIZERS})
 
 

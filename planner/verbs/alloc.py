@@ -7,8 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ...solvers.storage.allocate import pack
-from ...solvers.storage.formulations import pack_mip, pack_sat
+from ...solvers.storage.methods import method as placing
 from ...solvers.storage.problem import Packing, Status, peak_of
 from ...solvers.storage.share import clipped, pack_sharing
 from ...solvers.warm import compile_addresses
@@ -18,7 +17,6 @@ from ..ir.units import parse_bytes, show_bytes, show_count
 from ..pipeline.storage import alignment_of, approve, no_packing, overwritten, storage_of
 from .solver import check_solver, solving
 
-METHODS = {"auto": pack, "cp-sat": pack_sat, "mip": pack_mip}
 WORST_FIRST = (Status.INFEASIBLE, Status.UNKNOWN, Status.FEASIBLE, Status.OPTIMAL)
 
 
@@ -122,7 +120,7 @@ def find_places(
         file: CSV, as `planner/ir/bufferfile.py` says.
         capacity: bytes to fit into, for every pool, or as `fast=1MiB,slow=4GiB`; None for the smallest peaks.
         align: every offset is a multiple of it, and of what the file's column `alignment` says.
-        method: one of METHODS.
+        method: one of `METHODS`.
         time_limit: seconds for all pools together.
         seed: of the search.
         report: told what is being done.
@@ -167,10 +165,10 @@ def method_of(method: str, solver: str | None) -> Callable[..., Packing]:
     """
     check_solver(solver)
     if solver is None:
-        return METHODS[method]
+        return placing(method)
     if method not in ("auto", "mip"):
         raise MemplanError(f"solver={solver!r} solves an integer program, and the method {method} is none: give method mip")
-    return partial(pack_mip, solver=solver)
+    return partial(placing("mip"), solver=solver)
 
 
 def capacities(text: str | None, file: Path, names: list[str]) -> dict[str, int | None]:

@@ -28,6 +28,7 @@ from memplan.solvers.storage.coalesce import coalesce
 from memplan.solvers.storage.formulations import pack_mip, pack_sat
 from memplan.solvers.storage.greedy import ORDERS, first_fit, lowest_first
 from memplan.solvers.storage.instances import cut_rectangle
+from memplan.solvers.storage.methods import METHODS, method
 from memplan.solvers.storage.problem import LIMIT, Status, make_storage, peak_of
 from packings import faults, make, smallest_peak, solid, storages
 
@@ -67,7 +68,7 @@ def test_pack_is_exact_and_checked(storage):
     assert not expected or pack(storage, expected - 1, seconds=20).status is Status.INFEASIBLE
 
 
-@pytest.mark.parametrize("solver", [pack_sat, pack_mip])
+@pytest.mark.parametrize("solver", [method(name) for name in METHODS if name != "auto"])
 @settings(deadline=None, max_examples=40)
 @given(storage=storages(most=6))
 def test_the_other_formulations_agree(solver, storage):
@@ -192,7 +193,7 @@ def test_looking_at_the_clock_changes_nothing(monkeypatch, nodes):
 def test_empty_buffers_are_in_nobodys_way():
     """With one that is live all the time the optimum is that without; all empty, the peak is 0; the search refuses them."""
     storage = make([5, 0, 5, 3], [[(1, 4)], [(0, 5)], [(4, 5), (6, 8)], [(2, 5)]], alignment=4)
-    for solver in (pack, pack_sat, pack_mip):
+    for solver in map(method, METHODS):
         answer = solver(storage, None, 5.0)
         assert (answer.status, answer.bound, peak_of(storage, answer.offset)) == (Status.OPTIMAL, 9, 9)
         assert solver(storage, 9, 5.0).status is Status.OPTIMAL
