@@ -37,7 +37,9 @@ class Live(TorchDispatchMode):
             self.meet(tensor)
 
     def meet(self, tensor: torch.Tensor) -> int:
-        """Count a tensor's storage until it is freed. Returns its bytes if it is new."""
+        """Count a tensor's storage until it is freed. Returns its bytes if it is new. Sparse ones are refused elsewhere."""
+        if tensor.layout is not torch.strided:
+            return 0
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self.sizes:

@@ -135,19 +135,19 @@ def find_places(
     trace = read_trace(file)
     parts = trace.by_pool()
     rooms = capacities(capacity, file, list(parts))
+    aligned = {name: alignment_of(file, part, align) for name, (_, part) in parts.items()}
     compile_addresses(report)
     report("placing", 0.0)
     began = time.perf_counter()
     offsets, pools = [0] * len(trace.ids), []
     for number, (name, (rows, part)) in enumerate(parts.items()):
-        aligned = alignment_of(file, part, align)
-        storage = storage_of(file, part, aligned)
+        storage = storage_of(file, part, aligned[name])
         left = max(time_limit - (time.perf_counter() - began), 0.0) / (len(parts) - number)
         over = overwritten(part)
         packing = pack_sharing(storage, over, chosen, rooms[name], left, seed)
         found = packing.offset.tolist()
         if found:
-            approve(part, found, aligned)
+            approve(part, found, aligned[name])
         for row, offset in zip(rows, found, strict=False):
             offsets[row] = offset
         fits = (found or not rows) and packing.status in (Status.OPTIMAL, Status.FEASIBLE)

@@ -291,7 +291,7 @@ def test_a_piece_that_runs_for_each_layer_is_counted_each_time() -> None:
 @pytest.mark.parametrize("breaks", [False, True])
 def test_a_budget_that_cannot_be_met(breaks: bool) -> None:
     called = compiled(Gpt(breaks=breaks), budget="200KiB")
-    with pytest.raises(BudgetError, match=r"piece \d.*test_dynamo.py") as caught:
+    with pytest.raises(BudgetError, match=r"piece \d.*test_door.py") as caught:
         called(IDS)
     assert caught.value.minimum is not None
     assert caught.value.minimum > 200 << 10

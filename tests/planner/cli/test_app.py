@@ -77,6 +77,7 @@ def test_plan_prints_one_object_and_writes_the_file(capsys, monkeypatch, tmp_pat
         "peak",
         "time",
         "unplanned",
+        "eager_peak",
         "status",
         "gap",
         "minimum_budget",
