@@ -136,14 +136,14 @@ def find_places(
     parts = trace.by_pool()
     rooms = capacities(capacity, file, list(parts))
     aligned = {name: alignment_of(file, part, align) for name, (_, part) in parts.items()}
+    problems = {name: (storage_of(file, part, aligned[name]), overwritten(part)) for name, (_, part) in parts.items()}
     compile_addresses(report)
     report("placing", 0.0)
     began = time.perf_counter()
     offsets, pools = [0] * len(trace.ids), []
     for number, (name, (rows, part)) in enumerate(parts.items()):
-        storage = storage_of(file, part, aligned[name])
+        storage, over = problems[name]
         left = max(time_limit - (time.perf_counter() - began), 0.0) / (len(parts) - number)
-        over = overwritten(part)
         packing = pack_sharing(storage, over, chosen, rooms[name], left, seed)
         found = packing.offset.tolist()
         if found:
