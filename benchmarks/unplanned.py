@@ -62,7 +62,7 @@ def render(results: Results, path: Path) -> None:
     rows = []
     for name in {row["model"]: None for row in results.all(task="eager")}:
         eager, found = results.last(task="eager", model=name), results.last(task="planned", model=name)
-        if eager is None or found is None or eager["peak"] is None:
+        if eager is None or found is None or eager["peak"] is None or "eager_peak" not in found:
             continue
         peak, predicted = eager["peak"], found["eager_peak"]
         rows.append((

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from ..ir.errors import CaptureError
-from ..ir.plan import OPTIMIZERS, Counted, Kept, Made
+from ..ir.names import OPTIMIZERS
+from ..ir.plan import Counted, Kept, Made
 from ..ir.program import Buffer, Kind, Op, Phase
 from ..ir.units import shorten
 from .optimizertrial import group_of, steps_alone, try_step

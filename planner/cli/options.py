@@ -14,7 +14,7 @@ from ...solvers.programs.names import NAMES, why_not
 from ...solvers.storage.methods import METHODS
 from ..ir.errors import BudgetError, MachineError, MemplanError
 from ..ir.machine import LOCAL, named_machine, preset_names
-from ..ir.plan import OPTIMIZERS
+from ..ir.names import OPTIMIZERS
 from ..ir.schedule import LEVERS, check_levers
 from ..ir.units import parse_bytes
 from ..models.spec import check_spec, model_types

@@ -26,10 +26,6 @@ if TYPE_CHECKING:
     from ..capture.capture import Captured
 
 FORMAT = 1
-# torch's optimizers that can be counted, by the names that users write
-OPTIMIZERS = {name.lower(): name for name in (
-    "SGD", "Adam", "AdamW", "Adadelta", "Adafactor", "Adagrad", "Adamax", "ASGD", "Muon", "NAdam", "RAdam", "RMSprop", "Rprop"
-)}  # fmt: skip
 
 
 class Made(msgspec.Struct, frozen=True):

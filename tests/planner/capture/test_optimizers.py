@@ -7,7 +7,7 @@ import pytest
 import torch
 from memplan.planner.capture.optimizers import check_alone, kept_by
 from memplan.planner.ir.errors import CaptureError
-from memplan.planner.ir.plan import OPTIMIZERS as NAMES
+from memplan.planner.ir.names import OPTIMIZERS as NAMES
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
