@@ -28,7 +28,7 @@ import msgspec
 
 from ...planner.cost.watch import Watch
 from ...planner.ir.errors import MemplanError
-from ...planner.ir.plan import OPTIMIZERS
+from ...planner.ir.names import OPTIMIZERS
 from .fresh import python_running
 from .meters import (
     M_MMAP_THRESHOLD,
