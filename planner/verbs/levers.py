@@ -8,7 +8,7 @@ mostly goes lower, and it alone shows that a budget works.
 import dataclasses
 from collections.abc import Callable, Iterator
 from itertools import combinations
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -16,13 +16,14 @@ from ...passes.homes import Homes
 from ...passes.promptly import Promptly
 from ...passes.reorder import Reorder
 from ...passes.transfers import routes_of
-from ..capture.graph import Traced
-from ..capture.optimizers import rows_of, update_ops
 from ..cost.table import apply_costs
 from ..ir.errors import BudgetError
 from ..ir.program import Kind, Phase, Program
 from ..ir.units import show_bytes
 from ..pipeline.planner import Planner
+
+if TYPE_CHECKING:
+    from ..capture.graph import Traced
 
 IN_BACKWARD = "optimizer_in_backward"
 MOST = 3  # levers in the message
@@ -48,7 +49,7 @@ def with_levers(error: BudgetError, budget: int, found: dict[str, int]) -> Budge
     return BudgetError(f"{error}; {said}", error.minimum, found)
 
 
-def levers_beyond(planner: Planner, traced: Traced, optimizer: Any, device: str) -> dict[str, int]:
+def levers_beyond(planner: Planner, traced: "Traced", optimizer: Any, device: str) -> dict[str, int]:
     """Bytes that a step needs, estimated, by what is allowed beyond what a planner may do now.
 
     Args:
@@ -84,7 +85,7 @@ def subsets(names: list[str]) -> Iterator[tuple[str, ...]]:
         yield tuple(names)
 
 
-def estimate(planner: Planner, traced: Traced) -> int:
+def estimate(planner: Planner, traced: "Traced") -> int:
     """Bytes of the smallest schedule by rules, in one base order."""
     program = planner.program
     order = Promptly()(program, Reorder()(program) if planner.reorder else range(len(program.ops)))
@@ -97,8 +98,10 @@ def estimate(planner: Planner, traced: Traced) -> int:
     return way.search.descent.peak
 
 
-def updated_in_backward(planner: Planner, traced: Traced, optimizer: Any, device: str) -> Planner:
+def updated_in_backward(planner: Planner, traced: "Traced", optimizer: Any, device: str) -> Planner:
     """The same of a step that updates each parameter as soon as its gradient is complete, as `capture.graph` lowers it."""
+    from ..capture.optimizers import rows_of, update_ops
+
     program = planner.program
     last, states = program.ops[-1], {index for index, each in enumerate(program.buffers) if each.kind is Kind.STATE}
     parameters = set(last.mutates) - states
