@@ -331,6 +331,8 @@ def surroundings(inductor: bool, mode: FakeTensorMode | None = None) -> Iterator
     with ExitStack() as stack:
         stack.enter_context(functorch_config.patch(backward_pass_autocast="off"))
         if not inductor:
+            # a gradient mostly comes from a product, which lays it out in order, however the output itself lies
+            stack.enter_context(functorch_config.patch(guess_tangent_strides_as_outputs=False))
             stack.enter_context(native_kernels())
             stack.enter_context(own_results())
         if mode is not None or _guards.TracingContext.try_get() is None:

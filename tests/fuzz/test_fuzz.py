@@ -22,7 +22,7 @@ def test_a_plan_is_eagers_or_refused(seed: int):
     assert not outcome.split(":")[0].isupper(), f"{case.name}: {outcome}"
 
 
-@pytest.mark.parametrize("seed", range(100, 106))
+@pytest.mark.parametrize("seed", [*range(100, 106), 3084])
 def test_the_door_is_eagers_or_refused(seed: int):
     """The same through torch.compile."""
     case = Case(seed)
