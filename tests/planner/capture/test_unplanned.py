@@ -69,18 +69,21 @@ def test_planned_bits_are_eagers(name):
             assert torch.equal(got.grad, wanted.grad)
 
 
+HEAP = 512 << 10  # bytes that the heap may hold beside tensors, more or less in each process
 QUICK = ("kept_masks", "fused_linear_cross_entropy", "chunked_with_checkpoints")
 
 
 @pytest.mark.parametrize("name", [pytest.param(each, marks=() if each in QUICK else pytest.mark.slow) for each in LOSSES])
 def test_eagers_peak_is_the_measured_one(name):
-    """Within 3 %; the unplanned one too, where the model's code holds no tensors and no function saves what nobody reads."""
+    """Within 3 %, or half a MiB; the unplanned one where the model's code holds no tensors and no function saves for nobody."""
     measured = in_fresh_process(Request(f"{FILE}:{name}", None, 2)).peak
     model, args = LOSSES[name]()
     session = Session(model, args, time_limit=0.0)
 
-    assert measured is None or session.eager_peak == pytest.approx(measured, rel=0.03)
-    assert measured is None or name not in EXACT or session.begin().unplanned.peak == pytest.approx(measured, rel=0.03)
+    assert measured is None or session.eager_peak == pytest.approx(measured, rel=0.03, abs=HEAP)
+    assert (
+        measured is None or name not in EXACT or session.begin().unplanned.peak == pytest.approx(measured, rel=0.03, abs=HEAP)
+    )
 
 
 class Holds(nn.Module):
