@@ -1,7 +1,7 @@
 """Real training steps in a fresh process, so that the peak of memory found is the steps' and nothing else's.
 
     python -m memplan.backends.measure.training < request.json      runs one `Request` and prints one `Trial`
-    python -m memplan.backends.measure.training --turns             the same, a step at a time, as `turns` asks for them
+    python -m memplan.backends.measure.training --turns             the same, a step at a time, as `compare` asks for them
 
 On Linux a CPU step's peak is what the step adds to the process at its highest (VmHWM after a reset, less the resident
 size before the step) plus the tensors that were there already. On CUDA it is `max_memory_allocated`, in which cuBLAS's
@@ -332,7 +332,7 @@ class Meter:
 
 
 def main() -> None:
-    """Answer the request on standard input, or those of `turns`. What a model prints goes to standard error."""
+    """Answer the request on standard input, or those of `compare`. What a model prints goes to standard error."""
     if "--turns" in sys.argv[1:]:
         return serve_turns()
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)

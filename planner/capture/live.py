@@ -13,9 +13,6 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..cost.table import Table
-from ..cost.workspaces import modelled_workspace
-from ..ir.program import Kind, Phase, Program
 from .nodes import describe_call, is_view
 
 Moments = dict[str, tuple[int, int]]  # an op's key -> the most bytes that live when it returns, and how many it has written
@@ -60,21 +57,3 @@ class Live(TorchDispatchMode):
             key = describe_call(func, args, kwargs or {})
             self.moments[key] = max(self.moments.get(key, (0, 0)), (self.now, made))
         return result
-
-
-def eager_peak(moments: Moments, program: Program, table: Table | None) -> int:
-    """Bytes at the peak of a step in eager mode, optimizer state and the workspaces of kernels counted.
-
-    Args:
-        moments: of its forward and backward pass.
-        program: of the same step, with its costs: its optimizer's figures.
-        table: measurements of the device, or None.
-    """
-    state = sum(buffer.bytes for buffer in program.buffers if buffer.kind is Kind.STATE)
-    peak = 0
-    for key, (live, made) in moments.items():
-        figures = table.get(key) if table is not None else None
-        peak = max(peak, live + (modelled_workspace(key, made, program.device) if figures is None else figures.workspace))
-    gradients = sum(buffer.bytes for buffer in program.buffers if buffer.kind is Kind.GRADIENT)
-    updates = [op.workspace for op in program.ops if op.phase is Phase.UPDATE]
-    return state + peak if not updates else max(state + peak, program.resident_bytes + gradients + max(updates))

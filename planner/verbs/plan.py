@@ -14,6 +14,7 @@ from ...passes.outside import LeaveOutside
 from ...passes.place import Place
 from ...passes.transfers import routes_of
 from ...solvers.warm import compile_addresses, compile_planning
+from ..cost.eager import eager_peak
 from ..cost.estimate import Estimate
 from ..cost.table import Table, apply_costs, coverage
 from ..ir.coverage import Coverage
@@ -274,8 +275,6 @@ class Session:
     @cached_property
     def eager_peak(self) -> int | None:
         """Bytes at the peak of the step in eager mode; None where that is not known."""
-        from ..capture.live import eager_peak
-
         moments = self.captured.moments
         return None if moments is None else eager_peak(moments, self.planner.program, self.table)
 

@@ -1,10 +1,10 @@
-"""The compiled simulation behind `timeline`: a solution -> events, events -> bytes and time."""
+"""The compiled simulation behind `problem`: a solution -> events, events -> bytes and time."""
 
 import numpy as np
 
 from ..jit.compiled import compiled
 
-SINCE, BEGIN, HOLD, EAGER, MOVE = range(5)  # rows of a solution: see `timeline`
+SINCE, BEGIN, HOLD, EAGER, MOVE = range(5)  # rows of a solution: see `problem`
 NEVER = 2**30  # a time after any base time: the `since` of a buffer's last gap, which no use ends
 EVENTS = 2_000  # that a solution may come to in any case
 OUT, OUT_DELAY, OUT_LOAD, IN, IN_DELAY, IN_LOAD, ROOM, RATE = range(8)  # columns of `tiers`
