@@ -27,7 +27,7 @@ from ..ir.units import parse_bytes, shorten
 from ..pipeline.planner import Answer, Planner
 from .floors import keep_floor, known_floor
 from .levers import levers_beyond, with_levers
-from .solver import check_solver, solving
+from .solver import check_solver, check_strategy, solving
 
 if TYPE_CHECKING:
     from torch import nn
@@ -114,7 +114,7 @@ def plan(
         >>> planned(torch.randn(8, 64)).sum().backward()
     """
     check_asked(budget, host_budget, arena, lend_gradients, strategy)
-    check_solver(solver, strategy)
+    check_strategy(solver, strategy)
     return Session(
         model, args, kwargs, train=train, loss=loss, optimizer=optimizer, machine=machine, allow=levers_of(allow, strategy),
         time_limit=time_limit, seed=seed, lend_gradients=lend_gradients, host_budget=host_budget,
@@ -158,7 +158,7 @@ def sweep(
         [True, True, True]
     """
     arena, strategy = options.pop("arena", False), options.pop("strategy", None)
-    check_solver(options.get("solver"), strategy)
+    check_strategy(options.get("solver"), strategy)
     session = Session(model, args, kwargs, **{**options, "allow": levers_of(options.get("allow"), strategy)})
     if isinstance(points, int):
         session.begin(arena)
@@ -203,7 +203,7 @@ class Session:
         levers = check_levers(allow)
         known = named_machine(machine)
         check_numbers(time_limit, seed)
-        check_solver(solver)
+        check_solver(solver, levers)
         check_model(model, kwargs)
         from ...backends.eager.fetched import bring_back
         from ..capture.capture import capture

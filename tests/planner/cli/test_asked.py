@@ -21,6 +21,7 @@ import torch
         (None, {"solver": 5}, "solver=5 is not known"),
         (None, {"solver": "cplex"}, "solver='cplex' is not installed: pip install cplex"),
         (None, {"solver": "cbc", "strategy": "memo"}, "plan without solver"),
+        (None, {"solver": "cbc", "allow": ["reorder"]}, "leaves nothing to solve"),
     ],
 )
 def test_arguments_are_checked_before_the_model_is_traced(monkeypatch, budget, options, told):
