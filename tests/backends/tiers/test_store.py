@@ -550,12 +550,14 @@ def test_a_disk_that_fills_up_ends_the_step(directory, monkeypatch):
     """In the middle of a write: this visit is over, another open one and new ones, in a new file, go on."""
     tier = FileTier(4096, directory)
     visit, other = tier.open(), tier.open()
-    file, real = visit.space.fd, os.pwrite
+    file, full = visit.space.fd, Gate(failing(errno.ENOSPC))
+    real = os.pwrite
     monkeypatch.setattr(filetier, "CHUNK", 1024)
     monkeypatch.setattr(
-        os, "pwrite", lambda fd, view, at: failing(errno.ENOSPC)() if fd == file and at >= 2048 else real(fd, view, at)
+        os, "pwrite", lambda fd, view, at: full(fd, view, at) if fd == file and at >= 2048 else real(fd, view, at)
     )
     bad, behind = visit.put(0, noise(4096)), visit.put(0, noise(8))
+    full.open.set()
     for job in (bad, bad, behind):
         with pytest.raises(MemplanError, match=r"cannot write 4 KiB .*: No space left on device: .* MEMPLAN_OFFLOAD"):
             job.wait()
