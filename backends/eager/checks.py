@@ -15,7 +15,8 @@ from ...planner.capture.calls import autocast_state, flatten_call, leaf_names
 from ...planner.capture.capture import Captured
 from ...planner.capture.graph import Source
 from ...planner.capture.hooks import hook_tables, is_traced_hook
-from ...planner.capture.inputs import TensorFacts, check_places, facts, places_of, same
+from ...planner.capture.inputs import TensorFacts, check_places, distance, facts, places_of, same
+from ...planner.capture.questions import Asker, inputs_of
 from ...planner.capture.reads import Watch
 from ...planner.capture.writes import WriteBack, training_set
 from ...planner.ir.errors import PlanMismatch
@@ -56,6 +57,9 @@ class Checks:
         self.moved = changed_by(captured, arguments, moves)
         whose = self.moved | {place.storage for place in captured.signature.places if place is not None}
         self.owners = [(name, place) for name, place in places.items() if name in whose]
+        self.asker = Asker(captured.questions)
+        tensors = [index for index, known in enumerate(captured.signature.inputs) if isinstance(known, TensorFacts)]
+        self.looked_into = {tensors[index] for index in inputs_of(captured.questions)}
         own = training_set(captured.writes)
         self.modes = [(name, module.get_submodule(name), training)
                       for name, training in captured.signature.training if name not in own]  # fmt: skip
@@ -73,7 +77,7 @@ class Checks:
         memo[id(self)] = made
         for key, value in vars(self).items():
             if key not in ("watch", "stores"):
-                setattr(made, key, value if key in ("captured", "arguments") else copy.deepcopy(value, memo))
+                setattr(made, key, value if key in ("captured", "arguments", "asker") else copy.deepcopy(value, memo))
         return made
 
     def check_call(self, args: tuple, kwargs: dict) -> list[Any]:
@@ -113,7 +117,22 @@ class Checks:
                 )
         if autocast_state(self.captured.program.device) != signature.autocast:
             raise PlanMismatch("autocast was set otherwise when the plan was made: call under the same autocast, or plan again")
+        self.check_answers(leaves)
         return leaves
+
+    def check_answers(self, leaves: list[Any]) -> None:
+        """Refuse a call in which what the model asks of its inputs' values has other answers.
+
+        Raises:
+            PlanMismatch: which.
+        """
+        if not self.asker.questions:
+            return
+        question = self.asker.changed([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
+        if question is not None:
+            raise PlanMismatch(f"{question.where} asks about the values of inputs, and the answer was {question.answer} when "
+                               "the plan was made and is another now: plan for such a batch as well, or use memplan.within, "
+                               "which does")  # fmt: skip
 
     def check_memory(self, leaves: list[Any]) -> None:
         """Refuse inputs on another device, or that share memory otherwise than the step allows.
@@ -132,6 +151,14 @@ class Checks:
                              self.moved)  # fmt: skip
         if wrong:
             raise PlanMismatch(f"{wrong}: plan for it, or call the model itself")
+        for index in self.looked_into:  # of inputs that were one tensor, what was asked of each cannot be told apart
+            for other, known in enumerate(signature.places):
+                was = distance(signature.places[index], known)
+                if other != index and was is not None and was != distance(now[index], now[other]):
+                    names = leaf_names(self.module, signature.spec)
+                    raise PlanMismatch(f"{names[index]}, about whose values the model asks, lay in the memory of "
+                                       f"{names[other]} when the plan was made and does not now: plan for it, or call the "
+                                       "model itself")  # fmt: skip
 
     def check_structure(self) -> None:
         """Refuse a model that does something else by now.

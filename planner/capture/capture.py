@@ -31,6 +31,7 @@ from .live import Moments
 from .losses import check_reached, gradients_of, trace_loss
 from .optimizers import check_alone, kept_by
 from .plain_calls import noted_seeds
+from .questions import Question, inputs_of
 from .reads import Fact, Log
 from .settle import on_leaves, settle_writes, told_of
 from .standins import fake, fake_parameters, named_tensors
@@ -66,6 +67,8 @@ class Captured:
         counted: what counts of the optimizer; None for none, and of an inference.
         moments: the bytes that lived in eager mode while each op ran; None of an inference, and where the caller computes the
             loss.
+        questions: what the model asked about the values of its inputs, by their index among the tensors of a call.
+        values: of those inputs that it asked about, on the CPU.
     """
 
     program: Program
@@ -85,6 +88,8 @@ class Captured:
     stored: dict[int, str] = field(default_factory=dict)
     counted: Counted | None = None
     moments: Moments | None = None
+    questions: tuple[Question, ...] = ()
+    values: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 def capture(
@@ -129,7 +134,7 @@ def capture(
         raise CaptureError("optimizer_in_backward wants an optimizer and a training step: pass optimizer=, and train=True")
     fixed = {index: leaf for index, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor)}
     mode = Constants()
-    inputs = [fake(mode, leaf, device) for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    inputs = stand_ins(mode, leaves, device)
     tensor_leaves = [index for index in range(len(leaves)) if index not in fixed]
     parameters = {name: TensorFacts.of(value) for name, value in named_tensors(model)}
     structure = Structure.of(model)
@@ -141,7 +146,7 @@ def capture(
 
     def as_eager(other: Constants) -> tuple[Step, list[torch.Tensor]]:
         """The same step and inputs of another mode."""
-        given = [fake(other, leaf, device) for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        given = stand_ins(other, leaves, device)
         made = Step(model, other, spec, fixed, train, loss is not None)
         made.found, made.log, made.attached = step.found, Log(step.found), step.attached
         tries.append(made)
@@ -198,6 +203,8 @@ def capture(
                 )
                 break
     check_seeds(traced.program, seeds)
+    questions = mode.questions.different
+    real = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     assert step.output_spec is not None
     return Captured(
         program=traced.program,
@@ -223,7 +230,18 @@ def capture(
         stored=step.stored,
         counted=counted,
         moments=None if known is None or loss is not None else known.moments,
+        questions=questions,
+        values={index: real[index].detach().cpu().clone() for index in inputs_of(questions)},
     )
+
+
+def stand_ins(mode: Constants, leaves: list[Any], device: str) -> list[torch.Tensor]:
+    """Fake tensors for a call's, with the values that may be asked about."""
+    real = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    made = [fake(mode, leaf, device) for leaf in real]
+    for index, (value, leaf) in enumerate(zip(made, real, strict=True)):
+        mode.questions.give(value, index, leaf)
+    return made
 
 
 def check_replaced(graph: fx.GraphModule, changes: list[Change]) -> None:

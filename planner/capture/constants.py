@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .layouts import CORRECTED, IN_32_BITS, RECURRENT, UNCACHED, real_strides, recurrent_scratch
 from .nodes import is_view
+from .questions import Questions
 
 CONSTANT_ELEMENTS = 1 << 20  # constants larger than this are not evaluated while tracing
 CONSTANT_ROW = 1 << 23  # but positions, which lie along one dimension, are up to this size
@@ -66,6 +67,7 @@ class Constants(FakeTensorMode):
         stores: for the storage of a tensor without values, by its identity: itself, and the fake one that stands in for it.
         known: of real tensors that the model holds, by the identity of their storage: the storage, and the fake tensor that
             was made first of those in it.
+        questions: what is asked of the values of inputs.
     """
 
     def __init__(self) -> None:
@@ -75,6 +77,7 @@ class Constants(FakeTensorMode):
         self.asked = False
         self.stores: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
         self.known: dict[int, tuple[torch.UntypedStorage, FakeTensor]] = {}
+        self.questions = Questions()
 
     def may_turn_const(self, t: torch.Tensor) -> bool:
         return is_small(t) and not isinstance(t, FakeTensor) and t.device.type != "meta"
@@ -86,6 +89,10 @@ class Constants(FakeTensorMode):
             raise Refusal("the model changes a tensor that is no buffer: use register_buffer")
         if func not in LIFTS:
             args, kwargs = pytree.tree_map_only(torch.Tensor, self.stand_in, (args, kwargs or {}))
+        return self.questions.dispatch(func, args, kwargs or {}, lambda: self.run(func, types, args, kwargs))
+
+    def run(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        """An operator on fake tensors, laid out as the real kernel lays its results out."""
         if args and isinstance(args[0], FakeTensor) and args[0].constant is not None and is_view(func):
             return self.view_of_constant(func, types, args, kwargs or {})
         if "fused_moving_avg_obs" in getattr(func, "_opname", ""):

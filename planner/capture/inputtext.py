@@ -6,6 +6,7 @@ A file names classes and makes none: what it names has to be imported by whoever
 import base64
 import json
 import sys
+import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from enum import Enum
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from .capture import Captured
 
 TORCH = (torch.dtype, torch.layout, torch.memory_format)
-BROKEN = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, AssertionError, RecursionError, OverflowError,
-          StopIteration)  # fmt: skip
+BROKEN = (ValueError, zlib.error, LookupError, TypeError, AttributeError, RuntimeError, AssertionError, RecursionError,
+          OverflowError, StopIteration)  # fmt: skip
 
 
 class Untold(Exception):
@@ -39,10 +40,14 @@ def describe_inputs(captured: "Captured") -> str:
 
     signature, model = captured.signature, captured.model()
     names = [] if model is None else leaf_names(model, signature.spec)
-    leaves = []
+    leaves: list[dict[str, Any]] = []
+    tensors = [index for index, leaf in enumerate(signature.inputs) if isinstance(leaf, TensorFacts)]
+    values = {tensors[index]: value for index, value in captured.values.items()}
     for index, leaf in enumerate(signature.inputs):
         try:
             leaves.append(tell_leaf(leaf, index, signature.places))
+            if index in values:
+                leaves[-1]["values"] = tell_elements(values[index])
         except Untold as error:
             return json.dumps({"missing": f"{names[index] if names else f'input {index}'} is {error}"})
     try:
@@ -60,6 +65,17 @@ def tell_leaf(leaf: Any, index: int, places: Sequence[Place | None]) -> dict[str
     if place is not None and place != Place(index, 0, leaf.extent):
         told["place"] = msgspec.to_builtins(place)
     return told
+
+
+def tell_elements(value: torch.Tensor) -> str:
+    """What is in a tensor of integers or bools, for the model asks about it."""
+    return base64.b64encode(zlib.compress(value.contiguous().view(torch.uint8).numpy().tobytes())).decode()
+
+
+def read_elements(text: str, known: TensorFacts) -> torch.Tensor:
+    """What `tell_elements` wrote down."""
+    data = bytearray(zlib.decompress(base64.b64decode(text, validate=True)))
+    return torch.frombuffer(data, dtype=getattr(torch, known.dtype)).view(known.shape)
 
 
 def tell_value(value: Any) -> dict[str, Any]:
@@ -233,6 +249,7 @@ def read_leaves(told: Sequence[dict[str, Any]], model: nn.Module) -> list[Any]:
     """The leaves, tensors that lay in one storage in one storage."""
     stores: dict[int | str, torch.UntypedStorage] = {}
     leaves = []
+    real = {leaf.get("place", {}).get("storage", index) for index, leaf in enumerate(told) if "values" in leaf}
     for index, leaf in enumerate(told):
         if "tensor" not in leaf:
             leaves.append(read_value(leaf))
@@ -242,23 +259,25 @@ def read_leaves(told: Sequence[dict[str, Any]], model: nn.Module) -> list[Any]:
         if not isinstance(dtype, torch.dtype) or min((*known.stride, *known.shape), default=0) < 0:
             raise ValueError(f"{known.dtype} of strides {known.stride}")
         if "place" not in leaf:
-            made = torch.empty_strided(known.shape, known.stride, dtype=dtype, device="meta")
+            made = torch.empty_strided(known.shape, known.stride, dtype=dtype, device="cpu" if index in real else "meta")
             stores[index] = made.untyped_storage()
         else:
             place = msgspec.convert(leaf["place"], Place)
-            made = laid(known, dtype, place, index, stores, model)
+            if place.storage == index:
+                device = "cpu" if index in real else "meta"
+                stores[index] = torch.empty(place.bytes, dtype=torch.uint8, device=device).untyped_storage()
+            made = laid(known, dtype, place, stores, model)
+        if "values" in leaf:
+            made.copy_(read_elements(leaf["values"], known))
         leaves.append(made.requires_grad_(known.requires_grad))
     return leaves
 
 
 def laid(
-    known: TensorFacts, dtype: torch.dtype, place: Place, index: int, stores: dict[int | str, torch.UntypedStorage],
-    model: nn.Module,
-) -> torch.Tensor:  # fmt: skip
+    known: TensorFacts, dtype: torch.dtype, place: Place, stores: dict[int | str, torch.UntypedStorage], model: nn.Module
+) -> torch.Tensor:
     """A tensor in the storage that it lay in."""
-    if place.storage == index:
-        stores[index] = torch.empty(place.bytes, dtype=torch.uint8, device="meta").untyped_storage()
-    elif isinstance(place.storage, str) and place.storage not in stores:
+    if isinstance(place.storage, str) and place.storage not in stores:
         owner = dict(named_tensors(model)).get(place.storage)
         if owner is None:
             raise PlanMismatch(f"an input of the plan lies in {place.storage}, which this model has not: plan again")

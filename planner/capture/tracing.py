@@ -78,6 +78,8 @@ def in_words(doing: str) -> Iterator[None]:
         kind = "" if isinstance(error, Refusal) else f"{type(error).__name__}: "
         if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
             kind, reason = "", IN_DATA[type(error)].format(reason)
+            if any("/torch/distributions/" in frame.filename for frame in traceback.extract_tb(error.__traceback__)):
+                reason = "a distribution looks whether its arguments are sound: give it validate_args=False"
         elif "with_effects" in reason:
             kind, reason = "", ("it asks whether a result is sound, as torch.linalg's inv, solve and cholesky do: use their "
                                 "_ex forms, such as torch.linalg.inv_ex(x)[0]")  # fmt: skip
