@@ -226,7 +226,8 @@ def changed_by(captured: Captured, arguments: Sequence[Source], moves: bool) -> 
     changed = {source.index if source.kind == "input" else source.name for source, _ in captured.traced.mutations.values()}
     if moves:
         changed |= {source.name for source in arguments if source.kind == "parameter"}
-    return changed | {name for pairs in captured.traced.updates.values() for name, _ in pairs}
+    updates = {} if captured.traced.adds else captured.traced.updates
+    return changed | {name for pairs in updates.values() for name, _ in pairs}
 
 
 def facts_of(value: torch.Tensor) -> TensorFacts:

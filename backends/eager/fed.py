@@ -34,6 +34,7 @@ class Fed:
         self.returned = [frozenset() if one else outputs(node) for _, node in traced.gradients]
         pairs: Iterable[Any] = () if one else (pair for row in traced.updates.values() for pair in row)
         self.updated = [(name, outputs(node)) for name, node in pairs]
+        self.adds = traced.adds
 
     def left_out(self, tangents: Sequence[Any]) -> list[bool]:
         """For each returned gradient whether eager mode has none.
@@ -41,8 +42,11 @@ class Fed:
         Raises:
             PlanMismatch: the step updates a parameter that has none.
         """
-        for name, outputs in self.updated:
-            if outputs and all(tangents[index] is None for index in outputs):
-                raise PlanMismatch(f"no gradient reaches {name} in this step, and the plan updates it: freeze it "
-                                   "(requires_grad_(False)) and plan again, or differentiate what it is used for")  # fmt: skip
+        for name in () if self.adds else self.absent(tangents):
+            raise PlanMismatch(f"no gradient reaches {name} in this step, and the plan updates it: freeze it "
+                               "(requires_grad_(False)) and plan again, or differentiate what it is used for")  # fmt: skip
         return [bool(outputs) and all(tangents[index] is None for index in outputs) for outputs in self.returned]
+
+    def absent(self, tangents: Sequence[Any]) -> list[str]:
+        """Parameters among the updated ones that no gradient reaches."""
+        return [name for name, outputs in self.updated if outputs and all(tangents[index] is None for index in outputs)]

@@ -14,6 +14,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
+from ...planner.capture.accumulate import added_up
 from ...planner.capture.capture import Captured, capture
 from ...planner.capture.inputs import TensorFacts
 from ...planner.capture.inputtext import rebuild_inputs
@@ -23,6 +24,7 @@ from ...planner.capture.structure import Structure
 from ...planner.capture.writes import Made
 from ...planner.cost.table import apply_costs
 from ...planner.ir.errors import CaptureError, MemplanError, PlanMismatch
+from .accumulation import Accumulation
 from .arena import generate_static
 from .checks import Checks
 from .codegen import Generated, generate
@@ -55,7 +57,9 @@ def apply(plan: "Plan", model: nn.Module, loss: Any = None, optimizer: Any = Non
     bring_back(model.parameters())
     captured = captured_of(plan, model, loss, optimizer)
     check_parameters(model, captured)
-    updates = None if optimizer is None else Updates(model, optimizer, captured.traced)
+    updates: Any = None if optimizer is None else Updates(model, optimizer, captured.traced)
+    if captured.traced.adds:
+        updates = Accumulation(captured.traced)
     traced, schedule, machine = captured.traced, plan.schedule, plan.machine
     with device_of(model.parameters()):
         if schedule.placements:
@@ -109,6 +113,7 @@ def recapture(plan: "Plan", model: nn.Module, loss: Any, optimizer: Any = None) 
         )  # fmt: skip
     except CaptureError as error:
         raise PlanMismatch(f"this {type(model).__name__} is not the model that the plan was made for: {error}") from error
+    captured = added_up(captured) if recipe.accumulate else captured
     if apply_costs(captured.program, plan.machine).digest != plan.program.digest:
         raise PlanMismatch(f"this {type(model).__name__} does not trace to the program that the plan was made for "
                            "(other layers, shapes, modes or versions): plan it again")  # fmt: skip
@@ -150,6 +155,7 @@ class Runner:
         self.captured = captured
         self.code = code
         self.checks = Checks(module, captured, code.arguments, moves=code.homes is not None)
+        self.places = {source.name: place for place, source in enumerate(code.arguments)}
         self.trained = [place for place in code.gradients if code.arguments[place].kind == "parameter"]
         self.changing = {source.name for source, _ in captured.traced.mutations.values()}
         self.together = Together(captured.traced)
@@ -163,7 +169,11 @@ class Runner:
                 homes.restore()
             return self.original(*args, **kwargs)  # an evaluation: nothing is kept for a backward pass
         check_saving()
-        leaves = self.checks.check_call(args, kwargs)
+        return self.run(self.checks.check_call(args, kwargs))
+
+    def run(self, leaves: list[Any]) -> Any:
+        """One step, or one inference, of a call that has been checked."""
+        homes = self.code.homes
         inputs = self.checks.fetched(leaves)
         self.checks.stores.let_go()
         if self.captured.train:
@@ -196,13 +206,13 @@ class Runner:
         Raises:
             MemplanError: the code updates or moves parameters, which it has to name.
         """
-        if self.code.updates is not None or self.code.homes is not None:
+        if isinstance(self.code.updates, Updates) or self.code.homes is not None:
             raise MemplanError("a planned module that updates or moves its parameters cannot be copied: copy the model, and "
                                "apply the plan to the copy with an optimizer of its own")  # fmt: skip
         made = object.__new__(type(self))
         memo[id(self)] = made
         made.witness = self.witness.anew()
-        shared = ("captured", "code", "changing", "trained", "backward", "fed", "__signature__")
+        shared = ("captured", "code", "changing", "places", "trained", "backward", "fed", "__signature__")
         for key, value in vars(self).items():
             if key != "witness":
                 setattr(made, key, value if key in shared else copy.deepcopy(value, memo))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...planner.ir.errors import MemplanError, PlanMismatch
+from .accumulation import Accumulation
 
 if TYPE_CHECKING:
     from .module import Runner
@@ -59,12 +60,15 @@ class PlannedStep(torch.autograd.Function):
             if value._version != version and source.name not in changing:
                 raise MemplanError(f"{source.name} was changed in place between forward and backward: gradients would be wrong")
         left_out = runner.fed.left_out(tangents)
-        ctx.saved = None
-        ctx.watched = None
-        runner.together.note()
+        watched, ctx.saved, ctx.watched = ctx.watched, None, None
+        updates = runner.code.updates
+        if isinstance(updates, Accumulation):
+            values = {source.name: value for source, value, _ in watched}
+            nodes = {source.name: node for source, (node, _) in zip(runner.code.arguments, ctx.next_functions, strict=True)}
+            updates.listen(values, nodes, runner.fed.absent(tangents))
+        runner.together.note(isinstance(updates, Accumulation) and updates.there)
         runner.witness.backward(ctx.mark)
         given = [laid_out(tangents[index], like) for index, like in runner.code.tangents.items()]
-        updates = runner.code.updates
         try:
             with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
                 found = runner.code.backward(saved, given)
@@ -79,6 +83,9 @@ class PlannedStep(torch.autograd.Function):
         result: list[torch.Tensor | None] = [None] * (1 + len(runner.code.arguments))
         for position, gradient, none in zip(runner.code.gradients, found, left_out, strict=True):
             result[1 + position] = None if none else gradient
+        if isinstance(updates, Accumulation):
+            for name, gradient in updates.taken().items():
+                result[1 + runner.places[name]] = gradient
         return tuple(result)
 
 

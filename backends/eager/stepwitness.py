@@ -33,12 +33,14 @@ class StepWitness(Witness):
     Attributes:
         held: bytes that a step holds between its passes.
         outside: the caller computes the loss.
+        calls: how many calls before one backward pass were planned for.
         marks: forward passes whose backward pass is to come.
         came: a planned step has run backward, and the watched parameter's gradient has not been accumulated since.
     """
 
-    def __init__(self, budget: int | str | None, held: int, outside: bool, seen: list[Seen]):
+    def __init__(self, budget: int | str | None, held: int, outside: bool, seen: list[Seen], calls: int = 1):
         super().__init__(budget, seen)
+        self.calls = calls
         self.held = held
         self.outside = outside
         self.marks: weakref.WeakSet[Mark] = weakref.WeakSet()
@@ -47,11 +49,12 @@ class StepWitness(Witness):
     @staticmethod
     def of(plan: "Plan") -> "StepWitness":
         """The witness of a plan's steps."""
-        return StepWitness(plan.budget, held_bytes(plan.program, plan.schedule), plan.recipe.loss, plan.seen)
+        held = held_bytes(plan.program, plan.schedule)
+        return StepWitness(plan.budget, held, plan.recipe.loss, plan.seen, plan.recipe.calls)
 
     def anew(self) -> "StepWitness":
         """The witness of a copy."""
-        return StepWitness(self.budget, self.held, self.outside, self.seen)
+        return StepWitness(self.budget, self.held, self.outside, self.seen, self.calls)
 
     def begin(self, parameters: Iterable[torch.Tensor], alone: bool) -> None:
         """A training step is about to begin; `alone` if it refuses to begin before an earlier one has ended."""
@@ -59,7 +62,7 @@ class StepWitness(Witness):
             return
         self.gradients(parameters)
         self.buckets()
-        if self.marks and not alone:  # a step that is alone in its arena, or with its homes, refuses a second itself
+        if len(self.marks) >= self.calls and not alone:  # a step alone in its arena, or with its homes, refuses a second itself
             self.pending(self.held)
 
     def mark(self) -> Mark:
@@ -90,6 +93,7 @@ class StepWitness(Witness):
             if planned is not None:
                 self.arrived(planned, known(), name)
 
+        arrived.of_memplan = True  # type: ignore[attr-defined]
         handle = parameter.register_post_accumulate_grad_hook(arrived)
         weakref.finalize(runner.module, handle.remove).atexit = False
 

@@ -14,6 +14,8 @@ import torch
 from ...planner.capture.graph import Traced
 
 HALF = (torch.float16, torch.bfloat16)
+EARLIER = ("gradients of an earlier one are there, to which each call adds its own, where eager mode adds the calls' first: "
+           "last bits differ")  # fmt: skip
 ADVICE = "call backward() after each call for eager's very bits"
 
 
@@ -23,25 +25,32 @@ class Together:
     Attributes:
         why: what of the step makes a difference; None where nothing does.
         last: the backward pass in which a step of the module ran last.
+        there: whether there were gradients before it, to which the steps add theirs.
+        told: whether something has been said.
     """
 
     def __init__(self, traced: Traced):
         self.why = reason(traced)
         self.last = -1
+        self.there = self.told = False
 
-    def note(self) -> None:
-        """A step's backward pass begins."""
+    def note(self, there: bool = False) -> None:
+        """A step's backward pass begins; `there` if it adds to gradients that there were before."""
         number = getattr(torch._C, "_current_graph_task_id", lambda: -1)()
-        if number >= 0 and number == self.last and self.why is not None:
-            warnings.warn(f"several calls of a planned module share one backward pass, and {self.why}; {ADVICE}", stacklevel=3)
-            self.why = None
+        if number < 0 or number != self.last:
+            self.there = there
+        why = self.why or (EARLIER if self.there and not self.told else None)
+        if number >= 0 and number == self.last and why is not None:
+            warnings.warn(f"several calls of a planned module share one backward pass, and {why}; {ADVICE}", stacklevel=3)
+            self.why, self.told = None, True
         self.last = number
 
 
 def reason(traced: Traced) -> str | None:
     """What makes the gradients of two calls together other than eager's, in their last bits."""
-    for place, gradient in traced.gradients:
-        name, target = traced.sources[place].name, gradient.target
+    returned = [(traced.sources[place].name, gradient) for place, gradient in traced.gradients]
+    for name, gradient in [*returned, *(pair for row in traced.updates.values() for pair in row)]:
+        target = gradient.target
         first = next(iter(gradient.all_input_nodes), None)
         if target == torch.ops.aten._to_copy.default and first is not None and first.meta["val"].dtype in HALF:
             return (f"{name} is cast by autocast, whose cache lets eager mode add up the gradients of all calls in 16 bits: "

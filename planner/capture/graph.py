@@ -72,6 +72,7 @@ class Traced:
         updates: for each op that updates parameters in backward, their names and the nodes of their gradients.
         states: for each buffer of optimizer state whose parameter is updated in backward, that parameter's name, and which of
             its states it is.
+        adds: `updates` add to gradients that are there, and change no parameter: see `planner.capture.accumulate`.
     """
 
     program: Program
@@ -85,6 +86,7 @@ class Traced:
     in_place: dict[tuple[int, int], InPlace]
     updates: dict[int, tuple[tuple[str, fx.Node], ...]] = field(default_factory=dict)
     states: dict[int, tuple[str, int]] = field(default_factory=dict)
+    adds: bool = False
 
     @property
     def shared(self) -> set[int]:

@@ -116,6 +116,9 @@ class Recipe(msgspec.Struct, frozen=True):
         gap: of a mapping, how far the bytes that it moves are above a bound on them, as a share.
         in_backward: the step runs the optimizer's updates itself.
         mapped: ops are joined for a scratchpad, whose machine runs the schedule (`planner/verbs/map.py`).
+        accumulate: gradients are added to those that are there, one at a time.
+        calls: how many calls come before one backward pass.
+        reserved: bytes of the budget that are left to others.
     """
 
     inputs: str
@@ -126,6 +129,9 @@ class Recipe(msgspec.Struct, frozen=True):
     mapped: bool = False
     counted: Counted | None = None
     gap: float | None = None
+    accumulate: bool = False
+    calls: int = 1
+    reserved: int = 0
 
     @property
     def missing(self) -> str:

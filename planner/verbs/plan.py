@@ -1,5 +1,6 @@
 """The verb: `plan(model, budget)`."""
 
+import copy
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ...passes.homes import Homes
+from ...passes.liveness import held_bytes
 from ...passes.outside import LeaveOutside
 from ...passes.place import Place
 from ...passes.transfers import routes_of
@@ -23,7 +25,7 @@ from ..ir.machine import Machine, named_machine
 from ..ir.plan import Plan, PlanBody, Recipe, Side, assemble, unlimited
 from ..ir.referee import referee
 from ..ir.schedule import LEVERS, Run, check_levers
-from ..ir.units import parse_bytes, shorten
+from ..ir.units import parse_bytes, shorten, show_bytes
 from ..pipeline.planner import Answer, Planner
 from .floors import keep_floor, known_floor
 from .levers import levers_beyond, with_levers
@@ -60,6 +62,9 @@ def plan(
     host_budget: int | str | None = None,
     optimizer_in_backward: bool = False,
     solver: str | None = None,
+    accumulate: bool = False,
+    calls: int = 1,
+    reserved: int | str = 0,
     progress: Progress | None = None,
 ) -> Plan:
     """The fastest step of a model that provably fits a number of bytes, with the same numbers as before.
@@ -94,6 +99,12 @@ def plan(
             after the backward pass; gradients are gone, so nothing can be clipped or accumulated.
         solver: of the integer programs that the search begins with: "highs", which is the default, "cbc", "scip", "gurobi" or
             "cplex", if it is installed.
+        accumulate: gradients of earlier steps are there when the step begins, and it adds its own to them, each as soon as
+            it is complete: for micro-batches between two optimizer steps. The budget counts them.
+        calls: how many calls of the planned module come before one backward pass, as of a triplet's three; with more than
+            one the step accumulates, and the budget holds for all of them together.
+        reserved: bytes of the budget that are left to others, as 17179869184 or "2GiB": a second model, an EMA copy,
+            DistributedDataParallel's buckets.
         progress: is told (stage, fraction of it).
 
     Returns:
@@ -115,11 +126,15 @@ def plan(
     """
     check_asked(budget, host_budget, arena, lend_gradients, strategy)
     check_strategy(solver, strategy)
-    return Session(
+    check_calls(calls, accumulate, train, arena, strategy, optimizer_in_backward)
+    spare = 0 if reserved == 0 else parse_bytes(reserved, what="number of bytes reserved")
+    session = Session(
         model, args, kwargs, train=train, loss=loss, optimizer=optimizer, machine=machine, allow=levers_of(allow, strategy),
         time_limit=time_limit, seed=seed, lend_gradients=lend_gradients, host_budget=host_budget,
         optimizer_in_backward=optimizer_in_backward, solver=solver, progress=progress,
-    ).plan(budget, arena, strategy)  # fmt: skip
+    )  # fmt: skip
+    session = session.accumulating() if accumulate or calls > 1 else session
+    return session.plan(budget, arena, strategy, calls, spare)
 
 
 def levers_of(allow: Iterable[str] | None, strategy: str | None) -> Iterable[str] | None:
@@ -243,17 +258,34 @@ class Session:
             table, spoilt = Table(device_key(known.device)), doubts_rates(known.device)
             if real:
                 self.measure(known, table, progress)
+        self.machine = limit_tiers(known, host_budget)
+        self.table, self.spoilt, self.seed, self.solver = table, spoilt, seed, solver
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Make the planner of what was captured."""
         began = time.monotonic()
-        known = self.machine = limit_tiers(known, host_budget)
-        self.table, self.spoilt = table, spoilt
-        program = apply_costs(self.captured.program, known, table)
-        routes = routes_of(known) if self.offload else []
+        machine, traced = self.machine, self.captured.traced
+        program = apply_costs(self.captured.program, machine, self.table)
+        routes = routes_of(machine) if self.offload and not traced.adds else []
         self.planner = Planner(
-            program, known, "recompute" in levers, "reorder" in levers, self.offload, seed=seed, progress=progress,
-            solver=solver,
-            homes=Homes(known.tiers[routes[0].tier].capacity, self.captured.traced.shared)(program) if routes else (),
+            program, machine, "recompute" in self.allowed, "reorder" in self.allowed, self.offload, seed=self.seed,
+            progress=self.progress, solver=self.solver,
+            homes=Homes(machine.tiers[routes[0].tier].capacity, traced.shared)(program) if routes else (),
         )  # fmt: skip
         self.solve_began = time.monotonic() - began
+
+    def accumulating(self) -> "Session":
+        """The same with a step that adds to the gradients that are there (`planner/capture/accumulate.py`)."""
+        from ..capture.accumulate import added_up
+
+        made = copy.copy(self)
+        for name in ("static_planner", "lent"):
+            vars(made).pop(name, None)
+        made.captured, made.recipe = added_up(self.captured), msgspec.structs.replace(self.recipe, accumulate=True)
+        made.smallest, made.placed = {}, None
+        made.prepare()
+        return made
 
     def measure(self, machine: Machine, table: Table, progress: Progress | None) -> None:
         """Measure the ops that the table of this device lacks."""
@@ -384,17 +416,45 @@ class Session:
             return Answer(floor, min(planner.bound(budget), floor.time)), floor
         raise planner.refuse(budget, floor)
 
-    def plan(self, budget: int | str | None, arena: bool = False, strategy: str | None = None) -> Plan:
-        """The plan for one budget; with `arena`, with addresses; by a strategy other than the best."""
+    def solve_calls(self, budget: int, calls: int) -> Answer:
+        """The fastest step that fits a budget beside what others like it hold between their passes.
+
+        Raises:
+            BudgetError: none was found.
+        """
+        planner, target = self.planner, budget
+        for _ in range(PLACINGS if calls > 1 else 1):
+            try:
+                answer = planner.solve(target)
+            except BudgetError:
+                if calls == 1:
+                    raise
+                break
+            short = answer.side.peak + (calls - 1) * held_bytes(planner.program, answer.side.schedule) - budget
+            if short <= 0:
+                return Answer(answer.side, min(planner.bound(budget), answer.side.time)) if calls > 1 else answer
+            target = min(target, answer.side.peak) - max(short // calls, budget // 200)
+        floor = planner.floor
+        need = floor.peak + (calls - 1) * held_bytes(planner.program, floor.schedule)
+        if need <= budget:
+            return Answer(floor, min(planner.bound(budget), floor.time))
+        raise BudgetError(f"no schedule of {planner.program.name} fits {planner.asked}{show_bytes(budget)} ({budget} bytes) "
+                          f"with {calls} calls before one backward pass: together they need {show_bytes(need)} ({need} bytes)",
+                          need)  # fmt: skip
+
+    def plan(
+        self, budget: int | str | None, arena: bool = False, strategy: str | None = None, calls: int = 1, reserved: int = 0
+    ) -> Plan:
+        """The plan for one budget; with `arena`, with addresses; by a strategy other than the best; beside other calls."""
         check_asked(budget, None, arena, self.lend_gradients, strategy)
         planner, self.began = self.begin(arena), None
         began = time.monotonic()
         unplanned = planner.unplanned
         capacity = self.machine.tiers[0].capacity
         asked = None if budget is None else parse_bytes(budget, of=unplanned.peak)
-        limit = min(asked if asked is not None else capacity, capacity)
+        limit = min(asked if asked is not None else capacity, capacity) - reserved
         typed = f"the budget {shorten(budget)}, " if isinstance(budget, str) else ""
-        planner.asked = typed if limit == asked else f"{self.machine.name}, "
+        planner.asked = typed if limit == asked else f"{self.machine.name}, " if limit == capacity else ""
         try:
             if arena:
                 answer, lowest = self.solve_placed(limit)
@@ -403,7 +463,7 @@ class Session:
                 answer = planner.solve_memo(limit)
                 minimum = answer.side.peak
             else:
-                answer = planner.solve(limit)
+                answer = self.solve_calls(limit, calls)
                 minimum = self.note(min(planner.quick_floor, answer.side, key=lambda each: each.peak), arena)
         except BudgetError as error:
             if strategy is None:
@@ -412,7 +472,7 @@ class Session:
         body = PlanBody(
             program=answer.side.program,
             machine=self.machine,
-            recipe=self.recipe,
+            recipe=msgspec.structs.replace(self.recipe, calls=calls, reserved=reserved),
             budget=asked,
             planned=answer.side.schedule,
             unplanned=unplanned.schedule,
@@ -446,6 +506,24 @@ def check_asked(
         raise MemplanError("strategy='memo' has no addresses: plan without arena")
     if lend_gradients and not arena:
         raise MemplanError("lend_gradients=True lends gradients that lie in an arena: plan with arena=True")
+
+
+def check_calls(calls: Any, accumulate: bool, train: bool, arena: bool, strategy: str | None, in_backward: bool) -> None:
+    """Refuse what does not go with several calls, or with gradients that are there.
+
+    Raises:
+        MemplanError: which.
+    """
+    if not isinstance(calls, int) or isinstance(calls, bool) or calls < 1:
+        raise MemplanError(f"calls={shorten(calls)}: give how many calls come before one backward pass, 1 or more")
+    if not accumulate and calls == 1:
+        return
+    asked = f"calls={calls}" if calls > 1 else "accumulate=True"
+    if not train:
+        raise MemplanError(f"{asked} is of training: an inference makes no gradients")
+    for name, given in (("arena=True", arena), ("strategy='memo'", strategy), ("optimizer_in_backward=True", in_backward)):
+        if given:
+            raise MemplanError(f"{asked} does not go with {name}: plan without it")
 
 
 def check_numbers(time_limit: Any, seed: Any) -> None:
