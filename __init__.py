@@ -36,11 +36,13 @@ if TYPE_CHECKING:
     from memplan.planner.verbs.map import map_model as map_model
     from memplan.planner.verbs.plan import plan as plan
     from memplan.planner.verbs.plan import sweep as sweep
+    from memplan.planner.verbs.within import within as within
 
 # name -> module that defines it; loaded on first use, so that `import memplan.solvers` does not import torch
 _FACE = {
     "plan": "planner.verbs.plan",
     "sweep": "planner.verbs.plan",
+    "within": "planner.verbs.within",
     "map_model": "planner.verbs.map",
     "Plan": "planner.ir.plan",
     "load": "planner.ir.plan",

@@ -24,6 +24,7 @@ from ...planner.ir.machine import Machine
 from ...planner.ir.program import Kind, Program
 from ...planner.ir.schedule import Run, Schedule
 from ..tiers.moving import storage_over
+from .accumulation import Accumulation
 from .codegen import Generated, Writer
 from .out_forms import SPECIAL, find_operator, is_half, out_form, out_names, results_of
 from .token import Token, Turn
@@ -126,7 +127,7 @@ def find_passing(program: Program, lent: Iterable[int] = ()) -> list[tuple[int, 
 
 
 def generate_static(
-    traced: Traced, schedule: Schedule, machine: Machine | None = None, updates: Updates | None = None
+    traced: Traced, schedule: Schedule, machine: Machine | None = None, updates: Updates | Accumulation | None = None
 ) -> Generated:
     """Write and compile the functions that carry out a schedule with placements, and make their arena."""
     return ArenaWriter(traced, schedule, machine, updates).write()
@@ -135,7 +136,9 @@ def generate_static(
 class ArenaWriter(Writer):
     """Writes functions whose variables are only what the caller owns or is given."""
 
-    def __init__(self, traced: Traced, schedule: Schedule, machine: Machine | None = None, updates: Updates | None = None):
+    def __init__(
+        self, traced: Traced, schedule: Schedule, machine: Machine | None = None, updates: Updates | Accumulation | None = None
+    ):
         super().__init__(traced, schedule, machine, updates)
         here = [place for place in schedule.placements if place.tier == 0]
         self.places = {(place.buffer, place.lower): place.offset for place in here}

@@ -21,6 +21,7 @@ from ...planner.ir.machine import Machine
 from ...planner.ir.program import Phase, Program
 from ...planner.ir.schedule import Free, Run, Schedule, Start, Wait
 from ..tiers.moving import blank, make_tier, places_of
+from .accumulation import Accumulation
 from .fetched import Homes
 from .updates import Updates
 
@@ -60,7 +61,7 @@ class Generated:
     lent: tuple[int, ...] = ()
     arena: Any = None
     tiers: dict[int, Any] = field(default_factory=dict)
-    updates: Updates | None = None
+    updates: Updates | Accumulation | None = None
     homes: Homes | None = None
     lock: Any = field(default_factory=threading.RLock)
 
@@ -87,7 +88,7 @@ class Writer:
         traced: Traced,
         schedule: Schedule,
         machine: Machine | None = None,
-        updates: Updates | None = None,
+        updates: Updates | Accumulation | None = None,
         homes: Homes | None = None,
     ):
         self.traced = traced
@@ -395,7 +396,7 @@ def generate(
     traced: Traced,
     schedule: Schedule,
     machine: Machine | None = None,
-    updates: Updates | None = None,
+    updates: Updates | Accumulation | None = None,
     homes: Homes | None = None,
 ) -> Generated:
     """Write and compile the functions that carry out a schedule.

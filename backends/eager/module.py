@@ -57,17 +57,21 @@ def apply(plan: "Plan", model: nn.Module, loss: Any = None, optimizer: Any = Non
     bring_back(model.parameters())
     captured = captured_of(plan, model, loss, optimizer)
     check_parameters(model, captured)
+    code = coded(plan, captured, model, optimizer)
+    return planned_module(model, captured, recorded(code) if cuda_graphs else code, StepWitness.of(plan))
+
+
+def coded(plan: "Plan", captured: Captured, model: nn.Module, optimizer: Any = None) -> Generated:
+    """The code that carries out a plan of what was captured of a model."""
     updates: Any = None if optimizer is None else Updates(model, optimizer, captured.traced)
     if captured.traced.adds:
         updates = Accumulation(captured.traced)
     traced, schedule, machine = captured.traced, plan.schedule, plan.machine
     with device_of(model.parameters()):
         if schedule.placements:
-            code = generate_static(traced, schedule, machine, updates)
-        else:
-            homes = Homes(model, optimizer, traced, schedule, machine) if schedule.homes else None
-            code = generate(traced, schedule, machine, updates, homes)
-    return planned_module(model, captured, recorded(code) if cuda_graphs else code, StepWitness.of(plan))
+            return generate_static(traced, schedule, machine, updates)
+        homes = Homes(model, optimizer, traced, schedule, machine) if schedule.homes else None
+        return generate(traced, schedule, machine, updates, homes)
 
 
 def check_graphs(plan: "Plan") -> None:
@@ -169,12 +173,17 @@ class Runner:
                 homes.restore()
             return self.original(*args, **kwargs)  # an evaluation: nothing is kept for a backward pass
         check_saving()
-        return self.run(self.checks.check_call(args, kwargs))
+        leaves = self.checks.check_call(args, kwargs)
+        return self.run(leaves, self.checks.fetched(leaves))
 
-    def run(self, leaves: list[Any]) -> Any:
-        """One step, or one inference, of a call that has been checked."""
+    def run(self, leaves: list[Any], inputs: list[torch.Tensor]) -> Any:
+        """One step, or one inference, of a call that has been checked.
+
+        Args:
+            leaves: of the call.
+            inputs: the code's arguments in it.
+        """
         homes = self.code.homes
-        inputs = self.checks.fetched(leaves)
         self.checks.stores.let_go()
         if self.captured.train:
             alone = self.code.arena is not None or homes is not None
@@ -218,6 +227,13 @@ class Runner:
                 setattr(made, key, value if key in shared else copy.deepcopy(value, memo))
         made.look_at_gradients()
         return made
+
+    @property
+    def named(self) -> list[str]:
+        """The parameters whose gradients the step makes."""
+        updates = self.code.updates
+        added = [name for row in updates.rows.values() for name in row] if isinstance(updates, Accumulation) else []
+        return [self.code.arguments[place].name for place in self.trained] + added
 
     def look_at_gradients(self) -> None:
         """Have one parameter's gradients looked at by the witness."""

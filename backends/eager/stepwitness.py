@@ -8,7 +8,7 @@ shares its parameters, and may be trained as it is.
 
 import weakref
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -18,7 +18,12 @@ from .witness import Seen, Witness, keeps_graph
 
 if TYPE_CHECKING:
     from ...planner.ir.plan import Plan
-    from .module import Runner
+
+
+class Forward(Protocol):
+    """A planned forward, which says whose it is."""
+
+    module: torch.nn.Module
 
 
 class Mark:
@@ -78,7 +83,7 @@ class StepWitness(Witness):
         if self.budget is not None and self.outside and keeps_graph():
             self.retained(0, "what the graph between the planned step and the loss has saved")
 
-    def watch(self, runner: "Runner", name: str, parameter: Any) -> None:
+    def watch(self, runner: "Forward", name: str, parameter: Any) -> None:
         """Have a parameter's gradients looked at: has a planned step made them?
 
         Args:
@@ -97,7 +102,7 @@ class StepWitness(Witness):
         handle = parameter.register_post_accumulate_grad_hook(arrived)
         weakref.finalize(runner.module, handle.remove).atexit = False
 
-    def arrived(self, module: torch.nn.Module, runner: "Runner | None", name: str) -> None:
+    def arrived(self, module: torch.nn.Module, runner: "Forward | None", name: str) -> None:
         """A gradient has been accumulated into the watched parameter of a planned module."""
         came, self.came = self.came, False
         found = vars(module).get("forward")
@@ -109,6 +114,29 @@ class StepWitness(Witness):
                  "tool has made its changes, or have what replaces forward call it", UnplannedWarning)  # fmt: skip
 
 
+class Beside(StepWitness):
+    """The witness of one of several plans that a module's calls choose from, each for what lies beside it.
+
+    Attributes:
+        main: the module's own, which is told that a planned step has run.
+        peak: of the plan, in bytes.
+    """
+
+    def __init__(self, plan: "Plan", main: StepWitness):
+        held = held_bytes(plan.program, plan.schedule)
+        super().__init__(plan.budget, held, plan.recipe.loss, main.seen, plan.recipe.calls)
+        self.main, self.peak, self.said = main, plan.peak, main.said
+
+    def begin(self, parameters: Iterable[torch.Tensor], alone: bool) -> None:
+        """A training step is about to begin: gradients and other calls have been reckoned with."""
+        self.buckets()
+
+    def backward(self, mark: Mark) -> None:
+        """A planned backward pass begins."""
+        super().backward(mark)
+        self.main.came = True
+
+
 def told(function: Any) -> str:
     """What to call a function: its module and name."""
     inner = getattr(function, "__func__", function)
@@ -116,4 +144,4 @@ def told(function: Any) -> str:
     return f"{getattr(inner, '__module__', None) or type(inner).__module__}.{name}"
 
 
-__all__ = ["StepWitness"]
+__all__ = ["Beside", "StepWitness"]

@@ -103,6 +103,7 @@ def capture(
     in_backward: bool = False,
     device: str | None = None,
     runs_on: str | None = None,
+    outside: bool = False,
 ) -> Captured:
     """Trace one step of a model.
 
@@ -117,6 +118,7 @@ def capture(
         in_backward: its updates are part of the step: each parameter's runs as soon as its gradient is complete.
         device: the device type to trace for; by default where the model is, and cpu for a model on meta.
         runs_on: the device type that the step is for, where it cannot be traced for here; default: `device`.
+        outside: where the model has no loss and none is given, the caller computes one of which nothing is known.
 
     Raises:
         CaptureError: what cannot be traced, and the line of the model where that is.
@@ -138,7 +140,8 @@ def capture(
     tensor_leaves = [index for index in range(len(leaves)) if index not in fixed]
     parameters = {name: TensorFacts.of(value) for name, value in named_tensors(model)}
     structure = Structure.of(model)
-    step = Step(model, mode, spec, fixed, train, loss is not None)
+    own_loss = None if outside and loss is None else loss is not None
+    step = Step(model, mode, spec, fixed, train, own_loss)
     step.training = model.training  # without `train()`, which would reach into the model
     updated = trainable(model, optimizer)
     counted = None if optimizer is None or not train else count_optimizer(
@@ -147,7 +150,7 @@ def capture(
     def as_eager(other: Constants) -> tuple[Step, list[torch.Tensor]]:
         """The same step and inputs of another mode."""
         given = stand_ins(other, leaves, device)
-        made = Step(model, other, spec, fixed, train, loss is not None)
+        made = Step(model, other, spec, fixed, train, own_loss)
         made.found, made.log, made.attached = step.found, Log(step.found), step.attached
         tries.append(made)
         return made, given
@@ -195,6 +198,7 @@ def capture(
                     input_leaf=lambda index: tensor_leaves[index],
                     train=train,
                     loss=loss_cost,
+                    unknown=step.outside and loss is None,
                     optimizer=counted,
                     in_backward=in_backward,
                     trainable=updated,
@@ -229,7 +233,7 @@ def capture(
         writes=tuple(on_leaves(writes, tensor_leaves)),
         stored=step.stored,
         counted=counted,
-        moments=None if known is None or loss is not None else known.moments,
+        moments=None if known is None or step.outside else known.moments,
         questions=questions,
         values={index: real[index].detach().cpu().clone() for index in inputs_of(questions)},
     )

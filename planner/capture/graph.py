@@ -45,6 +45,9 @@ GENERATOR = (
 )
 
 
+UNKNOWN = object()  # a loss of which nothing is known
+
+
 @dataclass(frozen=True)
 class Source:
     """Where a placeholder's value comes from: `parameter` or `buffer` by name, `input` by leaf, `tangent` by output."""
@@ -114,6 +117,7 @@ def lower(
     in_backward: bool,
     trainable: set[str],
     runs_on: str,
+    unknown: bool = False,
     region_of: Callable[[fx.Node], int | None] = lambda cast: None,
 ) -> Traced:
     """Build the program of a joint graph with descriptors.
@@ -131,6 +135,7 @@ def lower(
         trainable: names of the parameters that the optimizer updates.
         runs_on: the type of device that the step is for: it decides the optimizer's temporaries, and on the CPU dropout
             is spelled out as eager computes it.
+        unknown: the caller computes a loss of which nothing is known.
         region_of: as for `planner.capture.restore.merge_casts`.
     """
     sum_tied(graph, parameter_name)
@@ -140,7 +145,7 @@ def lower(
         restore_gates(graph)
     tell_products(graph)
     lowering = _Lowering(graph, device, parameter_name, input_leaf)
-    return lowering.run(name, train, loss, optimizer, in_backward, trainable, runs_on)
+    return lowering.run(name, train, UNKNOWN if unknown else loss, optimizer, in_backward, trainable, runs_on)
 
 
 class _Lowering:
@@ -382,9 +387,16 @@ class _Lowering:
         )
         self.nodes.append(None)
 
-    def add_loss(self, outputs: Iterable[Any], tangents: list[fx.Node], loss: fx.GraphModule | None) -> None:
-        """The caller's part between the passes: from the outputs to their tangents."""
-        flops, traffic, workspace = (0.0, 0, 0) if loss is None else cost_of_graph(loss)
+    def add_loss(self, outputs: Iterable[Any], tangents: list[fx.Node], loss: fx.GraphModule | object | None) -> None:
+        """The caller's part between the passes: from the outputs to their tangents.
+
+        A loss of which nothing is known is taken to need as much as what it differentiates, as cross entropy does, which keeps
+        the logarithms of probabilities.
+        """
+        flops, traffic, workspace = cost_of_graph(loss) if isinstance(loss, fx.GraphModule) else (0.0, 0, 0)
+        if loss is UNKNOWN:
+            workspace = sum(span(node.meta["val"]) for node in tangents)
+            flops, traffic = float(workspace), 4 * workspace
         self.ops.append(
             Op(
                 name="loss",

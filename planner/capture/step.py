@@ -25,8 +25,19 @@ class Step(nn.Module):
     """Wraps the model so that its inputs and outputs are flat, and only the loss carries a gradient."""
 
     def __init__(
-        self, model: nn.Module, mode: Constants, spec: pytree.TreeSpec, fixed: dict[int, Any], train: bool, own_loss: bool
-    ):
+        self, model: nn.Module, mode: Constants, spec: pytree.TreeSpec, fixed: dict[int, Any], train: bool,
+        own_loss: bool | None,
+    ):  # fmt: skip
+        """Wrap a model.
+
+        Args:
+            model: to call.
+            mode: of the fake tensors.
+            spec: how a call's leaves nest.
+            fixed: those that are no tensors, by their index.
+            train: whether there is a backward pass.
+            own_loss: whether the caller computes the loss; None to do so where the model has none.
+        """
         super().__init__()
         self.model = model
         self.mode = mode
@@ -43,6 +54,7 @@ class Step(nn.Module):
         self.stored: dict[int, str] = {}
         self.assigned: list[str] = []  # names of parameters and buffers whose `.data` was assigned to
         self.attached: frozenset[int] = frozenset()  # what of the stored has to carry a gradient to the loss
+        self.outside = own_loss is True  # the caller computes the loss
         self.reentrant = False  # a Function calls `backward()` in its backward pass
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -59,7 +71,8 @@ class Step(nn.Module):
         flat, self.output_spec = pytree.tree_flatten(output)
         found: list[torch.Tensor] = []
         kept, plain = [], set()
-        loss = find_loss(output) if train and not own_loss else None
+        loss = loss_of(output, own_loss is None) if train and not own_loss else None
+        self.outside = loss is None
         self.loss_leaf = None  # AOTAutograd calls this more than once
         for index, leaf in enumerate(flat):
             if leaf is loss and loss is not None and self.loss_leaf is None:
@@ -126,6 +139,17 @@ class Leaf:
     """A tensor leaf of the model's output: the index of the traced output that is its value."""
 
     index: int
+
+
+def loss_of(output: Any, may_lack: bool) -> torch.Tensor | None:
+    """The scalar in a model's output; None where there is none and there may be none."""
+    try:
+        return find_loss(output)
+    except CaptureError:
+        leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+        if may_lack and any(leaf.requires_grad for leaf in leaves):
+            return None
+        raise
 
 
 def find_loss(output: Any) -> torch.Tensor:

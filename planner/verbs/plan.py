@@ -213,7 +213,15 @@ class Session:
         optimizer_in_backward: bool = False,
         solver: str | None = None,
         progress: Progress | None = None,
+        outside: bool = False,
+        measured: bool = True,
     ):
+        """Check the arguments, capture the model, and measure its ops.
+
+        Args:
+            outside: as for `capture`.
+            measured: measure ops that are not known yet; without, their times are estimated from those that are.
+        """
         self.began: float | None = time.monotonic()
         levers = check_levers(allow)
         known = named_machine(machine)
@@ -233,6 +241,7 @@ class Session:
         self.captured: Captured = capture(
             model, args, dict(kwargs or {}), train=train, loss=loss, optimizer=optimizer, in_backward=optimizer_in_backward,
             device=traced_device(known), runs_on=None if known is None else known.device,
+            outside=outside,
         )  # fmt: skip
         self.capture_seconds = time.monotonic() - began
         self.recipe = Recipe(
@@ -256,7 +265,7 @@ class Session:
             if machine not in (None, "local", known.name):
                 raise MachineError(f"machine={machine!r}, but the model is on {known.device}: move it, or ask for 'local'")
             table, spoilt = Table(device_key(known.device)), doubts_rates(known.device)
-            if real:
+            if real and measured:
                 self.measure(known, table, progress)
         self.machine = limit_tiers(known, host_budget)
         self.table, self.spoilt, self.seed, self.solver = table, spoilt, seed, solver
