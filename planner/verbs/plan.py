@@ -23,6 +23,7 @@ from ..ir.coverage import Coverage
 from ..ir.errors import BudgetError, CaptureError, MachineError, MemplanError
 from ..ir.machine import Machine, named_machine
 from ..ir.plan import Plan, PlanBody, Recipe, Side, assemble, unlimited
+from ..ir.program import Program
 from ..ir.referee import referee
 from ..ir.schedule import LEVERS, Run, check_levers
 from ..ir.units import parse_bytes, shorten, show_bytes
@@ -134,7 +135,7 @@ def plan(
         optimizer_in_backward=optimizer_in_backward, solver=solver, progress=progress,
     )  # fmt: skip
     session = session.accumulating() if accumulate or calls > 1 else session
-    return session.plan(budget, arena, strategy, calls, spare)
+    return session.plan(budget, arena, strategy, calls=calls, reserved=spare)
 
 
 def levers_of(allow: Iterable[str] | None, strategy: str | None) -> Iterable[str] | None:
@@ -283,6 +284,11 @@ class Session:
             homes=Homes(machine.tiers[routes[0].tier].capacity, traced.shared)(program) if routes else (),
         )  # fmt: skip
         self.solve_began = time.monotonic() - began
+
+    @property
+    def program(self) -> Program:
+        """What was captured, with its costs."""
+        return self.planner.program
 
     def accumulating(self) -> "Session":
         """The same with a step that adds to the gradients that are there (`planner/capture/accumulate.py`)."""
@@ -452,7 +458,7 @@ class Session:
                           need)  # fmt: skip
 
     def plan(
-        self, budget: int | str | None, arena: bool = False, strategy: str | None = None, calls: int = 1, reserved: int = 0
+        self, budget: int | str | None, arena: bool = False, strategy: str | None = None, *, calls: int = 1, reserved: int = 0
     ) -> Plan:
         """The plan for one budget; with `arena`, with addresses; by a strategy other than the best; beside other calls."""
         check_asked(budget, None, arena, self.lend_gradients, strategy)

@@ -117,7 +117,7 @@ def test_accumulation_stays_within_the_budget():
     assert same(gradients(model), gradients(twin))
     (kind,) = forward_of(kept).kinds[next(iter(forward_of(kept).kinds))]
     assert set(kind.runners) == {(1, False), (1, True)}
-    assert kind.adding.planner.program.resident_bytes > kind.session.planner.program.resident_bytes
+    assert kind.adding.program.resident_bytes > kind.session.program.resident_bytes
 
 
 def test_gradients_that_fit_beside_a_plan_need_no_other():
@@ -272,7 +272,7 @@ def test_a_loss_outside_of_which_nothing_is_known():
 
     assert same(gradients(model), gradients(twin))
     (kind,) = forward_of(kept).kinds[next(iter(forward_of(kept).kinds))]
-    loss = next(op for op in kind.session.planner.program.ops if op.phase == "loss")
+    loss = next(op for op in kind.session.program.ops if op.phase == "loss")
     assert loss.workspace == 64 * WIDTH * 4
 
 
