@@ -61,7 +61,7 @@ class Instance(NamedTuple):
     pinned: bool
 
 
-class State(NamedTuple):
+class SearchState(NamedTuple):
     """What the search changes. Rows of `members` and `frames` belong to depths, the other rows to levels of groups."""
 
     low: np.ndarray  # natural offsets
@@ -135,10 +135,10 @@ def make_instance(storage: Storage) -> Instance:
     )  # fmt: skip
 
 
-def make_state(storage: Storage, instance: Instance, stop: np.ndarray) -> State:
+def make_state(storage: Storage, instance: Instance, stop: np.ndarray) -> SearchState:
     """The arrays that a search of a problem needs."""
     many, (_, _, sections) = len(storage), storage.sections
-    return State(
+    return SearchState(
         np.empty(many, np.int64), np.empty(many, np.int64), np.empty(sections, np.int64), np.empty(sections, np.int64),
         np.empty(many, np.bool_), np.empty(many, np.int64), np.empty((2 * many + 2, many), np.int32),
         np.empty((2 * many + 2, LEVEL + 1), np.int64), np.empty(len(instance.near) + 1, np.int64),
