@@ -86,7 +86,7 @@ def place(program: Any, machine: Any, schedule: Any) -> Row:
     levels = timed(lambda: pack_levels(storage, allocate.solve, SECONDS))
     placed, (extent,) = Place(SECONDS)(program, machine, schedule)
     referee(program, machine, placed)
-    row = {"buffers": len(storage), "live": extent.live, "arena": extent.bytes, "peak": peak_of(storage, flat.value.best),
+    row = {"buffers": len(storage), "live": extent.live, "arena": extent.bytes, "peak": peak_of(storage, flat.value.found),
            "wall": flat.seconds, "method": flat.value.method}  # fmt: skip
     if levels.value is not None:
         two = levels.value

@@ -79,8 +79,7 @@ class Place:
             packing = allocate.solve(storage, Limit(None if tier else self.capacity, self.seconds, self.seed))
             if packing.best is None:  # it cannot fit: the referee will say so
                 packing = allocate.solve(storage, Limit(seconds=0.0, seed=self.seed))
-            assert packing.best is not None  # nothing is pinned
-            at = {life: int(packing.best[names[life.request]]) for life in mine}
+            at = {life: int(packing.found[names[life.request]]) for life in mine}
             placements += [Placement(life.buffer, tier, at[life], life.lower, life.upper) for life in mine]
             end = max(at[life] + int(size[life.buffer]) for life in mine)
             arenas.append(Extent(tier, end, int(storage.load.max()), packing))

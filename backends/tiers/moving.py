@@ -37,8 +37,7 @@ def places_of(program: Program, machine: Machine, schedule: Schedule) -> tuple[d
         for tier in sorted({life.tier for life in lives}):
             mine = [life for life in lives if life.tier == tier]
             storage, names = requests_of(mine, size, machine.tiers[tier].alignment)
-            offset = allocate.solve(storage, Limit(seconds=PLACING)).best
-            assert offset is not None  # nothing is pinned
+            offset = allocate.solve(storage, Limit(seconds=PLACING)).found
             offsets |= {(life.buffer, tier): int(offset[names[life.request]]) for life in mine}
     ends: dict[int, int] = {}
     for (buffer, tier), offset in offsets.items():

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from ...solvers.scratchpad.problem import with_capacity
 from ...solvers.scratchpad.replacement import baselines
-from ...solvers.scratchpad.spm import smallest_peak_order, with_capacity
+from ...solvers.scratchpad.spm import smallest_peak_order
 from ..cost.table import apply_costs
 from ..ir.errors import BudgetError, MemplanError
 from ..ir.machine import Machine, load_machine

@@ -50,3 +50,14 @@ class Answer(Generic[Best, Score]):
     bound: Score
     best: Best | None = None
     method: str = ""
+
+    @property
+    def found(self) -> Best:
+        """The best, for who knows that there is one.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.best is None:
+            raise ValueError(f"there is no answer: {self.status}")
+        return self.best

@@ -38,7 +38,7 @@ def solve(storage: Storage, limit: Limit) -> Packing:
     if program is None:
         return unknown
     answer = linear.solve(program, solver, max(until - time.monotonic(), 0.0), limit.seed, 0.0, TOLERANCE)
-    if answer.status is linear.Verdict.INFEASIBLE:
+    if answer.status is Status.INFEASIBLE:
         return Answer(Status.INFEASIBLE, max(storage.bound, most + 1), None, method)
     if not len(answer.values):
         return unknown
