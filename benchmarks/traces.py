@@ -47,7 +47,7 @@ def steps(made: tuple, kind: str, wanted: list[str]) -> Iterator[Row]:
         try:
             side = planner.kept if step == "unplanned" else planner.floor
             if step == "50%":
-                side = planner.solve(planner.unplanned.peak // 2).side
+                side = planner.solve(planner.unplanned.peak // 2).found
         except BudgetError:
             continue
         yield {"step": step} | place(side.program, session.machine, side.schedule)
