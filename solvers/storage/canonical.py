@@ -376,7 +376,7 @@ class PlacementSearch:
 
     def __post_init__(self) -> None:
         if not self.storage.size.all():
-            raise ValueError("the search takes no empty buffers: leave them out, as pack does")
+            raise ValueError("the search takes no empty buffers: leave them out, as allocate.py does")
         self.instance = make_instance(self.storage)
         self.state = make_state(self.storage, self.instance, self.stop)
         self.random = np.random.default_rng(self.seed)
