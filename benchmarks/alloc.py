@@ -19,7 +19,8 @@ import numpy as np
 from ..planner.ir.bufferfile import read_trace
 from ..planner.ir.referee import first_clash
 from ..planner.pipeline.storage import approve, storage_of
-from ..solvers.storage.allocate import pack, pack_level
+from ..solvers.face.answer import Limit
+from ..solvers.storage import allocate
 from ..solvers.storage.instances import cut_rectangle, tower
 from ..solvers.storage.levels import pack_levels
 from ..solvers.storage.problem import Storage, peak_of
@@ -45,17 +46,17 @@ def warm_up() -> float:
     """Load the compiled functions; seconds."""
     began = time.perf_counter()
     for count, fray in ((40, 0.0), (60, 0.1)):  # the second is too hard for the fast answers
-        pack(cut_rectangle(count, 5, fray=fray)[0], seconds=2.0)
+        allocate.solve(cut_rectangle(count, 5, fray=fray)[0], Limit(seconds=2.0))
     return time.perf_counter() - began
 
 
-def timed(storage: Storage, capacity: int | None, seconds: float) -> tuple[Row, np.ndarray]:
+def timed(storage: Storage, capacity: int | None, seconds: float) -> tuple[Row, np.ndarray | None]:
     """One packing: its row, and the offsets."""
     wall, cpu = time.perf_counter(), cpu_seconds()
-    made = pack(storage, capacity, seconds)
+    made = allocate.solve(storage, Limit(capacity, seconds))
     row: Row = {"wall": time.perf_counter() - wall, "cpu": cpu_seconds() - cpu, "status": made.status.value}
-    peak = peak_of(storage, made.offset) if len(made.offset) else None
-    return row | {"peak": peak, "bound": made.bound, "load": storage.bound, "method": made.method}, made.offset
+    peak = peak_of(storage, made.best) if made.best is not None else None
+    return row | {"peak": peak, "bound": made.bound, "load": storage.bound, "method": made.method}, made.best
 
 
 def serve(request: Row) -> Iterator[Row]:
@@ -70,7 +71,7 @@ def measure(request: Row) -> Row:
         trace = read_trace(Path(request["file"]))
         storage = storage_of(Path(request["file"]), trace, 1)
         row, offset = timed(storage, request["capacity"], request["seconds"])
-        if len(offset):
+        if offset is not None:
             approve(trace, offset.tolist(), 1)
         return row | {"loading": loading, "buffers": len(storage)}
     if request["task"] == "peer":
@@ -79,7 +80,7 @@ def measure(request: Row) -> Row:
         return towers(request)
     storage, _ = cut_rectangle(request["count"], request["seed"], fray=request["fray"])
     row, offset = timed(storage, None, request["seconds"])
-    if len(storage) <= 100_000:
+    if offset is not None and len(storage) <= 100_000:
         columns = (storage.lower, storage.upper, offset, storage.size, np.arange(len(storage)))
         assert first_clash(zip(*(column.tolist() for column in columns), strict=True)) is None
     return row | {"buffers": len(storage), "optimum": 2**40}
@@ -91,10 +92,10 @@ def towers(request: Row) -> Row:
     block = storage_of(Path(request["file"]), trace, 1)
     storage = tower(block, request["blocks"], KEPT)
     began = time.perf_counter()
-    flat = pack(storage, seconds=request["seconds"], blocks=False)
+    flat = allocate.solve(storage, Limit(seconds=request["seconds"]), blocks=False).found
     middle = time.perf_counter()
-    levels = pack_levels(storage, pack_level, request["seconds"])
-    row: Row = {"buffers": len(storage), "load": storage.bound, "flat": peak_of(storage, flat.offset), "wall": middle - began}
+    levels = pack_levels(storage, allocate.solve, request["seconds"])
+    row: Row = {"buffers": len(storage), "load": storage.bound, "flat": peak_of(storage, flat), "wall": middle - began}
     if levels is not None:
         columns = (storage.lower, storage.upper, levels.offset, storage.size, np.arange(len(storage)))
         assert first_clash(zip(*(column.tolist() for column in columns), strict=True)) is None

@@ -81,9 +81,9 @@ def solved(kind: str, planner: Planner, room: int, time_limit: float) -> tuple[S
     if kind == "joint":
         planner.deadline = time.monotonic() + time_limit
         answer = planner.solve(room)
-        return answer.side, max(0.0, 1 - answer.bound / answer.side.time)
+        return answer.found, max(0.0, 1 - answer.bound / answer.found.time)
     if kind == "memo":
-        return planner.solve_memo(room).side, None
+        return planner.solve_memo(room).found, None
     if kind == "full":
         return within(planner, full_recomputation(planner), room), None
     alone = dataclasses.replace(planner, recompute=False)

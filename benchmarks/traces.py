@@ -47,7 +47,7 @@ def steps(made: tuple, kind: str, wanted: list[str]) -> Iterator[Row]:
         try:
             side = planner.kept if step == "unplanned" else planner.floor
             if step == "50%":
-                side = planner.solve(planner.unplanned.peak // 2).side
+                side = planner.solve(planner.unplanned.peak // 2).found
         except BudgetError:
             continue
         yield {"step": step} | place(side.program, session.machine, side.schedule)
@@ -74,18 +74,19 @@ def place(program: Any, machine: Any, schedule: Any) -> Row:
     """Addresses for one schedule, flat and on two levels."""
     from ..passes.place import Place, find_lives, requests_of
     from ..planner.ir.referee import referee
-    from ..solvers.storage.allocate import pack, pack_level
+    from ..solvers.face.answer import Limit
+    from ..solvers.storage import allocate
     from ..solvers.storage.levels import pack_levels
     from ..solvers.storage.problem import peak_of
 
     lives = [life for life in find_lives(program, machine, schedule) if life.tier == 0]
     size = np.array([buffer.bytes for buffer in program.buffers], np.int64)
     storage, _ = requests_of(lives, size, machine.tiers[0].alignment)
-    flat = timed(lambda: pack(storage, seconds=SECONDS, blocks=False))
-    levels = timed(lambda: pack_levels(storage, pack_level, SECONDS))
+    flat = timed(lambda: allocate.solve(storage, Limit(seconds=SECONDS), blocks=False))
+    levels = timed(lambda: pack_levels(storage, allocate.solve, SECONDS))
     placed, (extent,) = Place(SECONDS)(program, machine, schedule)
     referee(program, machine, placed)
-    row = {"buffers": len(storage), "live": extent.live, "arena": extent.bytes, "peak": peak_of(storage, flat.value.offset),
+    row = {"buffers": len(storage), "live": extent.live, "arena": extent.bytes, "peak": peak_of(storage, flat.value.found),
            "wall": flat.seconds, "method": flat.value.method}  # fmt: skip
     if levels.value is not None:
         two = levels.value

@@ -15,7 +15,8 @@ import numpy as np
 from ..planner.ir.machine import Machine
 from ..planner.ir.program import Program
 from ..planner.ir.schedule import Free, Placement, Run, Schedule, Start
-from ..solvers.storage.allocate import pack
+from ..solvers.face.answer import Limit
+from ..solvers.storage import allocate
 from ..solvers.storage.problem import Packing, Storage, make_storage
 
 
@@ -75,10 +76,10 @@ class Place:
             if self.known is not None and not tier:
                 placements += self.recall(mine)
                 continue
-            packing = pack(storage, None if tier else self.capacity, self.seconds, self.seed)
-            if not len(packing.offset):  # it cannot fit: the referee will say so
-                packing = pack(storage, None, 0.0, self.seed)
-            at = {life: int(packing.offset[names[life.request]]) for life in mine}
+            packing = allocate.solve(storage, Limit(None if tier else self.capacity, self.seconds, self.seed))
+            if packing.best is None:  # it cannot fit: the referee will say so
+                packing = allocate.solve(storage, Limit(seconds=0.0, seed=self.seed))
+            at = {life: int(packing.found[names[life.request]]) for life in mine}
             placements += [Placement(life.buffer, tier, at[life], life.lower, life.upper) for life in mine]
             end = max(at[life] + int(size[life.buffer]) for life in mine)
             arenas.append(Extent(tier, end, int(storage.load.max()), packing))

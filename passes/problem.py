@@ -79,6 +79,7 @@ def flatten(
             home=np.array([homes.get(buffer, 0) for buffer in owned], np.int8),
             changed_start=changed_start,
             changed=changed,
+            kind=kinds_of(ops),
         ),
         np.array(owned, np.int32),
         np.array(base, np.int32),
@@ -94,6 +95,12 @@ def repeatable_until(ops: Sequence[Op]) -> np.ndarray:
     end = len(ops)
     limits = [min((changed.get(buffer, end) for buffer in op.reads), default=end) for op in ops]
     return np.array([limit if op.repeatable else 0 for op, limit in zip(ops, limits, strict=True)], np.int32)
+
+
+def kinds_of(ops: Sequence[Op]) -> np.ndarray:
+    """`Problem.kind` of ops in base order: those with one key do the same."""
+    number: dict[str, int] = {}
+    return np.array([number.setdefault(op.key, len(number)) for op in ops], np.int32)
 
 
 def tiers_of(machine: Machine) -> np.ndarray:

@@ -1,1 +1,1 @@
-"""Pure problem -> solution functions; nothing here knows torch. `warm.py` has all of them compiled before a clock runs."""
+"""Pure problem -> answer functions; nothing here knows torch. `warm.py` has all of them compiled before a clock runs."""

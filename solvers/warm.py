@@ -62,7 +62,7 @@ def plan_smallest() -> None:
     solution = problem.keep_all()
     score(problem, solution, 0)
     profile(problem, solution)
-    space = make_space(problem, find_segments(problem, ["one", "two"]), find_slots(problem, True))
+    space = make_space(problem, find_segments(problem), find_slots(problem, True))
     anneal(problem, space, solution, 1 << 20, 10, 0.02, 0)
 
 
@@ -80,6 +80,7 @@ def smallest_problem() -> Problem:
         reuse_start=nothing, reuse_new=none, reuse_old=none, use_start=use_start, use=use,
         output=np.arange(5) == 4, repeatable=np.array([5, 5, 0, 0, 0], np.int32), resident=0, boundary=2, tiers=NO_TIERS,
         home=np.zeros(5, np.int8), changed_start=nothing, changed=none,
+        kind=np.arange(5, dtype=np.int32),
     )  # fmt: skip
 
 

@@ -11,9 +11,9 @@ ROUNDS, SIMULATIONS = 4, 1500  # of a search
 @contextmanager
 def hasty() -> Iterator[None]:
     """Search for a few hundredths of a second where it would be seconds: a few simulations find a schedule."""
-    known = search.FLOOR_ROUNDS, search.Search.steps
-    search.FLOOR_ROUNDS, search.Search.steps = ROUNDS, SIMULATIONS  # type: ignore[assignment]
+    known = search.FLOOR_ROUNDS, search.MultiStart.steps
+    search.FLOOR_ROUNDS, search.MultiStart.steps = ROUNDS, SIMULATIONS  # type: ignore[assignment]
     try:
         yield
     finally:
-        search.FLOOR_ROUNDS, search.Search.steps = known
+        search.FLOOR_ROUNDS, search.MultiStart.steps = known

@@ -92,7 +92,7 @@ class Code:
         if share <= 0.0 or least.peak >= most.peak:
             return least
         try:
-            return self.planner.solve(int(least.peak + share * (most.peak - least.peak))).side
+            return self.planner.solve(int(least.peak + share * (most.peak - least.peak))).found
         except BudgetError:
             return least
 

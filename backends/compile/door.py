@@ -140,7 +140,7 @@ class Piece:
         planner.deadline = time.monotonic() + self.ledger.options.time_limit
         if room is None:
             capacity = planner.machine.tiers[0].capacity
-            return planner.solve(min(parse_bytes(self.ledger.options.budget or 0, of=planner.unplanned.peak), capacity)).side
+            return planner.solve(min(parse_bytes(self.ledger.options.budget or 0, of=planner.unplanned.peak), capacity)).found
         resident = planner.program.resident_bytes
         try:
             short = left_bytes(planner.program) - room.later
@@ -148,7 +148,7 @@ class Piece:
                 raise BudgetError(f"the gradients of {self.name} do not fit beside what the pieces before it need: "
                                   f"{short} bytes are missing", room.now + short)  # fmt: skip
             if last:
-                return planner.solve(room.now).side
+                return planner.solve(room.now).found
             if planner.kept.peak <= resident + (room.now - resident) // 2:
                 return planner.kept
             fitting = [side for side in small_schedules(planner) if side.peak <= room.now]

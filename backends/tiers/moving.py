@@ -17,7 +17,8 @@ from ...planner.ir.errors import MemplanError
 from ...planner.ir.machine import Machine
 from ...planner.ir.program import Program
 from ...planner.ir.schedule import Schedule, Start
-from ...solvers.storage.allocate import pack
+from ...solvers.face.answer import Limit
+from ...solvers.storage import allocate
 from .filetier import FileTier
 from .pinnedtier import PinnedTier
 
@@ -36,8 +37,8 @@ def places_of(program: Program, machine: Machine, schedule: Schedule) -> tuple[d
         for tier in sorted({life.tier for life in lives}):
             mine = [life for life in lives if life.tier == tier]
             storage, names = requests_of(mine, size, machine.tiers[tier].alignment)
-            packing = pack(storage, None, PLACING, 0)
-            offsets |= {(life.buffer, tier): int(packing.offset[names[life.request]]) for life in mine}
+            offset = allocate.solve(storage, Limit(seconds=PLACING)).found
+            offsets |= {(life.buffer, tier): int(offset[names[life.request]]) for life in mine}
     ends: dict[int, int] = {}
     for (buffer, tier), offset in offsets.items():
         ends[tier] = max(ends.get(tier, 0), offset + int(size[buffer]))

@@ -8,7 +8,7 @@ address though they fit by their sum, it is decided once more, in the same order
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import msgspec
@@ -17,11 +17,12 @@ from ...passes.fuse import Fuse, Fused
 from ...passes.place import Place
 from ...passes.prefetch import Prefetch
 from ...passes.transfers import Transfers, routes_of
+from ...solvers.face.answer import Answer, Limit
+from ...solvers.scratchpad import spm
 from ...solvers.scratchpad.again import solve_again
 from ...solvers.scratchpad.overlap import least_time
 from ...solvers.scratchpad.placed import Addresses, solve_placed
-from ...solvers.scratchpad.residency import Mapped, Residency
-from ...solvers.scratchpad.spm import peaks, solve, with_capacity
+from ...solvers.scratchpad.problem import Mapped, Residency, verdict, with_capacity
 from ...solvers.warm import compile_addresses
 from ..ir.errors import BudgetError, InvalidSchedule, MachineError
 from ..ir.machine import Machine
@@ -48,7 +49,7 @@ class Mapping:
         schedule: instructions with addresses, accepted by the referee.
         report: what the referee measured.
         problem: what was solved.
-        mapped: the residency behind it.
+        answer: the order and residency behind it, and what is known of any other.
         least_time: seconds that this order and residency take whenever their copies start, or more.
         seconds: it took to find.
     """
@@ -58,9 +59,14 @@ class Mapping:
     schedule: Schedule
     report: Report
     problem: Residency
-    mapped: Mapped
+    answer: Answer[Mapped, int]
     least_time: float
     seconds: float
+
+    @property
+    def mapped(self) -> Mapped:
+        """The order and residency behind it."""
+        return self.answer.found
 
     @property
     def compulsory(self) -> int:
@@ -70,7 +76,7 @@ class Mapping:
     @property
     def bound(self) -> int:
         """No mapping moves fewer bytes beyond those; 0 where ops may run again, for nothing is proven of such mappings."""
-        return self.mapped.bound
+        return self.answer.bound
 
     @property
     def capacity(self) -> int:
@@ -148,7 +154,7 @@ class Mapper:
     @cached_property
     def landmarks(self) -> dict[str, int]:
         """COSMA's sizes of a scratchpad for this program, in bytes."""
-        largest, least = peaks(self.problem)
+        largest, least = spm.peaks(self.problem)
         return {"M_R": largest, "M_H": (largest + least) // 2, "M_P": least}
 
     def capacity_of(self, asked: int | str) -> int:
@@ -175,22 +181,20 @@ class Mapper:
         compile_addresses()
         began = time.monotonic()
         problem = with_capacity(self.problem, capacity)
-        once = solve(problem, seconds, self.seed, self.solver)
-        assert once is not None
-        mapped, made = once, None
-        if self.recompute and once.bytes:
+        answer = once = spm.solve(problem, Limit(seconds=seconds, seed=self.seed, solver=self.solver))
+        made = None
+        if self.recompute and once.found.bytes:
             left = max(seconds - (time.monotonic() - began), 1.0)
-            again = solve_again(problem, once, self.repeatable, min(left, AGAIN), self.seed)
-            made = self.schedule(again, capacity) if again.again else None
-            mapped = again if made is not None else replace(once, bound=again.bound)
-        made = made or self.schedule(mapped, capacity)
+            again = solve_again(problem, Limit(seconds=min(left, AGAIN), seed=self.seed), once, self.repeatable)
+            made = self.schedule(again.found, capacity) if again.found.again else None
+            answer = again if made is not None else verdict(once.found, again.bound)
+        made = made or self.schedule(answer.found, capacity)
         if made is None:  # it fits by the sum of what is there, and not by address
             left = max(seconds - (time.monotonic() - began), 1.0)
-            placed = solve_placed(problem, once.order, once, self.alignment, left, self.seed)
-            if placed is not None:
-                found, addresses = placed
-                mapped = replace(found, bound=min(found.bound, mapped.bound))
-                made = self.schedule(mapped, capacity, addresses)
+            placed = solve_placed(problem, Limit(seconds=left, seed=self.seed), once, self.alignment)
+            if placed.best is not None:
+                answer = verdict(placed.best.mapped, min(placed.bound, answer.bound))
+                made = self.schedule(answer.found, capacity, placed.best.addresses)
         if made is None:
             enough = self.enough(capacity)
             raise BudgetError(
@@ -198,8 +202,8 @@ class Mapper:
                 f"though every op fits it: {show_bytes(enough)} ({enough} bytes) are enough; or try a longer time limit",
                 enough,
             )
-        return Mapping(self.fused, self.sized(capacity), *made, problem, mapped,
-                       self.least_time(mapped, capacity), time.monotonic() - began)  # fmt: skip
+        return Mapping(self.fused, self.sized(capacity), *made, problem, answer,
+                       self.least_time(answer.found, capacity), time.monotonic() - began)  # fmt: skip
 
     def check(self, capacity: int) -> None:
         """Refuse a scratchpad in which some op does not fit."""
@@ -218,8 +222,8 @@ class Mapper:
         room = max(self.landmarks["M_P"], capacity)
         while True:
             room += room // 16 + self.alignment
-            mapped = solve(with_capacity(self.problem, room), 1.0, self.seed, self.solver)
-            if mapped is not None and self.schedule(mapped, room) is not None:
+            answer = spm.solve(with_capacity(self.problem, room), Limit(seconds=1.0, seed=self.seed, solver=self.solver))
+            if answer.best is not None and self.schedule(answer.best, room) is not None:
                 return room
 
     def sized(self, capacity: int) -> Machine:

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
 
 import numpy as np
 
@@ -19,12 +18,13 @@ from ...passes.eager import Eager
 from ...passes.liveness import Liveness
 from ...passes.problem import Flat, flatten
 from ...passes.transfers import Transfers, routes_of
+from ...solvers.face.answer import Answer, Status
 from ...solvers.programs.names import HIGHS
-from ...solvers.remat.bound import CutModel
-from ...solvers.remat.exact import Master, find_slots
+from ...solvers.remat.bound import CutModel, find_cuts, least_seconds
+from ...solvers.remat.exact import SMALL, Master, find_slots
 from ...solvers.remat.memo_rule import memo
-from ...solvers.remat.problem import events_of, profile, score
-from ...solvers.remat.search import NOTHING, Search
+from ...solvers.remat.problem import events_of, score
+from ...solvers.remat.search import NOTHING, MultiStart
 from ...solvers.remat.segments import find_segments
 from ..ir.errors import BudgetError, InvalidSchedule, MemplanError
 from ..ir.machine import Machine
@@ -36,17 +36,7 @@ from ..ir.units import show_bytes
 from .ways import orders_of, others_of
 
 Progress = Callable[[str, float], None]
-CUT_OPS = 30_000  # ops of all linear programs of one bound together
 WORTH = 0.005  # of the time of a step: what moving has to save, for the price of a copy is known less well than that of an op
-SMALL = 150  # ops: programs up to this size may also recompute what the backward pass makes
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A schedule within a budget, with the referee's report and a lower bound on any schedule's time."""
-
-    side: Side
-    bound: float
 
 
 @dataclass
@@ -125,7 +115,7 @@ class Planner:
     @cached_property
     def segments(self):
         """The forward pass cut into pieces, equal ones recognised."""
-        return find_segments(self.flat.problem, [self.program.ops[index].key for index in self.flat.ops])
+        return find_segments(self.flat.problem)
 
     @cached_property
     def master(self) -> Master:
@@ -134,41 +124,23 @@ class Planner:
         return Master(self.flat.problem, self.segments, slots, self.solver or HIGHS)
 
     @cached_property
-    def search(self) -> Search:
+    def search(self) -> MultiStart:
         """What looks for solutions."""
         known = [] if self.memo_solution is None else [self.memo_solution]
-        return Search(
+        return MultiStart(
             self.master, self.recompute, known, self.effort, self.seed, lambda: time.monotonic() > self.deadline, self.tell
         )
 
     @cached_property
     def cuts(self) -> list[CutModel]:
-        """Linear programs at the moments that press most: the worst of each segment opened early, and the worst overall."""
-        problem = self.flat.problem
-        ops, ranked = len(problem.seconds), []
-        late = np.arange(problem.boundary + 1, ops)
-        if not len(late):
-            return []
-        edges = [*np.unique(self.segments.opened).tolist(), ops]
-        for base in self.bases:
-            order, _, memory = profile(problem, base)
-            memory = memory[order >= 0]  # without fetches: what is left is at its base time
-            worst = [int(low + np.argmax(memory[low:high])) for low, high in pairwise(edges[:13]) if high > low]
-            first = [int(at) for at in late[np.argsort(-memory[late], kind="stable")[:8]]]
-            ranked += [first[0], *sorted(worst, key=lambda at: -memory[at]), *first, problem.boundary + 1]
-        chosen = [at for at in dict.fromkeys(ranked) if problem.boundary < at < ops]
-        return [CutModel(problem, at) for at in chosen[: max(3, CUT_OPS // ops)]]
-
-    @cached_property
-    def bases(self) -> list[np.ndarray]:
-        """The solutions that keep everything: with nothing at home elsewhere, and with all that can be."""
-        return [self.flat.problem.keep_all(away=share) for share in ((0.0, 1.0) if self.homes else (0.0,))]
+        """Linear programs at the moments that press most."""
+        return find_cuts(self.flat.problem, self.segments)
 
     def bound(self, budget: int) -> float:
         """A lower bound on the time of any schedule within the budget that keeps the base order; infinite if none is."""
         if not self.recompute and not self.moves:
             return self.base_seconds
-        return self.base_seconds + max((cut.solve(budget).seconds for cut in self.cuts), default=0.0)
+        return least_seconds(self.flat.problem, self.cuts, budget)
 
     def tell(self, stage: str, fraction: float) -> None:
         """Report progress."""
@@ -262,7 +234,7 @@ class Planner:
         attention = np.array(["scaled_dot_product" in self.program.ops[index].target for index in self.flat.ops])
         return memo(self.flat.problem, self.segments, self.master.slots, attention) if self.moves else None
 
-    def solve_memo(self, budget: int) -> Answer:
+    def solve_memo(self, budget: int) -> Answer[Side, float]:
         """What MEMO's own rule gives: the budget decides only how long the step waits for copies out (`remat/memo_rule.py`).
 
         Raises:
@@ -278,16 +250,16 @@ class Planner:
         if self.search.rated(solution, budget) is NOTHING:
             raise self.refuse(budget, self.finish(solution, None))
         side = self.finish(solution, budget)
-        return Answer(side, min(self.bound(budget), side.time))
+        return answer_of(side, self.bound(budget))
 
-    def solve(self, budget: int) -> Answer:
+    def solve(self, budget: int) -> Answer[Side, float]:
         """The fastest schedule found within a budget.
 
         Raises:
             BudgetError: none was found; the message has the smallest budget known to work and what sets it.
         """
         if self.kept.peak <= budget:
-            return Answer(self.kept, min(self.base_seconds, self.kept.time))
+            return answer_of(self.kept, self.base_seconds)
         if not self.recompute and not self.moves:
             raise self.refuse(budget, self.kept)
         self.tell("bounding", 0.0)
@@ -299,7 +271,7 @@ class Planner:
             side, bound = self.known, min(bound, self.known.time)
         if side is None:
             raise self.refuse(budget, self.floor)
-        return Answer(side, min(bound, side.time))
+        return answer_of(side, bound)
 
     def faster(self, way: "Planner", budget: int, side: Side | None, bound: float) -> tuple[Side | None, float]:
         """The better of what is known and what another planner finds, with its bound: asked where it can be better."""
@@ -353,6 +325,11 @@ class Planner:
             f"at its peak the largest are {heavy}",
             smallest.peak,
         )
+
+
+def answer_of(side: Side, bound: float) -> Answer[Side, float]:
+    """A schedule within a budget, and seconds that none is faster than."""
+    return Answer(Status.OPTIMAL if side.time <= bound else Status.FEASIBLE, min(bound, side.time), side)
 
 
 def at_peak(program: Program, side: Side) -> list[tuple[str, int]]:

@@ -1,18 +1,117 @@
-"""Between a file of buffers and the solvers: the problem it states, the check of an answer, and why there is none."""
+"""A file of buffers -> addresses: what `memplan alloc` does.
 
+    pool by pool: the problem it states -> what shares bytes (storage/share.py) -> a way to place them -> the referee's check
+
+Where there is no answer, `no_packing` says why.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from math import lcm
 from pathlib import Path
 
 import numpy as np
 
+from ...solvers.face.answer import Limit, Status
 from ...solvers.storage.allocate import pins_clash
-from ...solvers.storage.problem import FREE, LIMIT, Packing, Status, Storage, peak_of, room_for_all
+from ...solvers.storage.problem import FREE, LIMIT, Packing, Storage, Way, peak_of, room_for_all
+from ...solvers.storage.share import clipped, pack_sharing
 from ..ir.bufferfile import Trace
 from ..ir.errors import PlacementError, TraceError
 from ..ir.referee import first_clash
 
 COARSEST = 2**40  # the largest --align
 FAULT = "this is a fault of memplan, please report it"
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The buffers of one memory, and what is asked for.
+
+    Attributes:
+        name: of the pool; empty where the file has none.
+        rows: its buffers, as indices into the file.
+        trace: the buffers.
+        storage: the same as a problem.
+        over: for each buffer the one that it may be written over, or -1.
+        capacity: bytes to fit into; None for as few as can be.
+    """
+
+    name: str
+    rows: list[int]
+    trace: Trace
+    storage: Storage
+    over: np.ndarray
+    capacity: int | None
+
+    def place(self, way: Way, limit: Limit, asked: float) -> "PlacedPool":
+        """Addresses by a way, checked.
+
+        Args:
+            way: places buffers.
+            limit: its seconds are this pool's.
+            asked: seconds for all pools together, for the reason why there is no answer.
+
+        Raises:
+            PlacementError: addresses did not pass the check.
+        """
+        packing = pack_sharing(self.storage, self.over, way, replace(limit, bytes=self.capacity))
+        peak = None
+        if packing.best is not None:
+            approve(self.trace, packing.best.tolist(), self.storage.alignment)
+            peak = peak_of(self.storage, packing.best)
+        fits = packing.best is not None and packing.status in (Status.OPTIMAL, Status.FEASIBLE)
+        reason = "" if fits else no_packing(self.trace, clipped(self.storage, self.over), self.capacity, packing, asked)
+        return PlacedPool(self.name, self.rows, packing, peak, self.capacity, reason)
+
+
+@dataclass(frozen=True)
+class PlacedPool:
+    """The answer for one memory.
+
+    Attributes:
+        name: of the pool; empty where the file has none.
+        rows: its buffers, as indices into the file.
+        packing: the solver's answer.
+        peak: the end of the highest buffer; None where nothing was found.
+        capacity: that was asked for, or None.
+        reason: why there is no answer, or empty.
+    """
+
+    name: str
+    rows: list[int]
+    packing: Packing
+    peak: int | None
+    capacity: int | None
+    reason: str
+
+
+def pools_of(file: Path, trace: Trace, align: int, capacities: dict[str, int | None]) -> list[Pool]:
+    """The pools of a file, in its order.
+
+    Args:
+        file: to be named.
+        trace: what it says.
+        align: every offset is a multiple of it.
+        capacities: for each pool's name the bytes to fit into; None for as few as can be.
+
+    Raises:
+        TraceError: as `alignment_of` and `storage_of` do.
+    """
+    parts = trace.by_pool()
+    aligned = {name: alignment_of(file, part, align) for name, (_, part) in parts.items()}
+    return [Pool(name, rows, part, storage_of(file, part, aligned[name]), overwritten(part), capacities[name])
+            for name, (rows, part) in parts.items()]  # fmt: skip
+
+
+def place_pools(pools: Sequence[Pool], way: Way, limit: Limit) -> list[PlacedPool]:
+    """Addresses for every pool, one after the other; each has its share of the time that is left."""
+    began, placed = time.perf_counter(), []
+    for number, pool in enumerate(pools):
+        left = max(limit.seconds - (time.perf_counter() - began), 0.0) / (len(pools) - number)
+        placed.append(pool.place(way, replace(limit, seconds=left), limit.seconds))
+    return placed
 
 
 def storage_of(file: Path, trace: Trace, align: int) -> Storage:
@@ -125,5 +224,5 @@ def no_packing(trace: Trace, storage: Storage, room: int | None, packing: Packin
                 f"the largest are {named}")  # fmt: skip
     if packing.status is Status.INFEASIBLE:
         return f"no packing fits {room} bytes, as a complete search showed; the smallest that may is {packing.bound}"
-    best = f"; the smallest found takes {peak_of(storage, packing.offset)}" if len(packing.offset) else ""
+    best = f"; the smallest found takes {peak_of(storage, packing.best)}" if packing.best is not None else ""
     return f"no packing within {room} bytes was found in {time_limit:g} s{best}: raise --time-limit or --capacity"

@@ -1,5 +1,6 @@
 """One file a verb: `plan`, `map`, `alloc`.
 
-Comes in: what the user passes. Goes out: `Plan`, `MappedModel`, places.
-Each prepares (captures, measures), asks the pipeline, and assembles the answer. Imported by `memplan` itself and by `cli`.
+Comes in: what the user passes. Goes out: `Plan`, `MappedModel`, `Places`.
+Each has a session (`Session`, `MapSession`, `AllocSession`), which checks what it is given, traces or reads it once, asks the
+pipeline, and hands back an object that tells the answer. Imported by `memplan` itself and by `cli`.
 """

@@ -3,61 +3,45 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ...solvers.face.answer import Limit, Status
 from ...solvers.storage.methods import method as placing
-from ...solvers.storage.problem import Packing, Status, peak_of
-from ...solvers.storage.share import clipped, pack_sharing
 from ...solvers.warm import compile_addresses
 from ..ir.bufferfile import Trace, read_trace, write_trace
 from ..ir.errors import MemplanError
 from ..ir.units import parse_bytes, show_bytes, show_count
-from ..pipeline.storage import alignment_of, approve, no_packing, overwritten, storage_of
+from ..pipeline.storage import PlacedPool, place_pools, pools_of
 from .solver import check_solver, solving
 
 WORST_FIRST = (Status.INFEASIBLE, Status.UNKNOWN, Status.FEASIBLE, Status.OPTIMAL)
 
 
 @dataclass(frozen=True)
-class Pool:
-    """The answer for one memory.
+class Places:
+    """The answer for a file.
 
     Attributes:
-        name: of the pool; empty where the file has none.
-        rows: its buffers, as indices into the file.
-        packing: the solver's answer.
-        peak: the end of the highest buffer; None where nothing was found.
-        capacity: that was asked for, or None.
-        reason: why there is no answer, or empty.
+        file: that was read.
+        trace: what it says.
+        pools: the answer for each memory.
+        seconds: it took to find.
     """
-
-    name: str
-    rows: list[int]
-    packing: Packing
-    peak: int | None
-    capacity: int | None
-    reason: str
-
-    def facts(self) -> dict[str, Any]:
-        """For JSON."""
-        found = self.packing
-        return {
-            "peak": self.peak, "lower_bound": found.bound, "status": found.status.value, "buffers": len(self.rows),
-            "method": found.method, "capacity": self.capacity,
-        }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Places:
-    """The answer for a file."""
 
     file: Path
     trace: Trace
-    pools: list[Pool]
-    offsets: list[int]
+    pools: list[PlacedPool]
     seconds: float
+
+    @property
+    def offsets(self) -> list[int]:
+        """Of each buffer; 0 where there is no answer."""
+        found = [0] * len(self.trace.ids)
+        for pool in self.pools:
+            for row, offset in zip(pool.rows, () if pool.packing.best is None else pool.packing.best.tolist(), strict=False):
+                found[row] = offset
+        return found
 
     @property
     def reason(self) -> str:
@@ -89,7 +73,7 @@ class Places:
             "method": "by pool" if many else self.pools[0].packing.method,
             "capacity": None if many else self.pools[0].capacity,
         }
-        facts |= {"pools": {pool.name: pool.facts() for pool in self.pools}} if many else {}
+        facts |= {"pools": {pool.name: facts_of(pool) for pool in self.pools}} if many else {}
         return facts | ({"reason": self.reason} if self.reason else {})
 
     def rows(self) -> list[tuple[str, ...]]:
@@ -131,44 +115,38 @@ def find_places(
         MemplanError: a capacity names no pool, or the solver cannot be used, or not with the method.
         PlacementError: addresses did not pass the check.
     """
-    chosen = method_of(method, solver)
-    trace = read_trace(file)
-    parts = trace.by_pool()
-    rooms = capacities(capacity, file, list(parts))
-    aligned = {name: alignment_of(file, part, align) for name, (_, part) in parts.items()}
-    problems = {name: (storage_of(file, part, aligned[name]), overwritten(part)) for name, (_, part) in parts.items()}
-    compile_addresses(report)
-    report("placing", 0.0)
-    began = time.perf_counter()
-    offsets, pools = [0] * len(trace.ids), []
-    for number, (name, (rows, part)) in enumerate(parts.items()):
-        storage, over = problems[name]
-        left = max(time_limit - (time.perf_counter() - began), 0.0) / (len(parts) - number)
-        packing = pack_sharing(storage, over, chosen, rooms[name], left, seed)
-        found = packing.offset.tolist()
-        if found:
-            approve(part, found, aligned[name])
-        for row, offset in zip(rows, found, strict=False):
-            offsets[row] = offset
-        fits = (found or not rows) and packing.status in (Status.OPTIMAL, Status.FEASIBLE)
-        reason = "" if fits else no_packing(part, clipped(storage, over), rooms[name], packing, time_limit)
-        peak = peak_of(storage, packing.offset) if found or not rows else None
-        pools.append(Pool(name, rows, packing, peak, rooms[name], reason))
-    return Places(file, trace, pools, offsets, time.perf_counter() - began)
+    return AllocSession(file, capacity, align, method, solver).place(time_limit, seed, report)
 
 
-def method_of(method: str, solver: str | None) -> Callable[..., Packing]:
-    """What places buffers: the method, or the integer program by a solver.
+class AllocSession:
+    """One file read, to be placed. The arguments are those of `find_places`."""
+
+    def __init__(self, file: Path, capacity: str | None, align: int, method: str, solver: str | None = None):
+        self.way, self.solver = placing(method_of(method, solver)), solver
+        self.file, self.trace = file, read_trace(file)
+        self.pools = pools_of(file, self.trace, align, capacities(capacity, file, list(self.trace.by_pool())))
+
+    def place(self, time_limit: float, seed: int, report: Callable[[str, float], None]) -> Places:
+        """Addresses for every pool; what has to be compiled first takes none of the time."""
+        compile_addresses(report)
+        report("placing", 0.0)
+        began = time.perf_counter()
+        placed = place_pools(self.pools, self.way, Limit(seconds=time_limit, seed=seed, solver=self.solver))
+        return Places(self.file, self.trace, placed, time.perf_counter() - began)
+
+
+def method_of(method: str, solver: str | None) -> str:
+    """The method that a solver leaves: it solves an integer program.
 
     Raises:
         MemplanError: the solver cannot be used, or not with the method.
     """
     check_solver(solver)
     if solver is None:
-        return placing(method)
+        return method
     if method not in ("auto", "mip"):
         raise MemplanError(f"solver={solver!r} solves an integer program, and the method {method} is none: give method mip")
-    return partial(placing("mip"), solver=solver)
+    return "mip"
 
 
 def capacities(text: str | None, file: Path, names: list[str]) -> dict[str, int | None]:
@@ -181,6 +159,15 @@ def capacities(text: str | None, file: Path, names: list[str]) -> dict[str, int 
             pools = ", ".join(map(repr, names)) if names != [""] else "none"
             raise MemplanError(f"--capacity names the pool {name!r}, and the pools of {file} are: {pools}")
     return {name: parse_bytes(named[name], what="capacity") if name in named else None for name in names}
+
+
+def facts_of(pool: PlacedPool) -> dict[str, Any]:
+    """A pool for JSON."""
+    found = pool.packing
+    return {
+        "peak": pool.peak, "lower_bound": found.bound, "status": found.status.value, "buffers": len(pool.rows),
+        "method": found.method, "capacity": pool.capacity,
+    }  # fmt: skip
 
 
 def write_places(places: Places, out: Path | None, pictures: list[Path]) -> None:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from ...solvers.scratchpad.problem import with_capacity
 from ...solvers.scratchpad.replacement import baselines
-from ...solvers.scratchpad.spm import smallest_peak_order, with_capacity
+from ...solvers.scratchpad.spm import smallest_peak_order
 from ..cost.table import apply_costs
 from ..ir.errors import BudgetError, MemplanError
 from ..ir.machine import Machine, load_machine
@@ -211,21 +212,83 @@ def map_model(
         MemplanError: the model is in training mode and changes its buffers.
         MachineError: no such machine, or one without a memory behind its first tier.
     """
-    from ..capture.capture import capture
+    check_scratchpad(scratchpad)
+    return MapSession(
+        model, args, kwargs, machine=machine, weights=weights, bits=bits, prefetch=prefetch, recompute=recompute, seed=seed,
+        solver=solver, progress=progress,
+    ).map(scratchpad, time_limit)  # fmt: skip
 
+
+class MapSession:
+    """One inference captured once, to be mapped onto scratchpads of any size. The arguments are those of `map_model`."""
+
+    def __init__(
+        self,
+        model: "nn.Module",
+        args: tuple = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        machine: str | Machine = "scratchpad",
+        weights: bool = False,
+        bits: int | None = None,
+        prefetch: bool = True,
+        recompute: bool = False,
+        seed: int = 0,
+        solver: str | None = None,
+        progress: Callable[[str, float], None] | None = None,
+    ):
+        check_bits(bits)
+        check_solver(solver)
+        known = machine if isinstance(machine, Machine) else load_machine(machine)
+        from ..capture.capture import capture
+
+        self.model, self.tell = model, progress or (lambda stage, share: None)
+        self.tell("tracing the model", 0.0)
+        began = time.monotonic()
+        self.captured = capture(
+            model,
+            args,
+            dict(kwargs or {}),
+            train=False,
+            loss=None,
+            optimizer=None,
+            in_backward=False,
+            device=None,
+            runs_on=None,
+        )
+        self.capture_seconds = time.monotonic() - began
+        check_captured(self.captured)
+        program, base = apply_costs(self.captured.program, known), self.captured.traced.base
+        width = [node.meta["val"].element_size() for _, node in sorted(base.items())]
+        sizes, alignment = None, max(width, default=1)
+        if bits is not None:
+            sizes = tuple(buffer.bytes // size * bits // 8 for buffer, size in zip(program.buffers, width, strict=True))
+            alignment = bits // 8
+        self.mapper = Mapper(program, known, weights, sizes, prefetch, recompute, seed, alignment, solver)
+
+    def map(self, scratchpad: int | str, time_limit: float) -> MappedModel:
+        """The mapping onto one scratchpad."""
+        self.tell("mapping", 0.0)
+        mapping = self.mapper.map(self.mapper.capacity_of(scratchpad), time_limit)
+        return MappedModel(self.mapper, mapping, self.captured, self.model, self.capture_seconds)
+
+
+def check_bits(bits: int | None) -> None:
+    """Refuse widths of elements that no mapping is made for.
+
+    Raises:
+        MemplanError: which there are.
+    """
     if bits not in (None, *BITS):
         raise MemplanError(f"bits={bits}: choose from {', '.join(map(str, BITS))}, or leave it out for the model's own types")
-    check_solver(solver)
-    known = machine if isinstance(machine, Machine) else load_machine(machine)
-    if scratchpad not in SIZES:
-        readable(scratchpad)
-    tell = progress or (lambda stage, share: None)
-    tell("tracing the model", 0.0)
-    began = time.monotonic()
-    captured = capture(
-        model, args, dict(kwargs or {}), train=False, loss=None, optimizer=None, in_backward=False, device=None, runs_on=None
-    )
-    seconds = time.monotonic() - began
+
+
+def check_captured(captured: "Captured") -> None:
+    """Refuse an inference that leaves something behind, which its mapping would not.
+
+    Raises:
+        MemplanError: what, and what to do.
+    """
     if captured.traced.mutations:
         raise MemplanError("the model changes its own buffers when it is called: put it in evaluation mode, model.eval()")
     if captured.stored:
@@ -233,20 +296,16 @@ def map_model(
         raise MemplanError(
             f"the model stores a tensor in {name} when it is called, which its mapping does not: return it instead"
         )
-    program = apply_costs(captured.program, known)
-    width = [node.meta["val"].element_size() for _, node in sorted(captured.traced.base.items())]
-    sizes = None
-    if bits is not None:
-        sizes = tuple(buffer.bytes // size * bits // 8 for buffer, size in zip(program.buffers, width, strict=True))
-    alignment = max(width, default=1) if bits is None else bits // 8
-    mapper = Mapper(program, known, weights, sizes, prefetch, recompute, seed, alignment, solver)
-    tell("mapping", 0.0)
-    mapping = mapper.map(mapper.capacity_of(scratchpad), time_limit)
-    return MappedModel(mapper, mapping, captured, model, seconds)
 
 
-def readable(scratchpad: int | str) -> None:
-    """Refuse what is no size of a scratchpad, before anything is traced."""
+def check_scratchpad(scratchpad: int | str) -> None:
+    """Refuse what is no size of a scratchpad, before anything is traced.
+
+    Raises:
+        BudgetError: what to give.
+    """
+    if scratchpad in SIZES:
+        return
     try:
         parse_bytes(scratchpad, what="scratchpad")
     except BudgetError:

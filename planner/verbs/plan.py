@@ -15,6 +15,7 @@ from ...passes.liveness import held_bytes
 from ...passes.outside import LeaveOutside
 from ...passes.place import Place
 from ...passes.transfers import routes_of
+from ...solvers.face.answer import Answer
 from ...solvers.warm import compile_addresses, compile_planning
 from ..cost.eager import eager_peak
 from ..cost.estimate import Estimate
@@ -27,7 +28,7 @@ from ..ir.program import Program
 from ..ir.referee import referee
 from ..ir.schedule import LEVERS, Run, check_levers
 from ..ir.units import parse_bytes, shorten, show_bytes
-from ..pipeline.planner import Answer, Planner
+from ..pipeline.planner import Planner, answer_of
 from .floors import keep_floor, known_floor
 from .levers import levers_beyond, with_levers
 from .solver import check_solver, check_strategy, solving
@@ -409,7 +410,7 @@ class Session:
         without = {f"{name} and no arena": size for name, size in found.items()}
         return {"no arena": planner.search.descent.peak if planner.recompute or planner.moves else planner.kept.peak} | without
 
-    def solve_placed(self, budget: int) -> tuple[Answer, Side]:
+    def solve_placed(self, budget: int) -> tuple[Answer[Side, float], Side]:
         """A plan whose arena and what lies beside it fit a budget: planned for less until they do; and the smallest known.
 
         Raises:
@@ -421,38 +422,38 @@ class Session:
                 answer = planner.solve(target)
             except BudgetError:
                 break
-            side = self.place(answer.side)
+            side = self.place(answer.found)
             if side.peak <= budget:
-                bound = min(planner.bound(budget), answer.bound, side.time)
-                return Answer(side, bound), min(self.static_floor, side, key=lambda each: each.peak)
+                answer = answer_of(side, min(planner.bound(budget), answer.bound))
+                return answer, min(self.static_floor, side, key=lambda each: each.peak)
             target -= side.peak - budget + number * budget // 200  # a little more each time, for the next one differs
         floor = self.static_floor
         if floor.peak <= budget:
-            return Answer(floor, min(planner.bound(budget), floor.time)), floor
+            return answer_of(floor, planner.bound(budget)), floor
         raise planner.refuse(budget, floor)
 
-    def solve_calls(self, budget: int, calls: int) -> Answer:
+    def solve_calls(self, budget: int, calls: int) -> Answer[Side, float]:
         """The fastest step that fits a budget beside what others like it hold between their passes.
 
         Raises:
             BudgetError: none was found.
         """
         planner, target = self.planner, budget
-        for _ in range(PLACINGS if calls > 1 else 1):
+        if calls == 1:
+            return planner.solve(budget)
+        for _ in range(PLACINGS):
             try:
-                answer = planner.solve(target)
+                side = planner.solve(target).found
             except BudgetError:
-                if calls == 1:
-                    raise
                 break
-            short = answer.side.peak + (calls - 1) * held_bytes(planner.program, answer.side.schedule) - budget
+            short = side.peak + (calls - 1) * held_bytes(planner.program, side.schedule) - budget
             if short <= 0:
-                return Answer(answer.side, min(planner.bound(budget), answer.side.time)) if calls > 1 else answer
-            target = min(target, answer.side.peak) - max(short // calls, budget // 200)
+                return answer_of(side, planner.bound(budget))
+            target = min(target, side.peak) - max(short // calls, budget // 200)
         floor = planner.floor
         need = floor.peak + (calls - 1) * held_bytes(planner.program, floor.schedule)
         if need <= budget:
-            return Answer(floor, min(planner.bound(budget), floor.time))
+            return answer_of(floor, planner.bound(budget))
         raise BudgetError(f"no schedule of {planner.program.name} fits {planner.asked}{show_bytes(budget)} ({budget} bytes) "
                           f"with {calls} calls before one backward pass: together they need {show_bytes(need)} ({need} bytes)",
                           need)  # fmt: skip
@@ -476,30 +477,30 @@ class Session:
                 minimum = self.note(lowest, arena)
             elif strategy:
                 answer = planner.solve_memo(limit)
-                minimum = answer.side.peak
+                minimum = answer.found.peak
             else:
                 answer = self.solve_calls(limit, calls)
-                minimum = self.note(min(planner.quick_floor, answer.side, key=lambda each: each.peak), arena)
+                minimum = self.note(min(planner.quick_floor, answer.found, key=lambda each: each.peak), arena)
         except BudgetError as error:
             if strategy is None:
                 self.note(self.static_floor if arena else planner.floor, arena)
             raise with_levers(error, limit, self.levers(arena, strategy)) from None
         body = PlanBody(
-            program=answer.side.program,
+            program=answer.found.program,
             machine=self.machine,
             recipe=msgspec.structs.replace(self.recipe, calls=calls, reserved=reserved),
             budget=asked,
-            planned=answer.side.schedule,
+            planned=answer.found.schedule,
             unplanned=unplanned.schedule,
             bound=answer.bound,
             minimum=minimum,
             capture_seconds=self.capture_seconds,
             solve_seconds=time.monotonic() - began + self.solve_began,
             compile_seconds=self.compile_seconds,
-            coverage=self.covered(answer.side),
+            coverage=self.covered(answer.found),
             eager_peak=self.eager_peak,
         )
-        return assemble(body, answer.side, unplanned, self.captured)
+        return assemble(body, answer.found, unplanned, self.captured)
 
 
 def check_asked(

@@ -7,11 +7,11 @@ CBC in 310 ms (a shared Xeon, medians of nine: `python -m memplan.benchmarks.pro
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..face.answer import Status
 from .names import DOORS, HIGHS, SolverError, find_class, unwarned, why_not
 
 if TYPE_CHECKING:
@@ -20,15 +20,6 @@ if TYPE_CHECKING:
 Row = tuple[Sequence[int], Sequence[float], float]  # columns, their coefficients, and what these come to at least
 NOTHING = np.empty(0)
 SLACK = 1e-6  # by which a row may be missed in an answer, as a share of what it adds up: solvers print few digits
-
-
-class Verdict(StrEnum):
-    """What is known about a program."""
-
-    OPTIMAL = "optimal"  # within the gap
-    FEASIBLE = "feasible"  # these values will do, and others may cost less
-    INFEASIBLE = "infeasible"
-    UNKNOWN = "unknown"  # nothing found in time
 
 
 @dataclass(frozen=True)
@@ -83,12 +74,12 @@ class Outcome:
     """A solver's answer.
 
     Attributes:
-        status: what is known.
+        status: what is known; what is optimal is so within the gap.
         values: of the columns; empty where none are known.
         bound: no values cost less; infinite where there are none, minus infinity where nothing is proven.
     """
 
-    status: Verdict
+    status: Status
     values: np.ndarray
     bound: float
 
@@ -174,12 +165,12 @@ def by_highs(program: LinearProgram, seconds: float, seed: int, gap: float, tole
     model.run()
     status, found, values = model.getModelStatus(), model.getInfo(), np.array(model.getSolution().col_value)
     if status == highspy.HighsModelStatus.kInfeasible:
-        return Outcome(Verdict.INFEASIBLE, NOTHING, np.inf)
+        return Outcome(Status.INFEASIBLE, NOTHING, np.inf)
     best = status == highspy.HighsModelStatus.kOptimal
     bound = found.mip_dual_bound if program.whole.any() else found.objective_function_value if best else -np.inf
     if not len(values) or found.primal_solution_status != 2:
-        return Outcome(Verdict.UNKNOWN, NOTHING, bound)
-    return Outcome(Verdict.OPTIMAL if best else Verdict.FEASIBLE, values, bound)
+        return Outcome(Status.UNKNOWN, NOTHING, bound)
+    return Outcome(Status.OPTIMAL if best else Status.FEASIBLE, values, bound)
 
 
 def by_pulp(
@@ -193,9 +184,9 @@ def by_pulp(
 
     empty = np.diff(program.start) == 0  # no solver is given such rows
     if np.any(empty & ((program.least > 0) | (program.most < 0))):
-        return Outcome(Verdict.INFEASIBLE, NOTHING, np.inf)
+        return Outcome(Status.INFEASIBLE, NOTHING, np.inf)
     if seconds <= 0:  # for some solvers that is no limit at all
-        return Outcome(Verdict.UNKNOWN, NOTHING, -np.inf)
+        return Outcome(Status.UNKNOWN, NOTHING, -np.inf)
     with unwarned():
         model, columns = pulp_model(program)
         limit = None if np.isinf(seconds) else seconds
@@ -206,20 +197,20 @@ def by_pulp(
             told = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             raise SolverError(f"{name} gave up: {told}") from error
     if model.status == pulp.LpStatusInfeasible:
-        return Outcome(Verdict.INFEASIBLE, NOTHING, np.inf)
+        return Outcome(Status.INFEASIBLE, NOTHING, np.inf)
     known = [column.varValue for column in columns]
     if any(value is None for value in known):
-        return Outcome(Verdict.UNKNOWN, NOTHING, -np.inf)
+        return Outcome(Status.UNKNOWN, NOTHING, -np.inf)
     values = np.array(known, float)
     values[program.whole] = np.where(
         np.abs(values - np.round(values)) <= SLACK * (1 + np.abs(values)), np.round(values), values
     )[program.whole]
     if not program.holds(values):
-        return Outcome(Verdict.UNKNOWN, NOTHING, -np.inf)
+        return Outcome(Status.UNKNOWN, NOTHING, -np.inf)
     if model.status != pulp.LpStatusOptimal or model.sol_status != pulp.LpSolutionOptimal:
-        return Outcome(Verdict.FEASIBLE, values, -np.inf)
+        return Outcome(Status.FEASIBLE, values, -np.inf)
     cost = float(program.cost @ values)
-    return Outcome(Verdict.OPTIMAL, values, cost - gap * abs(cost))
+    return Outcome(Status.OPTIMAL, values, cost - gap * abs(cost))
 
 
 def pulp_model(program: LinearProgram) -> tuple[Any, list[Any]]:

@@ -12,13 +12,21 @@ from typing import Any
 import numpy as np
 
 from ..jit.compiled import compiled
-from .exact import Slots
-from .problem import BEGIN, EAGER, HOLD, MOVE, NEVER, SINCE, Problem, score
+from .exact import SMALL, Slots, find_slots
+from .problem import BEGIN, EAGER, HOLD, MOVE, NEVER, SINCE, Answer, Limit, Problem, budget_of, score, verdict
 from .replay import evaluate
-from .segments import Segments
+from .segments import Segments, find_segments
 
 RELATED = 4  # at most so many gaps change in one move, beside the moves on layers
+STEPS, HOT = 20_000, 0.05  # simulations, and the first temperature, where nobody says how many and how hot
 FEW = 150  # ops: programs up to this size are searched for eager starts and middle intervals more
+
+
+def solve(problem: Problem, limit: Limit) -> Answer[np.ndarray, float]:
+    """One annealing from nothing dropped: so many simulations, whatever the seconds. It knows no bound but the time without."""
+    space = make_space(problem, find_segments(problem), find_slots(problem, len(problem.seconds) <= SMALL))
+    found, _ = anneal(problem, space, problem.keep_all(), budget_of(limit), STEPS, HOT, limit.seed)
+    return verdict(problem, [found], limit, float(problem.seconds.sum()), "annealing")
 
 
 @dataclass(frozen=True)

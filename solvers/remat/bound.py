@@ -15,6 +15,7 @@ If away, it is copied in before the cut where an op before the cut reads it; if 
 and it is copied home after the op that changes it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -23,8 +24,11 @@ import highspy
 import numpy as np
 
 from ..programs.linear import Row, highs_model, of_rows
-from .problem import Problem
+from .problem import Problem, profile
 from .replay import IN, IN_DELAY, IN_LOAD, OUT, OUT_DELAY, OUT_LOAD, ROOM
+from .segments import Segments
+
+CUT_OPS = 30_000  # ops of all linear programs of one bound together
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,31 @@ class CutModel:
         if status != highspy.HighsModelStatus.kOptimal:
             return Cut(self.at, 0.0)
         return Cut(self.at, float(self.model.getInfo().objective_function_value) * self.unit)
+
+
+def find_cuts(problem: Problem, segments: Segments) -> list[CutModel]:
+    """Programs at the moments that press most: the worst of each segment opened early, and the worst overall.
+
+    They press where everything is kept: with nothing at home elsewhere, and with all that can be.
+    """
+    ops, ranked = len(problem.seconds), []
+    late = np.arange(problem.boundary + 1, ops)
+    if not len(late):
+        return []
+    edges = [*np.unique(segments.opened).tolist(), ops]
+    for away in (0.0, 1.0) if problem.home.any() else (0.0,):
+        order, _, memory = profile(problem, problem.keep_all(away=away))
+        memory = memory[order >= 0]  # without fetches: what is left is at its base time
+        worst = [int(low + np.argmax(memory[low:high])) for low, high in pairwise(edges[:13]) if high > low]
+        first = [int(at) for at in late[np.argsort(-memory[late], kind="stable")[:8]]]
+        ranked += [first[0], *sorted(worst, key=lambda at: -memory[at]), *first, problem.boundary + 1]
+    chosen = [at for at in dict.fromkeys(ranked) if problem.boundary < at < ops]
+    return [CutModel(problem, at) for at in chosen[: max(3, CUT_OPS // ops)]]
+
+
+def least_seconds(problem: Problem, cuts: Sequence[CutModel], budget: int) -> float:
+    """Seconds that no solution within a budget is faster than, by some cuts; infinite if there is none."""
+    return float(problem.seconds.sum()) + max((cut.solve(budget).seconds for cut in cuts), default=0.0)
 
 
 def in_mean_times(problem: Problem) -> tuple[Problem, float]:

@@ -14,13 +14,23 @@ from itertools import pairwise
 
 import numpy as np
 
-from ..programs.linear import Row, of_rows, solve
+from ..programs import linear
+from ..programs.linear import Row, of_rows
 from ..programs.names import HIGHS
 from .bound import closure, in_mean_times, used_from
-from .problem import BEGIN, HOLD, KEEP, MOVE, SINCE, Problem, profile
-from .segments import Segments
+from .problem import BEGIN, HOLD, KEEP, MOVE, SINCE, Answer, Limit, Problem, budget_of, profile, verdict
+from .segments import Segments, find_segments
 
+ROUNDS = 4  # of solving and simulating, where nobody says how many
+SMALL = 150  # ops: programs up to this size may also recompute what the backward pass makes
 GAP = 2e-3  # of the program's cost: its rows are estimates, which simulation corrects
+
+
+def solve(problem: Problem, limit: Limit) -> Answer[np.ndarray, float]:
+    """The best of a few rounds of the program. Its rows are estimates: it knows no bound but the time without repetition."""
+    base = problem.keep_all()
+    rounds = make_master(problem, limit.solver).iterate(base, budget_of(limit), ROUNDS, limit.seconds)
+    return verdict(problem, [base, *rounds], limit, float(problem.seconds.sum()), "integer program")
 
 
 @dataclass(frozen=True)
@@ -145,7 +155,7 @@ class Master:
         whole = np.zeros(len(self.cost), bool)
         whole[ops : self.stalls] = integer
         program = of_rows(self.cost, np.zeros(len(self.cost)), self.upper, rows, whole)
-        values = solve(program, self.solver, time_limit, gap=GAP).values
+        values = linear.solve(program, self.solver, time_limit, gap=GAP).values
         if not len(values):
             return None
         choice = np.zeros((1 + len(self.problem.tiers), len(self.problem.size)))
@@ -234,3 +244,8 @@ class Master:
                 moments.append(int(when[best]))
                 used.append(int(memory[best]))
         return np.array(moments), np.array(used, float)
+
+
+def make_master(problem: Problem, solver: str | None = None) -> Master:
+    """The program of a problem that was not looked at before."""
+    return Master(problem, find_segments(problem), find_slots(problem, len(problem.seconds) <= SMALL), solver or HIGHS)

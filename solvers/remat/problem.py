@@ -1,4 +1,4 @@
-"""The rematerialisation problem as flat arrays, and the exact simulation that every solver scores its answers with.
+"""The rematerialisation problem as flat arrays, and the exact simulation that checks every answer and scores it.
 
 A *base order* of ops is given. Between the making of a buffer, its uses in that order, and the end lie its *gaps*. A
 solution has five numbers for every gap, the rows of an int32 array:
@@ -27,16 +27,20 @@ Each tier behind the device has a queue of copies out and one of copies in, firs
 bytes on the device until it has ended; a run waits for what it reads, and where bytes are short for copies out to end.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from ..face.answer import Answer, Limit, Status
 from .replay import BEGIN, EAGER, HOLD, IN, IN_DELAY, MOVE, NEVER, SINCE, evaluate, expand, replay
 
 KEEP = -1  # a time before any base time: kept throughout, or not held
 NO_TIERS = np.zeros((0, 8))
 AHEAD = 32.0  # see `Problem.keep_all`
+ROOMY = 2**62  # bytes: a budget that everything fits
+EXACT = 1e-9  # by which times that are summed in another order may differ
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Problem:
             op; they are fetched, never made.
         changed_start: op i changes `changed[changed_start[i]:changed_start[i + 1]]`, which may be at home in a tier, is the
             last to read them, and sends them home.
+        kind: ops with equal numbers do the same, shape (ops,), int32.
     """
 
     seconds: np.ndarray
@@ -86,6 +91,7 @@ class Problem:
     home: np.ndarray
     changed_start: np.ndarray
     changed: np.ndarray
+    kind: np.ndarray
 
     @property
     def arrays(self) -> tuple[Any, ...]:
@@ -186,6 +192,32 @@ def score(problem: Problem, solution: np.ndarray, budget: int) -> Score:
     return Score(float(time), int(peak), float(excess))
 
 
+def fault(problem: Problem, solution: np.ndarray, budget: int = ROOMY) -> str:
+    """What is wrong with a solution, in words; empty where nothing is."""
+    found = score(problem, solution, budget)
+    if not np.isfinite(found.time):
+        return "it repeats what may not be repeated, or too much"
+    return f"it takes {found.peak} bytes, and the budget is {budget}" if found.excess > 0 else ""
+
+
+def budget_of(limit: Limit) -> int:
+    """Bytes that a solution may take."""
+    return ROOMY if limit.bytes is None else limit.bytes
+
+
+def verdict(
+    problem: Problem, solutions: Sequence[np.ndarray], limit: Limit, bound: float, method: str
+) -> Answer[np.ndarray, float]:
+    """The answer of a way that found these solutions, and knows that none within the limit is faster than a bound."""
+    budget = budget_of(limit)
+    fit = [solution for solution in solutions if not fault(problem, solution, budget)]
+    if not fit:
+        return Answer(Status.UNKNOWN if np.isfinite(bound) else Status.INFEASIBLE, bound, None, method)
+    times = [score(problem, solution, budget).time for solution in fit]
+    status = Status.OPTIMAL if min(times) <= bound * (1 + EXACT) else Status.FEASIBLE
+    return Answer(status, min(bound, *times), fit[int(np.argmin(times))], method)
+
+
 @dataclass(frozen=True)
 class Events:
     """What a solution comes to, in time order; nothing where its time is infinite (see `Score`).
@@ -208,7 +240,7 @@ def events_of(problem: Problem, solution: np.ndarray) -> Events:
     return Events(order[:count], when[:count], tier)
 
 
-def profile(problem: Problem, solution: np.ndarray, budget: int = 2**62) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def profile(problem: Problem, solution: np.ndarray, budget: int = ROOMY) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The events of a solution, the base time of each, and the live bytes during each.
 
     All three are empty where the solution's time is infinite (see `Score`).
@@ -222,5 +254,6 @@ def profile(problem: Problem, solution: np.ndarray, budget: int = 2**62) -> tupl
 
 __all__ = [
     "BEGIN", "EAGER", "HOLD", "KEEP", "MOVE", "NEVER", "NO_TIERS", "SINCE",
-    "Events", "Problem", "Score", "events_of", "profile", "score",
+    "Answer", "Events", "Limit", "Problem", "Score", "Status",
+    "budget_of", "events_of", "fault", "profile", "score", "verdict",
 ]  # fmt: skip

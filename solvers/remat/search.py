@@ -1,5 +1,6 @@
 """The search for the fastest solution within a budget, and for the smallest: where it begins, and annealing from there."""
 
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -9,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from .anneal import anneal, make_space
+from .bound import find_cuts, least_seconds
 from .descent import Descent, least_of
-from .exact import Master
-from .problem import KEEP, SINCE, Problem, score
+from .exact import Master, make_master
+from .problem import KEEP, SINCE, Answer, Limit, Problem, Status, budget_of, score, verdict
 
 GOOD = 0.002  # a gap at which the search stops
 FLOOR_ROUNDS = 16  # searches for a smaller peak; half as many for programs of more than LARGE ops
@@ -35,9 +37,25 @@ class Found:
 NOTHING = Found(None, float("inf"))
 
 
+def solve(problem: Problem, limit: Limit) -> Answer[np.ndarray, float]:
+    """The fastest solution found, with the bound of linear programs; whether a budget is met does not depend on the seconds."""
+    until, budget = time.monotonic() + limit.seconds, budget_of(limit)
+    kept = verdict(problem, [problem.keep_all()], limit, float(problem.seconds.sum()), "nothing repeated")
+    if kept.status is Status.OPTIMAL:
+        return kept
+    master = make_master(problem, limit.solver)
+    bound = least_seconds(problem, find_cuts(problem, master.segments), budget)
+    if not np.isfinite(bound):
+        return verdict(problem, [], limit, bound, "bound")
+    again = bool(problem.repeatable.any())
+    search = MultiStart(master, again, (), None, limit.seed, lambda: time.monotonic() > until, lambda stage, share: None)
+    found = search.fastest(budget, bound)
+    return verdict(problem, [] if found is None else [found], limit, bound, "search")
+
+
 @dataclass
-class Search:
-    """The searches of one problem.
+class MultiStart:
+    """Annealing from many starts: the searches of one problem, which remember what they have found.
 
     Attributes:
         master: the problem's integer program, with its segments and choices.

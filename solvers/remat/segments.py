@@ -1,12 +1,11 @@
 """Repetition as structure: the forward pass cut where one value crosses, and equal pieces recognised as equal.
 
 A *segment* is a run of forward ops between two positions that only one value crosses (values that live through a
-quarter of the pass or more, such as masks and rotary tables, are not counted). Segments with the same sequence of op
-keys are of one *class*; a buffer's *role* is its class and its place in the segment. What a solver learns of a role it
+quarter of the pass or more, such as masks and rotary tables, are not counted). Segments with the same sequence of kinds
+of op are of one *class*; a buffer's *role* is its class and its place in the segment. What a solver learns of a role it
 can try on every layer at once.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,19 +36,14 @@ class Segments:
     opened: np.ndarray
 
 
-def find_segments(problem: Problem, keys: Sequence[str]) -> Segments:
-    """Cut the forward pass.
-
-    Args:
-        problem: with base times up to `problem.boundary` forming the forward pass.
-        keys: what decides each op's behaviour; equal keys, equal ops.
-    """
+def find_segments(problem: Problem) -> Segments:
+    """Cut the forward pass, the ops up to `problem.boundary`."""
     end = problem.boundary
     start = cut_points(problem, end)
     of_op = np.searchsorted(start, np.arange(end), side="right") - 1
-    sequences: dict[tuple[str, ...], int] = {}
-    stops = [*start[1:], end]
-    kind = np.array([sequences.setdefault(tuple(keys[a:b]), len(sequences)) for a, b in zip(start, stops, strict=True)])
+    sequences: dict[tuple[int, ...], int] = {}
+    kinds, stops = problem.kind.tolist(), [*start[1:], end]
+    kind = np.array([sequences.setdefault(tuple(kinds[a:b]), len(sequences)) for a, b in zip(start, stops, strict=True)])
     count = len(problem.size)
     of_buffer, role = np.full(count, -1), np.full(count, -1)
     crosses = np.zeros(count, np.bool_)

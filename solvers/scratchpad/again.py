@@ -3,19 +3,19 @@
 A value that leaves the scratchpad may come back by running the op that made it once more, right before the step that reads
 it or earlier, while an operand is there anyway. What that op reads has to be there then, so its operands have *points*
 besides their uses, at which they are wanted only if the op is repeated, and at which they may themselves be made again, to a
-depth. Between two points a value stays or does not, as between two uses in `residency.py`. COSMA (arXiv 2311.18246) loads
+depth. Between two points a value stays or does not, as between two uses in `ordered.py`. COSMA (arXiv 2311.18246) loads
 only.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 from ortools.sat.python import cp_model
 
 from ..programs.cpsat import make_solver
-from .residency import Mapped, Residency, find_gaps
+from .problem import Answer, Limit, Mapped, Residency, find_gaps, verdict
 
 SHORT = 8  # steps of a gap in which a value may be made again before any; in longer ones, beside uses of its operands
 DEPTH = 3  # operands of what is made again may be made again themselves, so many times over
@@ -97,31 +97,31 @@ def find_points(problem: Residency, order: Sequence[int], repeatable: Collection
 
 
 def solve_again(
-    problem: Residency, start: Mapped, repeatable: Collection[int], seconds: float = 10.0, seed: int = 0, depth: int = DEPTH
-) -> Mapped:
+    problem: Residency, limit: Limit, start: Answer[Mapped, int], repeatable: Collection[int], depth: int = DEPTH
+) -> Answer[Mapped, int]:
     """A mapping in the same order that moves no more bytes; of those that move as few, one that repeats the fewest ops.
 
     Args:
         problem: what is mapped.
-        start: a mapping. Its bound says nothing of mappings that repeat ops, so what is returned has none, unless no op is
-            repeatable.
+        limit: how long to search.
+        start: the answer without; there is one. Its bound says nothing of mappings that repeat ops, so what is returned has
+            none, unless no op is repeatable.
         repeatable: ops that give the same when they run again.
-        seconds: to search for, at most.
-        seed: of the search.
         depth: how many ops behind each other may be repeated for one use.
     """
-    once = replace(start, bound=0) if repeatable else start
-    points = find_points(problem, start.order, repeatable, depth)
-    if not start.bytes or not points.again:
+    best = start.found
+    once = verdict(best, 0, start.method) if repeatable else start
+    points = find_points(problem, best.order, repeatable, depth)
+    if not best.bytes or not points.again:
         return once
     model = RepeatModel(points)
-    solver = make_solver(seconds, seed)
-    if solver.solve(model.model) not in (cp_model.OPTIMAL, cp_model.FEASIBLE) or model.bytes_of(solver) >= start.bytes:
+    solver = make_solver(limit.seconds, limit.seed)
+    if solver.solve(model.model) not in (cp_model.OPTIMAL, cp_model.FEASIBLE) or model.bytes_of(solver) >= best.bytes:
         return once
     chosen = [frozenset(key for key, variable in each.items() if solver.boolean_value(variable))
               for each in (model.loads, model.again)]  # fmt: skip
     first = {(b, uses[0]) for b, uses in enumerate(points.uses) if uses and problem.producer[b] < 0}
-    return replace(start, dropped=chosen[0] - first, again=chosen[1], bytes=model.bytes_of(solver), bound=0)
+    return verdict(Mapped(best.order, chosen[0] - first, model.bytes_of(solver), chosen[1]), 0, "ops run again")
 
 
 class RepeatModel:

@@ -22,8 +22,7 @@ import numpy as np
 
 from ..programs import linear
 from ..programs.cpsat import make_solver
-from ..programs.names import HIGHS
-from .residency import Residency
+from .problem import Answer, Limit, Mapped, Residency, Status, cost_of, find_gaps
 
 TOLERANCE = 1e-9  # of integrality and feasibility: at 1e-5, times a scratchpad's bytes, tensors overlap
 
@@ -36,11 +35,15 @@ class Rows:
         upper: the largest value of each variable; the smallest is 0.
         rows: (pairs of factor and variable, most).
         cost: factor of each variable that has one.
+        created: the variable C of each (tensor, step).
+        retrieved: and R.
     """
 
     upper: list[int] = field(default_factory=list)
     rows: list[tuple[list[tuple[int, int]], int]] = field(default_factory=list)
     cost: dict[int, int] = field(default_factory=dict)
+    created: dict[tuple[int, int], int] = field(default_factory=dict)
+    retrieved: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def variable(self, upper: int = 1) -> int:
         """A new variable."""
@@ -62,6 +65,7 @@ def formulate(problem: Residency) -> Rows:
     steps, tensors = range(len(problem.reads)), [b for b in range(len(problem.size)) if used(problem, b)]
     rows = Rows()
     c, p, s, r = ({(a, t): rows.variable() for a in tensors for t in steps} for _ in range(4))
+    rows.created, rows.retrieved = c, r
     place = {(a, t): rows.variable(problem.capacity - problem.size[a]) for a in tensors for t in steps}
     for a in tensors:
         given = problem.producer[a] < 0
@@ -114,33 +118,62 @@ def used(problem: Residency, buffer: int) -> bool:
     return problem.producer[buffer] >= 0 or bool(problem.readers[buffer])
 
 
-def solve_linear(problem: Residency, seconds: float = 60.0, solver: str = HIGHS) -> int | None:
-    """The fewest bytes, by a solver of linear programs; None where nothing fits, or nothing was proven in time."""
+def solve(problem: Residency, limit: Limit) -> Answer[Mapped, int]:
+    """The mapping that the program finds: by CP-SAT, which calculates in whole numbers, or a linear solver that is named.
+
+    Its bound is of mappings that have addresses, which may have to move more bytes than those that only fit by their sum.
+    """
     rows = formulate(problem)
+    found = by_sat(rows, limit) if limit.solver is None else by_linear(rows, limit.solver, limit)
+    if found.best is None:
+        return Answer(found.status, found.bound, None, "cosma")
+    return Answer(found.status, found.bound, read_off(problem, rows, found.best), "cosma")
+
+
+def by_linear(rows: Rows, solver: str, limit: Limit) -> Answer[np.ndarray, int]:
+    """The variables' values by a solver of linear programs, and bytes that none are below."""
     cost = np.zeros(len(rows.upper))
     cost[list(rows.cost)] = list(rows.cost.values())
-    found = linear.solve(
-        linear.of_rows(
-            cost,
-            np.zeros(len(cost)),
-            np.array(rows.upper, float),
-            [([at for _, at in terms], [-float(factor) for factor, _ in terms], -float(most)) for terms, most in rows.rows],
-            np.ones(len(cost), bool),
-        ),
-        solver, seconds, tolerance=TOLERANCE,
-    )  # fmt: skip
-    return round(float(cost @ found.values)) if found.status is linear.Verdict.OPTIMAL else None
+    program = linear.of_rows(
+        cost,
+        np.zeros(len(cost)),
+        np.array(rows.upper, float),
+        [([at for _, at in terms], [-float(factor) for factor, _ in terms], -float(most)) for terms, most in rows.rows],
+        np.ones(len(cost), bool),
+    )
+    found = linear.solve(program, solver, limit.seconds, limit.seed, tolerance=TOLERANCE)
+    bound = int(np.ceil(max(found.bound, 0.0) * (1 - TOLERANCE) - 1e-6)) if np.isfinite(found.bound) else 0
+    return Answer(found.status, bound, np.round(found.values).astype(np.int64) if len(found.values) else None)
 
 
-def solve_sat(problem: Residency, seconds: float = 60.0) -> int | None:
-    """The same by CP-SAT, which calculates in whole numbers."""
+def by_sat(rows: Rows, limit: Limit) -> Answer[np.ndarray, int]:
+    """The same by CP-SAT."""
     from ortools.sat.python import cp_model
 
-    rows = formulate(problem)
     model = cp_model.CpModel()
     variables = [model.new_int_var(0, upper, f"x{index}") for index, upper in enumerate(rows.upper)]
     for terms, most in rows.rows:
         model.add(sum(factor * variables[index] for factor, index in terms) <= most)
     model.minimize(sum(factor * variables[index] for index, factor in rows.cost.items()))
-    solver = make_solver(seconds, 0)
-    return round(solver.objective_value) if solver.solve(model) == cp_model.OPTIMAL else None
+    solver = make_solver(limit.seconds, limit.seed)
+    said = solver.solve(model)
+    known = {cp_model.OPTIMAL: Status.OPTIMAL, cp_model.FEASIBLE: Status.FEASIBLE, cp_model.INFEASIBLE: Status.INFEASIBLE}
+    status = known.get(said, Status.UNKNOWN)
+    if status not in (Status.OPTIMAL, Status.FEASIBLE):
+        return Answer(status, 0)
+    bound = int(np.ceil(solver.best_objective_bound - 1e-6))
+    return Answer(status, bound, np.array([solver.value(each) for each in variables], np.int64))
+
+
+def read_off(problem: Residency, rows: Rows, values: np.ndarray) -> Mapped:
+    """The mapping that values say: ops run where their results are created, and what is retrieved was dropped before."""
+    steps = range(len(problem.reads))
+    when = [next(t for t in steps if values[rows.created[writes[0], t]]) for writes in problem.writes]
+    order = tuple(sorted(steps, key=when.__getitem__))
+    gaps = find_gaps(problem, order)
+    dropped = frozenset(
+        (buffer, until)
+        for buffer, after, until in zip(gaps.buffer.tolist(), gaps.after.tolist(), gaps.until.tolist(), strict=True)
+        if any(values[rows.retrieved[buffer, t]] for t in range(after + 1, until + 1))
+    )
+    return Mapped(order, dropped, cost_of(problem, dropped))

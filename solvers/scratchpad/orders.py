@@ -15,8 +15,9 @@ import itertools
 import math
 import time
 
+from . import ordered
 from .peakorder import unroll
-from .residency import Mapped, Residency, solve_ordered
+from .problem import Answer, Limit, Mapped, Residency, verdict
 from .waists import descendants
 
 STATES = 1_000_000  # looked at, at most: half a kilobyte each, and some more that wait
@@ -25,7 +26,16 @@ WIDE = 14  # values that might leave for one op: with more, their sets are too m
 State = tuple[int, int, int, int, int, int, int, tuple]
 
 
-class Walk:
+def solve(problem: Residency, limit: Limit) -> Answer[Mapped, int]:
+    """Best first over all orders, from the best of the base order on."""
+    until = time.monotonic() + limit.seconds
+    start = ordered.solve(problem, limit)
+    if start.best is None:
+        return start
+    return BestFirst(problem, start.best, solver=limit.solver).run(until - time.monotonic(), limit.seed)
+
+
+class StateSpace:
     """States as bits, and the moves between them."""
 
     def __init__(self, problem: Residency):
@@ -115,7 +125,7 @@ def bits(found: int) -> list[int]:
     return members
 
 
-class Search:
+class BestFirst:
     """Best first over all orders, as long as it is told to, and on from there.
 
     Attributes:
@@ -127,12 +137,12 @@ class Search:
 
     def __init__(self, problem: Residency, best: Mapped, states: int = STATES, solver: str | None = None):
         self.problem, self.best, self.left, self.solver = problem, best, states, solver
-        self.walk, self.bound, self.over = Walk(problem), 0, False
+        self.walk, self.bound, self.over = StateSpace(problem), 0, False
         ready = mask(op for op in range(self.walk.count) if not self.walk.before[op])
         self.heap: list[State] = [(0, 0, 0, 0, 0, 0, ready, ())]
         self.seen: dict[int, list[tuple[int, int, int]]] = {}
 
-    def run(self, seconds: float, seed: int = 0) -> Mapped:
+    def run(self, seconds: float, seed: int = 0) -> Answer[Mapped, int]:
         """The best found, with a bound over all orders.
 
         Args:
@@ -148,8 +158,9 @@ class Search:
             self.over = least >= self.best.bytes or done == full
             if done == full and least < self.best.bytes:
                 left = max(until - time.monotonic(), 1.0)
-                found = solve_ordered(self.problem, unroll(path), left, seed, self.solver)
-                self.best = found if found is not None and found.bytes < self.best.bytes else self.best
+                limit = Limit(seconds=left, seed=seed, solver=self.solver)
+                found = ordered.solve_ordered(self.problem, unroll(path), limit).found
+                self.best = found if found.bytes < self.best.bytes else self.best
             if not self.over and not seen_better(self.walk, self.seen, cost, done, resident, stored):
                 self.left -= 1
                 following = moves(self.walk, cost, done, resident, stored, ready, path)
@@ -159,11 +170,11 @@ class Search:
                         heapq.heappush(self.heap, move)
         if not self.heap and not self.over:  # all that is left costs as much as the best
             self.bound = self.best.bytes
-        return Mapped(self.best.order, self.best.dropped, self.best.bytes, min(self.bound, self.best.bytes))
+        return verdict(self.best, min(self.bound, self.best.bytes), "best first")
 
 
 def seen_better(
-    walk: Walk, seen: dict[int, list[tuple[int, int, int]]], cost: int, done: int, resident: int, stored: int
+    walk: StateSpace, seen: dict[int, list[tuple[int, int, int]]], cost: int, done: int, resident: int, stored: int
 ) -> bool:
     """Whether a state with the same ops done is no worse than this one, which is remembered if not."""
     others = seen.setdefault(done, [])
@@ -175,7 +186,7 @@ def seen_better(
 
 def beam(problem: Residency, width: int, until: float = math.inf) -> list[int]:
     """An order by the same moves, of which only the cheapest few are kept for each number of ops; one each when time is up."""
-    walk = Walk(problem)
+    walk = StateSpace(problem)
     levels: list[list[State]] = [[] for _ in range(walk.count + 1)]
     levels[0].append((0, 0, 0, 0, 0, 0, mask(op for op in range(walk.count) if not walk.before[op]), ()))
     for level in levels[:-1]:
@@ -195,7 +206,7 @@ def beam(problem: Residency, width: int, until: float = math.inf) -> list[int]:
     return unroll(min(levels[-1])[-1]) if levels[-1] else list(range(walk.count))
 
 
-def moves(walk: Walk, cost: int, done: int, resident: int, stored: int, ready: int, path: tuple) -> list[State] | None:
+def moves(walk: StateSpace, cost: int, done: int, resident: int, stored: int, ready: int, path: tuple) -> list[State] | None:
     """The states after one more op; one alone, where an op may run at once; None where too many sets might leave."""
     made: list[State] = []
 

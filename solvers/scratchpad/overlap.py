@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .residency import Mapped, Residency, find_gaps
+from .problem import Mapped, Residency, find_gaps
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import math
 import time
 from dataclasses import replace
 
-from .residency import Residency
+from .problem import Residency
 from .waists import ancestors, descendants
 
 SETS = 200_000  # visited at most

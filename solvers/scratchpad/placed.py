@@ -5,30 +5,36 @@ can make room where none was in one piece. Rectangles, time across and addresses
 op that touches a buffer, and one for each gap in which it stays.
 """
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from ortools.sat.python import cp_model
 
 from ..programs.cpsat import make_solver
-from .residency import Mapped, Residency, cost_of, find_gaps
+from .problem import Answer, Limit, Mapped, Residency, Status, cost_of, find_gaps
 
 Addresses = dict[tuple[int, int], int]  # (buffer, step at which it comes to lie there) -> where
 
 
-def solve_placed(
-    problem: Residency, order: Sequence[int], start: Mapped, alignment: int = 1, seconds: float = 10.0, seed: int = 0
-) -> tuple[Mapped, Addresses] | None:
-    """The best mapping found that has addresses, and they; None where none was found in time.
+@dataclass(frozen=True)
+class Placed:
+    """A mapping and its addresses."""
+
+    mapped: Mapped
+    addresses: Addresses
+
+
+def solve_placed(problem: Residency, limit: Limit, start: Answer[Mapped, int], alignment: int = 1) -> Answer[Placed, int]:
+    """The best mapping found that has addresses; UNKNOWN where none was found, for another order may have one.
 
     Args:
         problem: what is mapped.
-        order: of its ops.
-        start: the best without addresses, in this order: no mapping with addresses moves fewer bytes than its bound.
+        limit: how long to search.
+        start: the answer without addresses; there is one. Its order is kept, and no mapping with addresses moves fewer bytes
+            than its bound.
         alignment: every address is a multiple of it.
-        seconds: to search for, at most.
-        seed: of the search.
     """
+    order = start.found.order
     gaps = find_gaps(problem, order)
     model = cp_model.CpModel()
     unit = int(np.gcd.reduce([0, *problem.size]))  # pushed down, everything lies at a sum of sizes
@@ -54,18 +60,20 @@ def solve_placed(
         if problem.fresh[buffer]:
             stored.setdefault(buffer, model.new_bool_var(f"stored {buffer}"))
             model.add_implication(gone, stored[buffer])
-        model.add_hint(gone, int((buffer, until) in start.dropped))
+        model.add_hint(gone, int((buffer, until) in start.found.dropped))
     model.add_no_overlap_2d(across, upwards)
     size = problem.size
     moved = sum(size[b] * gone for (b, _), gone in goes.items()) + sum(size[b] * each for b, each in stored.items())
     model.add(moved >= start.bound)
     model.minimize(moved)
-    solver = make_solver(seconds, seed)
+    solver = make_solver(limit.seconds, limit.seed)
     if solver.solve(model) not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
-        return None
+        return Answer(Status.UNKNOWN, start.bound)
     dropped = frozenset(key for key, gone in goes.items() if solver.boolean_value(gone))
     begins = {(b, order.index(op)) for b, op in enumerate(problem.producer) if op >= 0}
     begins |= {(b, min(order.index(use) for use in uses)) for b, uses in enumerate(problem.readers)
                if problem.producer[b] < 0 and uses}  # fmt: skip
     found = {key: solver.value(place[key]) * unit for key in sorted(begins | dropped)}
-    return Mapped(tuple(order), dropped, cost_of(problem, dropped), start.bound), found
+    mapped = Mapped(order, dropped, cost_of(problem, dropped))
+    status = Status.OPTIMAL if mapped.bytes <= start.bound else Status.FEASIBLE
+    return Answer(status, start.bound, Placed(mapped, found), "with addresses")

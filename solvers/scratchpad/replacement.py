@@ -19,7 +19,7 @@ from ..programs.cpsat import make_solver
 from ..storage.canonical import make_instance
 from ..storage.greedy import first_fit
 from ..storage.problem import Storage, make_storage, peak_of
-from .residency import Mapped, Residency, cost_of
+from .problem import NOTHING, Answer, Limit, Mapped, Residency, cost_of, verdict
 
 SHRINK = 0.99  # of what was tried before
 TRIES = 60
@@ -57,6 +57,17 @@ def greedy(idle: list[int], short: int, upcoming: dict[int, int], cost: dict[int
 POLICIES: dict[str, Policy] = {"belady": belady, "greedy": greedy}
 
 
+def solve(problem: Residency, limit: Limit) -> Answer[Mapped, int]:
+    """The better of what the policies make of the base order, at once and before addresses; they know no bound but 0."""
+    order = range(len(problem.reads))
+    found = {name: replace_in_order(problem, order, policy) for name, policy in POLICIES.items()}
+    known = [(mapped, name) for name, mapped in found.items() if mapped is not None]
+    if not known:
+        return NOTHING
+    mapped, name = min(known, key=lambda pair: pair[0].bytes)
+    return verdict(mapped, 0, name)
+
+
 def replace_in_order(problem: Residency, order: Sequence[int], policy: Policy) -> Mapped | None:
     """The mapping that a policy makes of an order; None where an op alone does not fit."""
     uses: list[list[int]] = [[] for _ in problem.size]
@@ -88,7 +99,7 @@ def replace_in_order(problem: Residency, order: Sequence[int], policy: Policy) -
                 return None
         there |= wanted
         there = {buffer for buffer in there if uses[buffer] and uses[buffer][-1] > step}
-    return Mapped(tuple(order), frozenset(dropped), cost_of(problem, dropped), 0)
+    return Mapped(tuple(order), frozenset(dropped), cost_of(problem, dropped))
 
 
 def stays(problem: Residency, mapped: Mapped) -> Storage:

@@ -9,11 +9,12 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from .orders import Search, beam
+from . import walls
+from .ordered import solve_ordered
+from .orders import BestFirst, beam
 from .peakorder import find_order
-from .residency import Mapped, Residency, solve_ordered
-from .waists import Part, ancestors, cut
-from .walls import solve_walls
+from .problem import NOTHING, Answer, Limit, Mapped, Residency, Status, verdict
+from .waists import Part, cut, one_order
 
 MANY = 12  # ops from which a narrow search is worth its time
 WIDTH = 60  # of it
@@ -39,76 +40,64 @@ def distinct(parts: Iterable[Part]) -> list[Part]:
     return list({part.problem: part for part in parts}.values())
 
 
-def solve(problem: Residency, seconds: float = 60.0, seed: int = 0, solver: str | None = None) -> Mapped | None:
-    """The mapping that moves the fewest bytes, or the best found in time; None where an op alone does not fit.
+def solve(problem: Residency, limit: Limit) -> Answer[Mapped, int]:
+    """The mapping that moves the fewest bytes, or the best found in time.
 
     Args:
         problem: what is mapped.
-        seconds: for all of it.
-        seed: of the searches.
-        solver: of the residency of an order; see `solve_ordered`.
+        limit: its solver is of the residency of an order; see `solve_ordered`.
     """
     if max(problem.need, default=0) > problem.capacity:
-        return None
-    until = time.monotonic() + seconds
+        return NOTHING
+    until = time.monotonic() + limit.seconds
     parts = cut(problem)
-    answers: dict[Residency, Mapped] = {}
+    answers: dict[Residency, Answer[Mapped, int]] = {}
     rest = distinct(parts)
     for number, part in enumerate(sorted(rest, key=lambda each: len(each.ops))):
         share = max(until - time.monotonic(), LEAST) / (len(rest) - number)
-        answers[part.problem] = solve_part(part.problem, share, seed, solver)
-    return join(problem, [(part, answers[part.problem]) for part in parts])
+        answers[part.problem] = solve_part(part.problem, replace(limit, seconds=share))
+    return join([(part, answers[part.problem]) for part in parts])
 
 
-def solve_part(problem: Residency, seconds: float, seed: int, solver: str | None = None) -> Mapped:
-    """The best mapping of one part found, with a bound over all orders."""
-    until = time.monotonic() + seconds
-    best = best_of(problem, [list(range(len(problem.reads))), find_order(problem, until=until)[0]], until, seed, solver)
-    if not best.bytes or one_order(problem):
-        return best
+def solve_part(problem: Residency, limit: Limit) -> Answer[Mapped, int]:
+    """The best mapping of one part found, with a bound over all orders; every op fits."""
+    until = time.monotonic() + limit.seconds
+    known = best_of(problem, [list(range(len(problem.reads))), find_order(problem, until=until)[0]], until, limit)
+    if not known.found.bytes or one_order(problem):
+        return known
     if len(problem.reads) >= MANY:
-        narrow = best_of(problem, [beam(problem, WIDTH, until)], until, seed, solver)
-        best = min(best, narrow, key=lambda answer: answer.bytes)
-    if not best.bytes:
-        return best
-    search = Search(problem, best, solver=solver)
-    found = search.run(min(seconds * SHARES[0], until - time.monotonic()), seed)
-    if found.bytes > found.bound:
+        narrow = best_of(problem, [beam(problem, WIDTH, until)], until, limit)
+        known = min(known, narrow, key=lambda answer: answer.found.bytes)
+    if not known.found.bytes:
+        return known
+    search = BestFirst(problem, known.found, solver=limit.solver)
+    answer = search.run(min(limit.seconds * SHARES[0], until - time.monotonic()), limit.seed)
+    if answer.status is not Status.OPTIMAL:
         left = until - time.monotonic()
-        share = max(left if search.over else min(left, seconds * SHARES[1]), LEAST)
-        found = solve_walls(problem, found, share, seed, solver)
-        search.best, search.bound = found, found.bound
-    if found.bytes > found.bound:
-        found = search.run(until - time.monotonic(), seed)
-    return found
+        share = max(left if search.over else min(left, limit.seconds * SHARES[1]), LEAST)
+        answer = walls.solve(problem, replace(limit, seconds=share), answer)
+        search.best, search.bound = answer.found, answer.bound
+    if answer.status is not Status.OPTIMAL:
+        answer = search.run(until - time.monotonic(), limit.seed)
+    return answer
 
 
-def best_of(problem: Residency, orders: Sequence[list[int]], until: float, seed: int, solver: str | None = None) -> Mapped:
-    """The best residency of some orders, which share the time that is left; every op fits."""
+def best_of(problem: Residency, orders: Sequence[list[int]], until: float, limit: Limit) -> Answer[Mapped, int]:
+    """The best residency of some orders, which share the time that is left; every op fits, and the bound is of its order."""
     answers = []
     for number, order in enumerate(orders):
         left = max(until - time.monotonic(), LEAST)
-        answers.append(solve_ordered(problem, order, left / (len(orders) - number), seed, solver))
-    return min((answer for answer in answers if answer is not None), key=lambda answer: answer.bytes)
+        answers.append(solve_ordered(problem, order, replace(limit, seconds=left / (len(orders) - number))))
+    return min(answers, key=lambda answer: answer.found.bytes)
 
 
-def one_order(problem: Residency) -> bool:
-    """Whether the ops can run in one order only."""
-    return all(past.bit_count() == op for op, past in enumerate(ancestors(problem.before)))
-
-
-def join(problem: Residency, answers: list[tuple[Part, Mapped]]) -> Mapped:
+def join(answers: list[tuple[Part, Answer[Mapped, int]]]) -> Answer[Mapped, int]:
     """One mapping of the parts' answers."""
     order: list[int] = []
     dropped: set[tuple[int, int]] = set()
     for part, answer in answers:
         first = len(order) - part.leads
-        order += [part.ops[op] for op in answer.order[part.leads :]]
-        dropped |= {(part.buffers[buffer], first + step) for buffer, step in answer.dropped}
-    moved, bound = (sum(getattr(answer, part) for _, answer in answers) for part in ("bytes", "bound"))
-    return Mapped(tuple(order), frozenset(dropped), moved, bound)
-
-
-def with_capacity(problem: Residency, capacity: int) -> Residency:
-    """The same ops with another scratchpad."""
-    return replace(problem, capacity=capacity)
+        order += [part.ops[op] for op in answer.found.order[part.leads :]]
+        dropped |= {(part.buffers[buffer], first + step) for buffer, step in answer.found.dropped}
+    moved, bound = sum(answer.found.bytes for _, answer in answers), sum(answer.bound for _, answer in answers)
+    return verdict(Mapped(tuple(order), frozenset(dropped), moved), bound, "by parts")

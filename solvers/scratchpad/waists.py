@@ -7,7 +7,7 @@ their optima is the optimum of the whole, over all orders.
 
 from dataclasses import dataclass, replace
 
-from .residency import Residency
+from .problem import Residency
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,11 @@ def descendants(before: tuple[tuple[int, ...], ...]) -> list[int]:
         for other in before[op]:
             future[other] |= future[op] | 1 << op
     return future
+
+
+def one_order(problem: Residency) -> bool:
+    """Whether the ops can run in one order only."""
+    return all(past.bit_count() == op for op, past in enumerate(ancestors(problem.before)))
 
 
 def cut(problem: Residency) -> list[Part]:

@@ -14,30 +14,32 @@ from dataclasses import replace
 from ortools.sat.python import cp_model
 
 from ..programs.cpsat import make_solver
+from . import ordered
 from .orders import beam
-from .residency import Mapped, Residency, find_gaps, solve_ordered
+from .problem import Answer, Limit, Mapped, Residency, find_gaps, verdict
 from .waists import ancestors
 
 FIRST = 9  # walls to begin with, those that need most
 WIDTH = 20  # of the search for an order
 
 
-def solve_walls(problem: Residency, start: Mapped, seconds: float = 10.0, seed: int = 0, solver: str | None = None) -> Mapped:
+def solve(problem: Residency, limit: Limit, start: Answer[Mapped, int] | None = None) -> Answer[Mapped, int]:
     """The best found over all orders, with a bound over all orders.
 
     Args:
-        problem: a part.
-        start: a mapping to improve on; its bound must be over all orders.
-        seconds: to search for, at most.
-        seed: of the searches.
-        solver: of the residency of an order; see `solve_ordered`.
+        problem: what is mapped.
+        limit: its solver is of the residency of an order; see `solve_ordered`.
+        start: a mapping to improve on; default: the best of the base order.
     """
-    until = time.monotonic() + seconds
-    best, bound = start, start.bound
+    until = time.monotonic() + limit.seconds
+    start = start or ordered.solve(problem, limit)
+    if start.best is None:
+        return start
+    best, bound = start.best, start.bound
     walls = sorted(range(len(problem.reads)), key=lambda op: -problem.need[op])[:FIRST]
     while bound < best.bytes and (left := until - time.monotonic()) > 0:
         model = WallModel(problem, walls, bound, best.bytes)
-        search = make_solver(left, seed)
+        search = make_solver(left, limit.seed)
         status = search.solve(model.model)
         if status == cp_model.INFEASIBLE:  # nothing costs less than the best
             bound = best.bytes
@@ -47,14 +49,14 @@ def solve_walls(problem: Residency, start: Mapped, seconds: float = 10.0, seed: 
         if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
             break
         order = arrange(problem, walls, model.times(search), until)
-        found = solve_ordered(problem, order, max(until - time.monotonic(), 1.0), seed, solver)
-        assert found is not None
+        left = max(until - time.monotonic(), 1.0)
+        found = ordered.solve_ordered(problem, order, replace(limit, seconds=left)).found
         best = found if found.bytes < best.bytes else best
         more = fullest(problem, order, walls)
         if more is None:
             break
         walls.append(more)
-    return Mapped(best.order, best.dropped, best.bytes, min(bound, best.bytes))
+    return verdict(best, min(bound, best.bytes), "walls")
 
 
 def fullest(problem: Residency, order: list[int], walls: list[int]) -> int | None:

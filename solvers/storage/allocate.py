@@ -23,7 +23,7 @@ from .coalesce import coalesce
 from .greedy import ORDERS, first_fit, lowest_first
 from .levels import pack_levels
 from .merge import WAYS, Merger
-from .problem import FREE, LIMIT, NO_PEAK, Packing, Reduced, Status, Storage, extended, peak_of
+from .problem import FREE, LIMIT, NO_PEAK, Answer, Limit, Packing, Reduced, Status, Storage, extended, peak_of
 
 PAIRS = 2e7  # buffers live at once, counted twice: with more, first fit is too slow and takes too much memory
 SHARE = 0.25  # of the time, for packing on two levels
@@ -34,50 +34,38 @@ PART = 0.25  # of that, for one of the problems on the way
 SLICE = 0.25  # seconds of search for one capacity, at first
 
 
-def pack(
-    storage: Storage,
-    capacity: int | None = None,
-    seconds: float = 10.0,
-    seed: int = 0,
-    blocks: bool = True,
-    merge: bool = True,
-) -> Packing:
+def solve(storage: Storage, limit: Limit, blocks: bool = True, merge: bool = True) -> Packing:
     """Addresses for every buffer.
 
     Args:
         storage: the problem.
-        capacity: bytes to fit into; None for the smallest peak.
-        seconds: to search for, at most; the fast answers are made whatever it is.
-        seed: of the search.
+        limit: bytes to fit into, if any, and how long to search; the fast answers are made whatever it is.
         blocks: look for blocks that come again, and pack them once.
         merge: join buffers that nearly fit one another.
-
-    Returns:
-        Asked to fit: OPTIMAL if it does, INFEASIBLE if it was proven not to, else UNKNOWN. Asked for the smallest
-        peak: OPTIMAL or FEASIBLE; INFEASIBLE where pinned buffers overlap.
     """
+    capacity = limit.bytes
     if not len(storage):
-        return Packing(np.empty(0, np.int64), 0, Status.OPTIMAL, "nothing to place")
+        return Answer(Status.OPTIMAL, 0, np.empty(0, np.int64), "nothing to place")
     if not storage.size.all():
         members = np.flatnonzero(storage.size)
-        return extended(storage, members, pack(storage.take(members), capacity, seconds, seed, blocks, merge))
+        return extended(storage, members, solve(storage.take(members), limit, blocks, merge))
     if pins_clash(storage) is not None or (capacity is not None and storage.bound > capacity):
-        return Packing(np.empty(0, np.int64), storage.bound, Status.INFEASIBLE, "bound")
+        return Answer(Status.INFEASIBLE, storage.bound, None, "bound")
     goal = storage.bound if capacity is None else min(capacity, LIMIT)
-    work = Work(storage, goal, capacity is not None, time.monotonic() + seconds, seed)
+    work = Portfolio(storage, goal, capacity is not None, time.monotonic() + limit.seconds, limit.seed)
     work.answer_fast()
     if blocks and not work.done:
         work.answer_by_blocks()
     if merge and not work.done and work.can_merge:
-        work.search(min(work.until, time.monotonic() + FIRST * seconds))
+        work.search(min(work.until, time.monotonic() + FIRST * limit.seconds))
         work.answer_merged()
     work.search(work.until)
     return work.packing(capacity)
 
 
 @dataclass
-class Work:
-    """One problem while it is worked on by several threads.
+class Portfolio:
+    """One problem while several ways work on it, some side by side in threads; what one finds or proves, all know.
 
     Attributes:
         storage: the problem.
@@ -85,7 +73,7 @@ class Work:
         fitting: the goal is a capacity, so that a higher bound ends it too.
         until: when to stop.
         seed: of the searches.
-        best: offsets of the best packing known.
+        best: offsets of the best packing known, or None.
         peak: of it.
         bound: no packing is known to be impossible at this peak.
         method: what found the best.
@@ -96,7 +84,7 @@ class Work:
     fitting: bool
     until: float
     seed: int
-    best: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    best: np.ndarray | None = None
     peak: int = NO_PEAK
     bound: int = 0
     method: str = ""
@@ -119,7 +107,7 @@ class Work:
             status = Status.OPTIMAL
         else:
             status = Status.INFEASIBLE if self.bound > capacity else Status.UNKNOWN
-        return Packing(self.best, self.bound, status, self.method)
+        return Answer(status, self.bound, self.best, self.method)
 
     def offer(self, offset: np.ndarray, method: str) -> None:
         """Take a packing if it is the best."""
@@ -146,7 +134,7 @@ class Work:
     def answer_by_blocks(self) -> None:
         """Equal blocks packed once, if there are any."""
         seconds = SHARE * (self.until - time.monotonic())
-        levels = pack_levels(self.storage, pack_level, seconds, repair=pairs_of(self.storage) <= PAIRS)
+        levels = pack_levels(self.storage, solve, seconds, repair=pairs_of(self.storage) <= PAIRS)
         if levels is not None:
             self.offer(levels.offset, "two levels")
 
@@ -174,9 +162,10 @@ class Work:
                 seconds = min(PART * (until - began), until - time.monotonic())
                 if self.done or seconds <= 0:
                     return
-                found = pack(part.storage, self.goal if self.fitting else None, seconds, self.seed, False, False)
-                if len(found.offset):
-                    self.offer(part.whole(found.offset), f"merged, {found.method}")
+                limit = Limit(self.goal if self.fitting else None, seconds, self.seed)
+                found = solve(part.storage, limit, blocks=False, merge=False)
+                if found.best is not None:
+                    self.offer(part.whole(found.best), f"merged, {found.method}")
 
     def search(self, until: float) -> None:
         """Both searches side by side, where buffers are few enough."""
@@ -222,11 +211,6 @@ class Work:
                 share, allowed = 1.0, 2 * allowed
             else:
                 share /= 2
-
-
-def pack_level(storage: Storage, seconds: float) -> Packing:
-    """How each of two levels is packed."""
-    return pack(storage, None, seconds)
 
 
 def greedy(storage: Storage, small: Reduced, until: float) -> Iterator[tuple[np.ndarray, str]]:

@@ -61,7 +61,7 @@ class Instance(NamedTuple):
     pinned: bool
 
 
-class State(NamedTuple):
+class SearchState(NamedTuple):
     """What the search changes. Rows of `members` and `frames` belong to depths, the other rows to levels of groups."""
 
     low: np.ndarray  # natural offsets
@@ -135,10 +135,10 @@ def make_instance(storage: Storage) -> Instance:
     )  # fmt: skip
 
 
-def make_state(storage: Storage, instance: Instance, stop: np.ndarray) -> State:
+def make_state(storage: Storage, instance: Instance, stop: np.ndarray) -> SearchState:
     """The arrays that a search of a problem needs."""
     many, (_, _, sections) = len(storage), storage.sections
-    return State(
+    return SearchState(
         np.empty(many, np.int64), np.empty(many, np.int64), np.empty(sections, np.int64), np.empty(sections, np.int64),
         np.empty(many, np.bool_), np.empty(many, np.int64), np.empty((2 * many + 2, many), np.int32),
         np.empty((2 * many + 2, LEVEL + 1), np.int64), np.empty(len(instance.near) + 1, np.int64),
@@ -376,7 +376,7 @@ class PlacementSearch:
 
     def __post_init__(self) -> None:
         if not self.storage.size.all():
-            raise ValueError("the search takes no empty buffers: leave them out, as pack does")
+            raise ValueError("the search takes no empty buffers: leave them out, as allocate.py does")
         self.instance = make_instance(self.storage)
         self.state = make_state(self.storage, self.instance, self.stop)
         self.random = np.random.default_rng(self.seed)

@@ -5,17 +5,14 @@ layers told by name. A block's request is a rectangle of its peak for as long as
 not use of it. Then, to win that back, all buffers slide down, lowest first, into the lowest gap that each fits.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 from .canonical import make_instance
 from .greedy import fit_in_order
-from .problem import FREE, Packing, Storage, peak_of
+from .problem import FREE, Limit, Storage, Way, peak_of
 from .repeat import Repeat, find_repeats
-
-Solver = Callable[[Storage, float], Packing]
 
 
 class Levels(NamedTuple):
@@ -34,12 +31,12 @@ class Levels(NamedTuple):
     rigid: int
 
 
-def pack_levels(storage: Storage, solve: Solver, seconds: float, repair: bool = True) -> Levels | None:
-    """Addresses by equal blocks; None where nothing repeats.
+def pack_levels(storage: Storage, way: Way, seconds: float, repair: bool = True) -> Levels | None:
+    """Addresses by equal blocks; None where nothing repeats, or no level has a packing.
 
     Args:
         storage: the problem.
-        solve: packs one level within some seconds.
+        way: packs one level.
         seconds: for both levels together: half for the blocks, half for the whole.
         repair: let buffers slide down; it looks at all pairs of buffers that are live at once.
     """
@@ -47,18 +44,21 @@ def pack_levels(storage: Storage, solve: Solver, seconds: float, repair: bool = 
     if not repeats:
         return None
     shapes = [storage.take(repeat.members[0]) for repeat in repeats]
-    known: dict[bytes, Packing] = {}
-    inner = []
+    known: dict[bytes, np.ndarray | None] = {}
+    inner: list[np.ndarray] = []
     for shape in shapes:
         first, last, _ = shape.sections
         pattern = np.stack([first, last, shape.size]).tobytes()
         if pattern not in known:
-            known[pattern] = solve(shape, seconds / 2 / len(shapes))
-        inner.append(known[pattern].offset)
+            known[pattern] = way(shape, Limit(seconds=seconds / 2 / len(shapes))).best
+        packed = known[pattern]
+        if packed is None:
+            return None
+        inner.append(packed)
     outer, rest = outer_problem(storage, repeats, [peak_of(*pair) for pair in zip(shapes, inner, strict=True)])
-    found = solve(outer, seconds / 2).offset
-    if len(found) < len(outer):
-        return None  # pins clash
+    found = way(outer, Limit(seconds=seconds / 2)).best
+    if found is None:
+        return None
     offset = np.empty(len(storage), np.int64)
     offset[rest] = found[: len(rest)]
     at = len(rest)

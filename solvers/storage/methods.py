@@ -1,25 +1,21 @@
 """The ways to place buffers, by name: one row each. Everything that offers a choice of them reads it here.
 
-A row is `file:function` of this room. The function takes a problem, a capacity or None for the smallest peak, seconds and a
-seed, and returns a `Packing`: addresses, a bound that none is below, and whether they are optimal, feasible, impossible or not
-found. Nothing is loaded before it is asked for.
+A row is a file of this room, which has `solve(storage, limit) -> Packing`. Nothing is loaded before it is asked for.
 """
 
-from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .problem import Packing
+    from .problem import Way
 
 METHODS = {
-    "auto": "allocate:pack",
-    "cp-sat": "formulations:pack_sat",
-    "mip": "formulations:pack_mip",
+    "auto": "allocate",
+    "cp-sat": "cpsat",
+    "mip": "mip",
 }
 
 
-def method(name: str) -> "Callable[..., Packing]":
-    """The function of a name in `METHODS`."""
-    file, _, function = METHODS[name].partition(":")
-    return getattr(import_module(f".{file}", __package__), function)
+def method(name: str) -> "Way":
+    """The way of a name in `METHODS`."""
+    return import_module(f".{METHODS[name]}", __package__).solve

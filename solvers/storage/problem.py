@@ -2,28 +2,22 @@
 
 Each buffer is live during one or more half-open spans of time and wants `size` consecutive bytes at an offset that no
 buffer live at the same time touches. `Storage` is the problem and `Packing` the answer of every solver; times are
-compressed to *sections*, the intervals between neighbouring events, since only their order matters.
+compressed to *sections*, the intervals between neighbouring events, since only their order matters. `fault` checks a packing
+and `peak_of` scores it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
-from functools import cached_property
+from functools import cached_property, wraps
+from typing import TypeAlias
 
 import numpy as np
+
+from ..face.answer import Answer, Limit, Status
 
 FREE = -1  # the pin of a buffer that may lie anywhere
 LIMIT = 2**62  # bytes: a problem has to be smaller, so that no sum of sizes and offsets overflows
 NO_PEAK = 2**63 - 1  # the peak of no packing at all: above any
-
-
-class Status(StrEnum):
-    """What is known about an answer."""
-
-    OPTIMAL = "optimal"  # no smaller peak exists; or, asked to fit a capacity, it fits
-    FEASIBLE = "feasible"  # it fits, and the bound is smaller
-    INFEASIBLE = "infeasible"  # proven: nothing fits
-    UNKNOWN = "unknown"  # nothing found in time
 
 
 @dataclass(frozen=True)
@@ -126,21 +120,10 @@ class Storage:
         return Storage(self.size[members], start, self.lower[spans], self.upper[spans], self.pin[members], self.alignment)
 
 
-@dataclass(frozen=True)
-class Packing:
-    """Addresses.
-
-    Attributes:
-        offset: of each buffer, shape (n,), int64; empty where none were found.
-        bound: no packing has a smaller peak.
-        status: what is known of it.
-        method: what found it.
-    """
-
-    offset: np.ndarray
-    bound: int
-    status: Status
-    method: str = ""
+Packing: TypeAlias = Answer[np.ndarray, int]
+"""The best is the offset of each buffer, shape (n,), int64; the bound is of peaks. Asked to fit, it is OPTIMAL if it does, else
+INFEASIBLE or UNKNOWN; asked for the smallest peak, OPTIMAL or FEASIBLE, and INFEASIBLE where pinned buffers overlap."""
+Way: TypeAlias = Callable[[Storage, Limit], Packing]
 
 
 def room_for_all(size: np.ndarray, pin: np.ndarray, alignment: int) -> int:
@@ -155,11 +138,25 @@ def room_for_all(size: np.ndarray, pin: np.ndarray, alignment: int) -> int:
 
 def extended(storage: Storage, members: np.ndarray, packing: Packing) -> Packing:
     """The answer for all buffers from that for those that are not empty; the others lie at their pins, or at 0."""
-    if len(packing.offset) < len(members):
+    if packing.best is None:
         return packing
     offset = np.maximum(storage.pin, 0)
-    offset[members] = packing.offset
-    return replace(packing, offset=offset)
+    offset[members] = packing.best
+    return replace(packing, best=offset)
+
+
+def without_empty(solve: Way) -> Way:
+    """The same way for problems some of whose buffers are empty, or all."""
+
+    @wraps(solve)
+    def solid(storage: Storage, limit: Limit) -> Packing:
+        members = np.flatnonzero(storage.size)
+        if not len(members):
+            return extended(storage, members, Answer(Status.OPTIMAL, 0, np.empty(0, np.int64), "nothing to place"))
+        left = storage if len(members) == len(storage) else storage.take(members)
+        return extended(storage, members, solve(left, limit))
+
+    return solid
 
 
 @dataclass(frozen=True)
@@ -193,3 +190,36 @@ def make_storage(
 def peak_of(storage: Storage, offset: np.ndarray) -> int:
     """The end of the highest buffer that is not empty."""
     return int((offset + storage.size)[storage.size > 0].max(initial=0))
+
+
+def fault(storage: Storage, offset: np.ndarray) -> str:
+    """What is wrong with a packing, in words; empty where nothing is. It looks at every pair of spans."""
+    for wrong, what in (
+        (offset < 0, "lies below 0"),
+        (offset % storage.alignment > 0, "lies at no multiple of the alignment"),
+        ((storage.pin != FREE) & (offset != storage.pin), "does not lie where it is pinned"),
+    ):
+        if wrong.any():
+            return f"buffer {int(wrong.argmax())} {what}"
+    owner, solid = storage.owner, (storage.size > 0)[storage.owner]
+    low, high = offset[owner], (offset + storage.size)[owner]
+    for row in np.flatnonzero(solid):
+        at_once = (storage.lower < storage.upper[row]) & (storage.lower[row] < storage.upper)
+        clash = at_once & (low < high[row]) & (low[row] < high) & solid & (owner != owner[row])
+        if clash.any():
+            return f"buffers {int(owner[row])} and {int(owner[clash.argmax()])} share bytes"
+    return ""
+
+
+def ceiling(storage: Storage, capacity: int | None) -> int:
+    """The highest peak worth looking at: the capacity, or that of everything stacked above what is pinned."""
+    room = room_for_all(storage.size, storage.pin, storage.alignment)
+    return room if capacity is None else min(capacity, room)
+
+
+def verdict(storage: Storage, offset: np.ndarray, capacity: int | None, bound: int, method: str) -> Packing:
+    """The answer of a way that found these offsets, and knows that no peak is below a bound."""
+    peak = peak_of(storage, offset)
+    done = peak <= (bound if capacity is None else capacity)
+    status = Status.OPTIMAL if done else Status.FEASIBLE if capacity is None else Status.UNKNOWN
+    return Answer(status, min(bound, peak), offset, method)

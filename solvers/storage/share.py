@@ -6,47 +6,43 @@ with many, all together, all apart, and random choices until the time is up.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 
 from .allocate import pins_clash
-from .problem import FREE, NO_PEAK, Packing, Status, Storage, peak_of
+from .problem import FREE, NO_PEAK, Answer, Limit, Packing, Status, Storage, Way, peak_of
 
-Solver = Callable[[Storage, int | None, float, int], Packing]
 FEW = 4  # pairs, of which every choice is tried
 RANDOM = 64  # choices tried of more, at most
 
 
-def pack_sharing(
-    storage: Storage, over: np.ndarray, solve: Solver, capacity: int | None = None, seconds: float = 10.0, seed: int = 0
-) -> Packing:
+def pack_sharing(storage: Storage, over: np.ndarray, way: Way, limit: Limit) -> Packing:
     """Addresses where buffer i may lie exactly where `over[i]` lies, although both are live when i begins.
 
     Args:
         storage: the problem; a pair has equal sizes.
         over: for each buffer the one it may be written over, which began before it, or -1; shape (n,). No two name one.
-        solve: packs a problem: `pack` or another behind its face.
-        capacity: as of `pack`.
-        seconds: for all choices together.
-        seed: as of `pack`.
+        way: packs a problem.
+        limit: its seconds are for all choices together.
 
     Returns:
-        As of `pack`, but UNKNOWN, with no offsets, where nothing was found and it was not proven of every choice that there is
+        UNKNOWN, with no offsets, where nothing was found and it was not proven of every choice that there is
         nothing; the bound is on every choice.
     """
     pairs = np.flatnonzero(over >= 0)
     if not len(pairs):
-        return solve(storage, capacity, seconds, seed)
+        return way(storage, limit)
     least = clipped(storage, over)
-    floor = least.bound
+    floor, capacity = least.bound, limit.bytes
     if pins_clash(least) is not None or (capacity is not None and floor > capacity):
-        return Packing(np.empty(0, np.int64), floor, Status.INFEASIBLE, "bound")
-    until, goal = time.monotonic() + seconds, floor if capacity is None else capacity
-    best, peak, method = np.empty(0, np.int64), NO_PEAK, "bound"
+        return Answer(Status.INFEASIBLE, floor, None, "bound")
+    until, goal = time.monotonic() + limit.seconds, floor if capacity is None else capacity
+    best, peak, method = None, NO_PEAK, "bound"
     lowest, refused = NO_PEAK, len(pairs) <= FEW  # the bound of what was tried, and whether nothing else is left
-    tries = list(choices(len(pairs), seed))
+    tries = list(choices(len(pairs), limit.seed))
     for number, chosen in enumerate(tries):
         left = until - time.monotonic()
         if number > 1 and left <= 0:
@@ -55,23 +51,23 @@ def pack_sharing(
         whole, root = joined(storage, over, pairs[chosen])
         if whole is None:
             continue
-        found = solve(whole, capacity, max(left, 0.0) / min(len(tries) - number, 4), seed)
+        found = way(whole, replace(limit, seconds=max(left, 0.0) / min(len(tries) - number, 4)))
         if found.status is not Status.INFEASIBLE:
             refused = False
         if found.status is not Status.INFEASIBLE or capacity is not None:  # else its pins clash, and it has no peak
             lowest = min(lowest, found.bound)
-        if len(found.offset) and peak_of(whole, found.offset) < peak:
-            best, peak = found.offset[root], peak_of(whole, found.offset)
+        if found.best is not None and peak_of(whole, found.best) < peak:
+            best, peak = found.best[root], peak_of(whole, found.best)
             method = f"{int(np.sum(chosen))} of {len(pairs)} in place, {found.method}"
         if peak <= goal:
             break
     else:
         if len(pairs) <= FEW and lowest < NO_PEAK:  # every choice was tried
             floor = max(floor, lowest)
-    if len(best) and (capacity is None or peak <= capacity):
+    if best is not None and (capacity is None or peak <= capacity):
         done = capacity is not None or peak <= floor
-        return Packing(best, floor, Status.OPTIMAL if done else Status.FEASIBLE, method)
-    return Packing(best, floor, Status.INFEASIBLE if refused else Status.UNKNOWN, method)
+        return Answer(Status.OPTIMAL if done else Status.FEASIBLE, floor, best, method)
+    return Answer(Status.INFEASIBLE if refused else Status.UNKNOWN, floor, best, method)
 
 
 def choices(pairs: int, seed: int) -> Iterator[np.ndarray]:

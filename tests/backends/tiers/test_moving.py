@@ -136,7 +136,7 @@ def test_offload_is_never_slower_than_doing_without(bandwidth):
     assert still.still is None
     for share in (0.1, 0.4, 0.7):
         budget = still.floor.peak + int(share * (planner.kept.peak - still.floor.peak))
-        assert planner.solve(budget).side.time <= still.solve(budget).side.time
+        assert planner.solve(budget).found.time <= still.solve(budget).found.time
 
 
 def test_both_levers_together():

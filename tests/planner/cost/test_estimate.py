@@ -109,7 +109,7 @@ def filled(folder: Path, program: Program, true: dict[str, float], factor: Calla
 
 def chosen(program: Program, budget: int) -> tuple[list[int], float]:
     """What a plan runs, and how long it thinks that takes."""
-    side = Planner(program, MACHINE, effort=2000).solve(budget).side
+    side = Planner(program, MACHINE, effort=2000).solve(budget).found
     return [step.op for step in side.schedule.instructions if isinstance(step, Run)], side.time
 
 

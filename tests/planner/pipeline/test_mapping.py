@@ -17,8 +17,9 @@ from memplan.planner.ir.program import Buffer, Kind, Op, Phase, Program
 from memplan.planner.ir.referee import referee
 from memplan.planner.ir.schedule import Free, Start
 from memplan.planner.pipeline.mapping import Mapper, events_of
+from memplan.solvers.face.answer import Answer, Status
 from memplan.solvers.programs.names import NAMES, SolverError, why_not
-from memplan.solvers.scratchpad.residency import Residency
+from memplan.solvers.scratchpad.problem import Residency
 from memplan.solvers.scratchpad.spm import peaks
 from torch import nn
 
@@ -254,7 +255,7 @@ def test_without_addresses_it_says_how_many_bytes_are_enough(monkeypatch):
     """Where nothing is found by address, the number it names has been tried."""
     made = memplan.map_model(net(), "M_P", IMAGE)
     real, least = Mapper.schedule, made.mapper.landmarks["M_P"]
-    monkeypatch.setattr("memplan.planner.pipeline.mapping.solve_placed", lambda *args: None)
+    monkeypatch.setattr("memplan.planner.pipeline.mapping.solve_placed", lambda *args: Answer(Status.UNKNOWN, 0))
 
     def short(self, mapped, room, *rest):
         return real(self, mapped, room, *rest) if room > least else None

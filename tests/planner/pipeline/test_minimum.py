@@ -133,7 +133,7 @@ def test_a_lever_more_never_does_worse(program, share):
     floors = {some: planner.floor.peak for some, planner in found.items()}
     top = found[frozenset()].kept.peak
     budget = int(min(floors.values()) + share * (top - min(floors.values())))
-    times = {some: planner.solve(budget).side.time for some, planner in found.items() if floors[some] <= budget}
+    times = {some: planner.solve(budget).found.time for some, planner in found.items() if floors[some] <= budget}
     for more in found:
         for fewer in [some for some in found if some < more]:
             assert floors[more] <= floors[fewer]

@@ -36,7 +36,7 @@ def test_other_solvers_keep_as_much(solver, integer, seed):
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("memplan.solvers.remat.exact.solve", noted)
+        patch.setattr("memplan.solvers.programs.linear.solve", noted)
         for name in ("highs", solver):
             master = Master(planner.flat.problem, planner.segments, planner.master.slots, name)
             assert master.solve(base, moments, room, 10.0, integer) is not None
@@ -49,7 +49,7 @@ def test_a_plan_by_another_solver_is_a_plan(monkeypatch, solver):
     """Through `memplan.plan` and `memplan.sweep`: the solver is asked, and the referee accepts what comes of it, in budget."""
     asked, solve = [], linear.solve
     monkeypatch.setattr(
-        "memplan.solvers.remat.exact.solve", lambda *given, **rest: asked.append(given[1]) or solve(*given, **rest)
+        "memplan.solvers.programs.linear.solve", lambda *given, **rest: asked.append(given[1]) or solve(*given, **rest)
     )
     model = nn.Sequential(*[layer for _ in range(6) for layer in (nn.Linear(64, 64), nn.GELU())])
     facts = {"loss": torch.sum, "machine": "h100-80gb", "time_limit": 5.0, "solver": solver}

@@ -16,9 +16,10 @@ from memplan.planner.ir.program import Buffer, Kind, Op, Phase, Program
 from memplan.planner.ir.referee import referee
 from memplan.planner.ir.schedule import Free, Run, Schedule
 from memplan.planner.verbs.alloc import find_places
+from memplan.solvers.face.answer import Limit, Status
 from memplan.solvers.programs.names import NAMES, why_not
-from memplan.solvers.storage.allocate import pack
-from memplan.solvers.storage.problem import Status, peak_of
+from memplan.solvers.storage.allocate import solve
+from memplan.solvers.storage.problem import peak_of
 from strategies import make_order, make_program
 
 ALIGNED = Machine("aligned", "cpu", (Tier("device", 1 << 40, 1e9, alignment=16),), (Unit("core", "device", {"default": 1e9}),))
@@ -273,9 +274,9 @@ def test_an_empty_buffer_of_a_schedule_costs_nothing():
     """A value without bytes, live beside others that the search has to place: the arena is the least there is."""
     lives = [Life(0, 0, 0, 4, 0), Life(1, 0, 0, 3, 1), Life(2, 0, 1, 4, 2), Life(3, 0, 2, 4, 3)]
     storage, _ = requests_of(lives, np.array([0, 5, 3, 5], np.int64), 4)
-    packed, bare = pack(storage), pack(storage.take(np.array([1, 2, 3])))
+    packed, bare = solve(storage, Limit()), solve(storage.take(np.array([1, 2, 3])), Limit())
     assert packed.status is bare.status is Status.OPTIMAL
-    assert packed.bound == peak_of(storage, packed.offset) == bare.bound
+    assert packed.bound == peak_of(storage, packed.best) == bare.bound
 
 
 def test_what_is_said_to_lie_outside_must_exist():

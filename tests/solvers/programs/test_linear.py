@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memplan.solvers.face.answer import Status
 from memplan.solvers.programs import names
-from memplan.solvers.programs.linear import LinearProgram, Verdict, highs_model, of_rows, solve
+from memplan.solvers.programs.linear import LinearProgram, highs_model, of_rows, solve
 from memplan.solvers.programs.names import NAMES, SolverError, why_not
 
 HERE = [name for name in NAMES if not why_not(name)]
@@ -60,9 +61,9 @@ def test_every_solver_finds_the_optimum(solver: str, program: LinearProgram):
     """Of whole columns, with its proof; and says where nothing fits."""
     wanted, found = cheapest(program), solve(program, solver, 20.0, tolerance=1e-9)
     if wanted == np.inf:
-        assert (found.status, found.bound, len(found.values)) == (Verdict.INFEASIBLE, np.inf, 0)
+        assert (found.status, found.bound, len(found.values)) == (Status.INFEASIBLE, np.inf, 0)
         return
-    assert found.status is Verdict.OPTIMAL
+    assert found.status is Status.OPTIMAL
     assert program.holds(found.values)
     assert program.cost @ found.values == pytest.approx(wanted, abs=1e-6)
     assert found.bound == pytest.approx(wanted, abs=1e-6)
@@ -75,7 +76,7 @@ def test_fractions_are_allowed_where_nothing_is_said(solver: str):
     ends = np.zeros(3), np.array([1.0, np.inf, np.inf])
     for whole, cost, x in ((False, 2.5, [0.5, 1.0, 0.0]), (True, 4.0, [0.0, 2.0, 0.0])):
         found = solve(of_rows(np.array([1.0, 2.0, 0.0]), *ends, rows, np.full(3, whole)), solver)
-        assert found.status is Verdict.OPTIMAL
+        assert found.status is Status.OPTIMAL
         assert found.bound == pytest.approx(cost)
         assert found.values[:2] == pytest.approx(x[:2])
 
@@ -93,9 +94,9 @@ def test_when_time_is_up_what_is_known_is_told(solver: str):
     """Values that hold, if there are any, and a bound that no optimum is below."""
     program = knapsack(60)
     found = solve(program, solver, 0.3)
-    assert found.status in (Verdict.FEASIBLE, Verdict.UNKNOWN)
+    assert found.status in (Status.FEASIBLE, Status.UNKNOWN)
     assert found.bound <= 0
-    assert (found.status is Verdict.UNKNOWN) == (len(found.values) == 0)
+    assert (found.status is Status.UNKNOWN) == (len(found.values) == 0)
     if len(found.values):
         assert program.holds(found.values)
         assert found.bound <= program.cost @ found.values
@@ -104,7 +105,7 @@ def test_when_time_is_up_what_is_known_is_told(solver: str):
 @pytest.mark.parametrize("solver", HERE)
 def test_no_time_is_a_limit_too(solver: str):
     """Nothing is found in none, by a program that presolving does not solve."""
-    assert solve(knapsack(60), solver, 0.0).status is not Verdict.OPTIMAL
+    assert solve(knapsack(60), solver, 0.0).status is not Status.OPTIMAL
 
 
 def test_rows_that_do_not_hold_are_seen():

@@ -78,9 +78,9 @@ def test_steps_that_take_no_time_are_planned(seed):
     program = make_program(random.Random(seed), 8)
     idle = msgspec.structs.replace(program, ops=tuple(msgspec.structs.replace(op, seconds=0.0) for op in program.ops))
     planner = Planner(idle, ROOMY, effort=300)
-    assert planner.solve(max(planner.kept.peak - 1, planner.floor.peak)).side.time == 0.0
+    assert planner.solve(max(planner.kept.peak - 1, planner.floor.peak)).found.time == 0.0
     empty = Planner(Program("none", (), (), ()), ROOMY, effort=300)
-    assert (empty.floor.peak, empty.solve(0).side.time, empty.search.fastest(0, 0.0) is not None) == (0, 0.0, True)
+    assert (empty.floor.peak, empty.solve(0).found.time, empty.search.fastest(0, 0.0) is not None) == (0, 0.0, True)
 
 
 @settings(deadline=None)
@@ -109,7 +109,7 @@ def test_planning_twice_gives_the_same_schedule(seed):
     budget = first.floor.peak + (first.kept.peak - first.floor.peak) // 3
 
     assert first.floor.schedule == second.floor.schedule
-    assert first.solve(budget).side.schedule == second.solve(budget).side.schedule
+    assert first.solve(budget).found.schedule == second.solve(budget).found.schedule
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -122,6 +122,6 @@ def test_the_floor_is_feasible_and_more_room_is_never_slower_than_the_floor(seed
     for share in (0.0, 0.3, 0.7, 1.0):
         budget = int(floor.peak + (planner.kept.peak - floor.peak) * share)
         answer = planner.solve(budget)
-        assert answer.side.peak <= budget
-        assert answer.side.time <= floor.time * (1 + 1e-9)
-        assert planner.bound(budget) <= answer.side.time * (1 + 1e-9)
+        assert answer.found.peak <= budget
+        assert answer.found.time <= floor.time * (1 + 1e-9)
+        assert planner.bound(budget) <= answer.found.time * (1 + 1e-9)

@@ -67,7 +67,7 @@ def compare(name: str, program: Program, machine, shares: tuple[float, ...], sec
         if low == high or budget >= high:
             continue
         try:
-            planned = planner.solve(budget).side.time
+            planned = planner.solve(budget).found.time
         except BudgetError:
             planned = float("inf")
         answer = optimum(program, budget, seconds)

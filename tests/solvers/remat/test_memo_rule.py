@@ -64,18 +64,18 @@ def test_a_plan_by_the_rule_waits_only_as_the_budget_asks(planner):
     """It is accepted, moves something, and takes no longer with more bytes; joint planning is never slower."""
     smallest = planner.finish(planner.memo_solution, None)
     tight, free = planner.solve_memo(smallest.peak), planner.solve_memo(10 * smallest.peak)
-    assert sum(tight.side.report.moved) > 0
-    assert tight.side.peak <= smallest.peak
-    assert free.side.time <= tight.side.time
+    assert sum(tight.found.report.moved) > 0
+    assert tight.found.peak <= smallest.peak
+    assert free.found.time <= tight.found.time
     with pytest.raises(memplan.BudgetError):
         planner.solve_memo(smallest.peak - 1)
 
 
 def test_a_small_host_means_a_small_alpha():
     """What is moved stays within the host's bytes."""
-    least = session().planner.solve_memo(2**40).side.report.peak[1]
+    least = session().planner.solve_memo(2**40).found.report.peak[1]
     limited = session(f"{least // 2}").planner
-    assert 0 < limited.solve_memo(2**40).side.report.peak[1] <= least // 2
+    assert 0 < limited.solve_memo(2**40).found.report.peak[1] <= least // 2
 
 
 def test_where_there_are_no_layers_the_rule_does_not_apply():

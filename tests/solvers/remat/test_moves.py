@@ -134,7 +134,7 @@ def test_planned_moves_fit_and_are_no_worse_than_one_lever(seed, tight):
     times = {}
     for name, planner in planners.items():
         try:
-            times[name] = planner.solve(budget).side
+            times[name] = planner.solve(budget).found
         except BudgetError:
             continue
         assert times[name].peak <= budget
@@ -155,12 +155,12 @@ def test_what_may_be_at_home_elsewhere_stays_where_that_is_better(seed, tight):
     assert planner.floor.peak <= alone.floor.peak * 1.02
     budget = int(planner.floor.peak + tight * (planner.kept.peak - planner.floor.peak))
     answer = planner.solve(budget)
-    assert answer.side.peak <= budget
-    assert planner.bound(budget) <= answer.side.time * (1 + 1e-9)
+    assert answer.found.peak <= budget
+    assert planner.bound(budget) <= answer.found.time * (1 + 1e-9)
     if alone.floor.peak <= budget:
-        assert answer.side.time <= alone.solve(budget).side.time * 1.02
+        assert answer.found.time <= alone.solve(budget).found.time * 1.02
     apart = score(planner.flat.problem, planner.flat.problem.keep_all(away=1.0), budget)
-    assert apart.excess > 0 or answer.side.time <= apart.time * 1.02
+    assert apart.excess > 0 or answer.found.time <= apart.time * 1.02
 
 
 def test_no_more_lies_elsewhere_than_the_budget_asks_for():
@@ -170,7 +170,7 @@ def test_no_more_lies_elsewhere_than_the_budget_asks_for():
     planner = Planner(program, machine_of(disk=False), recompute=False, offload=True, homes=homes, effort=4000)
     away = []
     for budget in (planner.kept.peak, planner.kept.peak - 1, planner.floor.peak):
-        schedule = planner.solve(budget).side.schedule
+        schedule = planner.solve(budget).found.schedule
         away.append(sum(program.buffers[buffer].bytes for buffer, _ in schedule.homes))
     assert away[0] == 0
     assert away[0] < away[2]
@@ -184,7 +184,7 @@ def test_a_slow_link_is_not_used():
     budget = (planner.kept.peak + planner.floor.peak) // 2
     alone = Planner(program, machine_of(rate=1.0), effort=3000)
     if alone.floor.peak <= budget:
-        assert not any(planner.solve(budget).side.report.moved)
+        assert not any(planner.solve(budget).found.report.moved)
 
 
 def test_routes_need_both_ways():

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memplan.planner.ir.referee import first_clash
-from memplan.solvers.storage.allocate import pack, pins_clash
+from memplan.solvers.face.answer import Limit, Status
+from memplan.solvers.storage import cpsat, mip
+from memplan.solvers.storage.allocate import pins_clash, solve
 from memplan.solvers.storage.canonical import (
     ALL,
     DOMINANCE,
@@ -25,11 +27,10 @@ from memplan.solvers.storage.canonical import (
     make_instance,
 )
 from memplan.solvers.storage.coalesce import coalesce
-from memplan.solvers.storage.formulations import pack_mip, pack_sat
 from memplan.solvers.storage.greedy import ORDERS, first_fit, lowest_first
 from memplan.solvers.storage.instances import cut_rectangle
 from memplan.solvers.storage.methods import METHODS, method
-from memplan.solvers.storage.problem import LIMIT, Status, make_storage, peak_of
+from memplan.solvers.storage.problem import LIMIT, make_storage, peak_of
 from packings import faults, make, smallest_peak, solid, storages
 
 EASY = settings(deadline=None, max_examples=60)
@@ -56,16 +57,16 @@ def test_search_is_exact_whatever_prunes(storage, use):
 def test_pack_is_exact_and_checked(storage):
     """The answer is optimal and a packing; one byte less is infeasible."""
     expected = smallest_peak(storage)
-    answer = pack(storage, seconds=20)
+    answer = solve(storage, Limit(seconds=20))
     if expected is None:
         assert answer.status is Status.INFEASIBLE
         assert pins_clash(storage) is not None
         return
     assert answer.status is Status.OPTIMAL
-    assert not faults(storage, answer.offset)
-    assert peak_of(storage, answer.offset) == answer.bound == expected
-    assert pack(storage, expected, seconds=20).status is Status.OPTIMAL
-    assert not expected or pack(storage, expected - 1, seconds=20).status is Status.INFEASIBLE
+    assert not faults(storage, answer.best)
+    assert peak_of(storage, answer.best) == answer.bound == expected
+    assert solve(storage, Limit(expected, 20)).status is Status.OPTIMAL
+    assert not expected or solve(storage, Limit(expected - 1, 20)).status is Status.INFEASIBLE
 
 
 @pytest.mark.parametrize("solver", [method(name) for name in METHODS if name != "auto"])
@@ -77,35 +78,35 @@ def test_the_other_formulations_agree(solver, storage):
     The integer program calculates in floating point: of terabytes it need not prove the last byte, and must not claim to.
     """
     expected = smallest_peak(storage)
-    answer = solver(storage, None, 20.0)
+    answer = solver(storage, Limit(seconds=20.0))
     if expected is None:
         assert answer.status is Status.INFEASIBLE
         return
-    assert not faults(storage, answer.offset)
-    assert answer.bound <= expected == pytest.approx(peak_of(storage, answer.offset), rel=1e-9)
-    assert (answer.status is Status.OPTIMAL) == (answer.bound == peak_of(storage, answer.offset))
-    if solver is pack_sat or expected < 1000:
+    assert not faults(storage, answer.best)
+    assert answer.bound <= expected == pytest.approx(peak_of(storage, answer.best), rel=1e-9)
+    assert (answer.status is Status.OPTIMAL) == (answer.bound == peak_of(storage, answer.best))
+    if solver is cpsat.solve or expected < 1000:
         assert answer.status is Status.OPTIMAL
-        assert peak_of(storage, answer.offset) == expected
-        assert solver(storage, expected, 20.0).status is Status.OPTIMAL
-        assert not expected or solver(storage, expected - 1, 20.0).status is Status.INFEASIBLE
+        assert peak_of(storage, answer.best) == expected
+        assert solver(storage, Limit(expected, 20.0)).status is Status.OPTIMAL
+        assert not expected or solver(storage, Limit(expected - 1, 20.0)).status is Status.INFEASIBLE
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_the_integer_program_knows_large_rectangles(seed):
     """Ten buffers of 2^30 bytes and more: the optimum, or a bound that is none too high; never two that overlap."""
     storage, _ = cut_rectangle(10, seed, height=2**30)
-    answer = pack_mip(storage, None, 5.0)
-    assert not len(answer.offset) or not faults(storage, answer.offset)
+    answer = mip.solve(storage, Limit(seconds=5.0))
+    assert answer.best is None or not faults(storage, answer.best)
     assert answer.bound <= 2**30
-    assert answer.status is not Status.OPTIMAL or peak_of(storage, answer.offset) == 2**30
+    assert answer.status is not Status.OPTIMAL or peak_of(storage, answer.best) == 2**30
 
 
 def test_the_integer_program_stops_while_it_is_written_down(monkeypatch):
     """The clock is read for each buffer: where the pairs alone take too long, nothing is solved."""
-    looks = count_looks(monkeypatch, "memplan.solvers.storage.formulations")
+    looks = count_looks(monkeypatch, "memplan.solvers.storage.mip")
     storage, _ = cut_rectangle(60, 5, fray=0.3)
-    assert pack_mip(storage, None, 10.0).status is Status.UNKNOWN
+    assert mip.solve(storage, Limit(seconds=10.0)).status is Status.UNKNOWN
     assert looks() == 12
 
 
@@ -142,7 +143,7 @@ def test_cut_rectangles_have_the_optimum_they_claim(count, seed, fray):
                  strict=True)  # fmt: skip
     assert first_clash(places) is None
     if not fray:
-        assert peak_of(storage, pack(storage, seconds=5).offset) == 2**40
+        assert peak_of(storage, solve(storage, Limit(seconds=5)).best) == 2**40
 
 
 @EASY
@@ -194,11 +195,11 @@ def test_empty_buffers_are_in_nobodys_way():
     """With one that is live all the time the optimum is that without; all empty, the peak is 0; the search refuses them."""
     storage = make([5, 0, 5, 3], [[(1, 4)], [(0, 5)], [(4, 5), (6, 8)], [(2, 5)]], alignment=4)
     for solver in map(method, METHODS):
-        answer = solver(storage, None, 5.0)
-        assert (answer.status, answer.bound, peak_of(storage, answer.offset)) == (Status.OPTIMAL, 9, 9)
-        assert solver(storage, 9, 5.0).status is Status.OPTIMAL
-        empty = solver(make([0, 0], [[(0, 2)], [(1, 3)]], [-1, 7]), None, 5.0)
-        assert (empty.status, empty.bound, empty.offset.tolist()) == (Status.OPTIMAL, 0, [0, 7])
+        answer = solver(storage, Limit(seconds=5.0))
+        assert (answer.status, answer.bound, peak_of(storage, answer.best)) == (Status.OPTIMAL, 9, 9)
+        assert solver(storage, Limit(9, 5.0)).status is Status.OPTIMAL
+        empty = solver(make([0, 0], [[(0, 2)], [(1, 3)]], [-1, 7]), Limit(seconds=5.0))
+        assert (empty.status, empty.bound, empty.best.tolist()) == (Status.OPTIMAL, 0, [0, 7])
     with pytest.raises(ValueError, match="empty"):
         PlacementSearch(storage)
 
@@ -228,11 +229,11 @@ def test_what_is_no_problem_is_refused(problem, said):
 def test_just_below_the_limit():
     """Nothing overflows in a problem of 2^62 - 1 bytes."""
     storage = make_storage([0, 1, 2], [9, 9, 9], [2**61, 2**60, 2**60 - 1])
-    for solver in (pack, pack_mip):
-        answer = solver(storage, None, 5.0)
-        assert peak_of(storage, answer.offset) == LIMIT - 1
-        assert not faults(storage, answer.offset)
-    assert pack(storage, LIMIT - 2, 1.0).status is Status.INFEASIBLE
+    for solver in (solve, mip.solve):
+        answer = solver(storage, Limit(seconds=5.0))
+        assert peak_of(storage, answer.best) == LIMIT - 1
+        assert not faults(storage, answer.best)
+    assert solve(storage, Limit(LIMIT - 2, 1.0)).status is Status.INFEASIBLE
 
 
 @pytest.mark.parametrize("size", [[4, 1], [1, 4]])
@@ -245,8 +246,8 @@ def test_of_two_joined_the_larger_counts(size):
 def test_a_gap_is_room_for_others():
     """A buffer lies inside another's gap at the same address."""
     storage = make([4, 4], [[(0, 2), (6, 9)], [(2, 6)]])
-    assert pack(storage).bound == 4
-    assert peak_of(storage, pack(storage).offset) == 4
+    assert solve(storage, Limit()).bound == 4
+    assert peak_of(storage, solve(storage, Limit()).best) == 4
 
 
 def test_twins_and_seeds_do_not_change_the_answer():
@@ -263,22 +264,22 @@ def test_twins_and_seeds_do_not_change_the_answer():
 
 def test_nothing_to_place():
     """No buffers: a peak of zero."""
-    assert pack(make([], [])).status is Status.OPTIMAL
+    assert solve(make([], []), Limit()).status is Status.OPTIMAL
 
 
 def test_too_many_buffers_are_not_searched(monkeypatch):
     """Beyond what the search takes, the answer is greedy and says so."""
     monkeypatch.setattr("memplan.solvers.storage.allocate.MANY", 10)
     storage, _ = cut_rectangle(60, 5, fray=0.3)
-    answer = pack(storage, seconds=1, merge=False)
+    answer = solve(storage, Limit(seconds=1), merge=False)
     assert answer.status is Status.FEASIBLE
-    assert not faults(storage, answer.offset)
+    assert not faults(storage, answer.best)
 
 
 @pytest.mark.parametrize("capacity", [None, 2**40])
 def test_frayed_rectangles_of_sixty_are_solved(capacity):
     """A problem that needs the search."""
     storage, _ = cut_rectangle(60, 5, fray=0.1)
-    answer = pack(storage, capacity, seconds=30)
+    answer = solve(storage, Limit(capacity, 30))
     assert answer.status is Status.OPTIMAL
-    assert not faults(storage, answer.offset)
+    assert not faults(storage, answer.best)

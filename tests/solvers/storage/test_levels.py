@@ -3,7 +3,8 @@
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memplan.solvers.storage.allocate import pack, pack_level
+from memplan.solvers.face.answer import Limit
+from memplan.solvers.storage.allocate import solve
 from memplan.solvers.storage.instances import cut_rectangle, tower
 from memplan.solvers.storage.levels import pack_levels
 from memplan.solvers.storage.problem import Storage, make_storage, peak_of
@@ -47,8 +48,8 @@ def test_two_levels_make_a_packing(drawn):
     """With blocks or without, before the repair and after it, which never raises the peak."""
     storage, _, _ = drawn
     check_repeats(storage)
-    rigid = pack_levels(storage, pack_level, 0.2, repair=False)
-    repaired = pack_levels(storage, pack_level, 0.2)
+    rigid = pack_levels(storage, solve, 0.2, repair=False)
+    repaired = pack_levels(storage, solve, 0.2)
     assert (rigid is None) == (repaired is None)
     if rigid is not None and repaired is not None:
         assert not faults(storage, rigid.offset)
@@ -61,7 +62,7 @@ def test_two_levels_make_a_packing(drawn):
 def test_any_problem_may_be_asked(storage):
     """Pins and gaps stay outside of blocks; where nothing repeats there is no answer."""
     check_repeats(storage)
-    levels = pack_levels(storage, pack_level, 0.2)
+    levels = pack_levels(storage, solve, 0.2)
     assert levels is None or not faults(storage, levels.offset)
 
 
@@ -90,7 +91,7 @@ def test_the_repair_wins_back_what_a_block_does_not_use():
     each = 8 * np.arange(5)
     columns = (blocks.lower, each + 6), (blocks.upper, each + 10), (blocks.size, np.full(5, 6))
     storage = make_storage(*(np.concatenate(pair) for pair in columns))
-    levels = pack_levels(storage, pack_level, 1.0)
+    levels = pack_levels(storage, solve, 1.0)
     assert levels is not None
     assert (levels.rigid, levels.blocks[1]) == (21, 1)
     assert peak_of(storage, levels.offset) == storage.bound == 15
@@ -100,9 +101,9 @@ def test_many_hard_blocks_are_packed_as_well_as_one():
     """What is too large to search as a whole is no harder than its block."""
     block = cut_rectangle(60, 3, fray=0.2)[0]
     whole = tower(block, 50, [500, 70])
-    once = pack(block, seconds=5)
-    levels = pack_levels(whole, pack_level, 10.0)
+    once = solve(block, Limit(seconds=5))
+    levels = pack_levels(whole, solve, 10.0)
     assert levels is not None
     assert levels.blocks == (50, 1)
     kept = whole.bound - block.bound
-    assert peak_of(whole, levels.offset) <= peak_of(block, once.offset) + kept + 570
+    assert peak_of(whole, levels.offset) <= peak_of(block, once.best) + kept + 570

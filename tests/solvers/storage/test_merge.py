@@ -3,10 +3,11 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memplan.solvers.storage.allocate import pack
+from memplan.solvers.face.answer import Limit, Status
+from memplan.solvers.storage.allocate import solve
 from memplan.solvers.storage.instances import cut_rectangle
 from memplan.solvers.storage.merge import WAYS, Merger, Weights
-from memplan.solvers.storage.problem import Status, peak_of
+from memplan.solvers.storage.problem import peak_of
 from packings import faults, make, storages
 
 EASY = settings(deadline=None, max_examples=60)
@@ -22,8 +23,8 @@ def test_what_is_joined_comes_apart_as_a_packing(storage, weights, room):
         assert len(part.storage) < many
         many = len(part.storage)
         assert part.storage.load.max() <= most
-        found = pack(part.storage, seconds=0.2)
-        assert not faults(storage, part.whole(found.offset))
+        found = solve(part.storage, Limit(seconds=0.2))
+        assert not faults(storage, part.whole(found.best))
 
 
 def test_the_least_waste_goes_first():
@@ -48,13 +49,13 @@ def test_buffers_of_no_bytes_are_joined_too():
     """A schedule may hold empty tensors."""
     storage = make([0, 0, 3], [[(0, 5)], [(1, 5)], [(0, 4)]])
     for part in Merger(storage, 3, WAYS[0]).run():
-        assert not faults(storage, part.whole(pack(part.storage).offset))
+        assert not faults(storage, part.whole(solve(part.storage, Limit()).best))
 
 
 @pytest.mark.parametrize("fray", [0.02, 0.1])
 def test_frayed_rectangles_are_put_together_again(fray):
     """Lifetimes cut short by some share: nothing fits exactly, and yet the optimum is found."""
     storage, _ = cut_rectangle(300, 5, fray=fray)
-    found = pack(storage, seconds=20)
-    assert (found.status, peak_of(storage, found.offset)) == (Status.OPTIMAL, 2**40)
-    assert not faults(storage, found.offset)
+    found = solve(storage, Limit(seconds=20))
+    assert (found.status, peak_of(storage, found.best)) == (Status.OPTIMAL, 2**40)
+    assert not faults(storage, found.best)
