@@ -8,6 +8,8 @@ import torch
 
 from ...planner.ir.errors import MemplanError, PlanMismatch
 from .accumulation import Accumulation
+from .retained import copied
+from .witness import keeps_graph
 
 if TYPE_CHECKING:
     from .module import Runner
@@ -60,14 +62,18 @@ class PlannedStep(torch.autograd.Function):
             if value._version != version and source.name not in changing:
                 raise MemplanError(f"{source.name} was changed in place between forward and backward: gradients would be wrong")
         left_out = runner.fed.left_out(tangents)
-        watched, ctx.saved, ctx.watched = ctx.watched, None, None
+        watched, retained = ctx.watched, keeps_graph()
+        if retained:
+            saved = copied(runner.captured.traced, runner.code, saved)
+        else:
+            ctx.saved = ctx.watched = None
         updates = runner.code.updates
         if isinstance(updates, Accumulation):
             values = {source.name: value for source, value, _ in watched}
             nodes = {source.name: node for source, (node, _) in zip(runner.code.arguments, ctx.next_functions, strict=True)}
             updates.listen(values, nodes, runner.fed.absent(tangents))
         runner.together.note(isinstance(updates, Accumulation) and updates.there)
-        runner.witness.backward(ctx.mark)
+        runner.witness.backward(ctx.mark, retained)
         given = [laid_out(tangents[index], like) for index, like in runner.code.tangents.items()]
         try:
             with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():

@@ -14,7 +14,7 @@ import torch
 
 from ...passes.liveness import held_bytes
 from ...planner.ir.errors import UnplannedWarning
-from .witness import Seen, Witness, keeps_graph
+from .witness import Seen, Witness
 
 if TYPE_CHECKING:
     from ...planner.ir.plan import Plan
@@ -76,12 +76,14 @@ class StepWitness(Witness):
         self.marks.add(made)
         return made
 
-    def backward(self, mark: Mark) -> None:
-        """A planned backward pass begins."""
-        self.marks.discard(mark)
+    def backward(self, mark: Mark, retained: bool) -> None:
+        """A planned backward pass begins; `retained` if there may be another one."""
+        if not retained:
+            self.marks.discard(mark)
         self.came = True
-        if self.budget is not None and self.outside and keeps_graph():
-            self.retained(0, "what the graph between the planned step and the loss has saved")
+        if self.budget is not None and retained:
+            between = " and what the graph between it and the loss has" if self.outside else ""
+            self.retained(self.held, f"what the planned step has saved{between}")
 
     def watch(self, runner: "Forward", name: str, parameter: Any) -> None:
         """Have a parameter's gradients looked at: has a planned step made them?
@@ -131,9 +133,9 @@ class Beside(StepWitness):
         """A training step is about to begin: gradients and other calls have been reckoned with."""
         self.buckets()
 
-    def backward(self, mark: Mark) -> None:
+    def backward(self, mark: Mark, retained: bool) -> None:
         """A planned backward pass begins."""
-        super().backward(mark)
+        super().backward(mark, retained)
         self.main.came = True
 
 

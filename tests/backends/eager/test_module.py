@@ -832,11 +832,36 @@ def test_a_parameter_changed_in_place_between_forward_and_backward_is_an_error()
 def test_backward_twice_is_an_error():
     """What the first one read is gone."""
     _, fast, x = gelu_net()
-    loss = total(fast(x))
-    loss.backward(retain_graph=True)
+    output = fast(x)
+    total(output).backward()
 
     with pytest.raises(MemplanError, match="backward already"):
-        loss.backward()
+        total(output).backward()
+
+
+@pytest.mark.filterwarnings("ignore::memplan.planner.ir.errors.BudgetWarning")
+@pytest.mark.parametrize("budget", [None, "tight"])
+def test_a_retained_graph_has_eagers_bits_again(budget):
+    """Backward as often as one likes, with other losses of the same outputs; then the graph is given up."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.ReLU(inplace=True), nn.Linear(8, 8), nn.Dropout(0.3), nn.Tanh())
+    twin, x = copy.deepcopy(model), torch.randn(5, 8)
+    fast = (tight(model, (x,), total) if budget else session_of(model, (x,), total).plan(None)).apply(model)
+    for each in (fast, twin):
+        torch.manual_seed(1)
+        output = each(x)
+        total(output).backward(retain_graph=True)
+        (output.square().mean() * 3).backward(retain_graph=True)
+        total(output * 2).backward()
+
+    same([value.grad for value in model.parameters()], [value.grad for value in twin.parameters()])
+
+
+def test_a_graph_that_cannot_be_retained_is_refused():
+    """Its memory is used again."""
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)), torch.randn(5, 8)
+    fast = tight(model, (x,), total, {}, arena=True).apply(model)
+    with pytest.raises(MemplanError, match=r"retain_graph=True\) of a step that was planned with arena=True"):
+        total(fast(x)).backward(retain_graph=True)
 
 
 def test_a_gradient_through_another_output_is_an_error():
