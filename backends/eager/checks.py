@@ -4,14 +4,14 @@ Everything here is looked at before every step, and takes some tens of microseco
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 import torch
 from torch import nn
 
-from ...planner.capture.calls import autocast_state, flatten_call, leaf_names
+from ...planner.capture.calls import Signature, autocast_state, flatten_call, leaf_names
 from ...planner.capture.capture import Captured
 from ...planner.capture.graph import Source
 from ...planner.capture.hooks import hook_tables, is_traced_hook
@@ -32,8 +32,9 @@ class Checks:
     """
 
     def __init__(
-        self, module: nn.Module, captured: Captured, arguments: Sequence[Source], moves: bool = False, lays: bool = False
-    ):
+        self, module: nn.Module, captured: Captured, arguments: Sequence[Source], moves: bool = False, lays: bool = False,
+        admit: Callable[[tuple[int, ...]], bool] | None = None,
+    ):  # fmt: skip
         """Look up what will be looked at.
 
         Args:
@@ -42,11 +43,14 @@ class Checks:
             arguments: of the code that runs.
             moves: whether it moves parameters elsewhere.
             lays: copy inputs that lie in memory otherwise than planned, where they would be refused.
+            admit: of what was captured with sizes that vary, whether the code may run with given ones; default: it may.
         """
         self.module = module
         self.captured = captured
         self.arguments = arguments
         self.lays = lays
+        self.admit = admit
+        self.admitted: set[tuple[int, ...]] = set()
         places = {name: (owner._parameters if kind == "parameter" else owner._buffers, key)
                   for kind, owner, key, name in slots(module)}  # fmt: skip
         self.slots = [places.get(source.name) for source in arguments]
@@ -73,7 +77,7 @@ class Checks:
         memo[id(self)] = made
         for key, value in vars(self).items():
             if key not in ("watch", "stores"):
-                setattr(made, key, value if key in ("captured", "arguments") else copy.deepcopy(value, memo))
+                setattr(made, key, value if key in ("captured", "arguments", "admit") else copy.deepcopy(value, memo))
         return made
 
     def check_call(self, args: tuple, kwargs: dict) -> list[Any]:
@@ -92,6 +96,7 @@ class Checks:
             now += ", nested otherwise" * (was == now)
             raise PlanMismatch(f"the plan was made for a call with {was}, and this one has {now}: plan for it, or call the "
                                "model itself")  # fmt: skip
+        signature = self.signature(leaves)
         for index, (leaf, known) in enumerate(zip(leaves, signature.inputs, strict=True)):
             now = facts(leaf)
             both = isinstance(now, TensorFacts) and isinstance(known, TensorFacts)
@@ -103,7 +108,7 @@ class Checks:
                 raise PlanMismatch(
                     f"{name} was {known} when the plan was made and is {now} now: plan for it, or call the model itself"
                 )
-        self.check_memory(leaves)
+        self.check_memory(leaves, signature)
         self.check_structure()
         for name, module, training in self.modes:
             if module.training != training:
@@ -115,13 +120,34 @@ class Checks:
             raise PlanMismatch("autocast was set otherwise when the plan was made: call under the same autocast, or plan again")
         return leaves
 
-    def check_memory(self, leaves: list[Any]) -> None:
+    def signature(self, leaves: list[Any]) -> Signature:
+        """What a call with the sizes of this one must look like.
+
+        Raises:
+            PlanMismatch: the trace, or the schedule, does not serve these sizes.
+        """
+        known, sized = self.captured.signature, self.captured.sized
+        sizes = None if sized is None else sized.of(leaves)
+        if sized is None or sizes is None:
+            return known
+        if sizes not in self.admitted:
+            told = ", ".join(f"{name}={size}" for name, size in zip(sized.names, sizes, strict=True))
+            if not sized.holds(sizes):
+                raise PlanMismatch(f"the plan's trace does not serve {told}, for which the model or torch does something else: "
+                                   "plan for it, or call the model itself")  # fmt: skip
+            if self.admit is not None and not self.admit(sizes):
+                raise PlanMismatch(f"the plan's schedule does not fit its budget with {told}: plan for it, or call the model "
+                                   "itself")  # fmt: skip
+            self.admitted.add(sizes)
+        return sized.signature(known, sizes)
+
+    def check_memory(self, leaves: list[Any], signature: Signature) -> None:
         """Refuse inputs on another device, or that share memory otherwise than the step allows.
 
         Raises:
             PlanMismatch: which.
         """
-        signature, device = self.captured.signature, self.captured.program.device
+        device = self.captured.program.device
         for index, leaf in enumerate(leaves):
             if isinstance(leaf, torch.Tensor) and leaf.device.type != device and (leaf.dim() or leaf.device.type != "cpu"):
                 name = leaf_names(self.module, signature.spec)[index]

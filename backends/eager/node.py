@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...planner.ir.errors import MemplanError, PlanMismatch
+from .codegen import laid_out
 
 if TYPE_CHECKING:
     from .module import Runner
@@ -63,7 +64,7 @@ class PlannedStep(torch.autograd.Function):
         ctx.watched = None
         runner.together.note()
         runner.witness.backward(ctx.mark)
-        given = [laid_out(tangents[index], like) for index, like in runner.code.tangents.items()]
+        given = [laid_out_like(tangents[index], like) for index, like in runner.code.tangents.items()]
         updates = runner.code.updates
         try:
             with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
@@ -88,11 +89,6 @@ def device_of(inputs: Iterable[torch.Tensor]) -> AbstractContextManager[Any]:
     return nullcontext() if found is None else torch.cuda.device(found)
 
 
-def laid_out(tangent: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-    """A tangent with the strides that the graph was traced with; zeros where autograd has none."""
-    if tangent is None:
-        return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
-    if tangent.stride() == like.stride() and tangent.dtype == like.dtype:
-        return tangent
-    made = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=tangent.device)
-    return made.copy_(tangent)
+def laid_out_like(tangent: torch.Tensor | None, like: torch.Tensor | None) -> torch.Tensor | None:
+    """A tangent with the layout that the code expects, where it does not see to that itself."""
+    return tangent if like is None else laid_out(tangent, like.shape, like.stride(), like.dtype, like.device)

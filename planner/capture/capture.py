@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import fx, nn
 from ..ir.errors import CaptureError
 from ..ir.plan import Counted
 from ..ir.program import Program
+from .answers import SizedConstants
 from .calls import Signature, autocast_state, flatten_call, leaf_names
 from .constants import Constants, own_results
 from .eagerly import check_gradients, reached
@@ -33,10 +35,12 @@ from .optimizers import check_alone, kept_by
 from .plain_calls import noted_seeds
 from .reads import Fact, Log
 from .settle import on_leaves, settle_writes, told_of
+from .sized import Sized, sized_capture, with_numbers
 from .standins import fake, fake_parameters, named_tensors
 from .state import Change, refuse_drawing, untouched
 from .step import Leaf, Step
 from .structure import Structure
+from .symbols import Dynamic, Symbols
 from .tracing import in_words, trace
 from .writes import Write
 
@@ -66,6 +70,7 @@ class Captured:
         counted: what counts of the optimizer; None for none, and of an inference.
         moments: the bytes that lived in eager mode while each op ran; None of an inference, and where the caller computes the
             loss.
+        sized: of a capture with `dynamic`, which sizes it serves, and how; `program` and `signature` are those of the example.
     """
 
     program: Program
@@ -85,6 +90,7 @@ class Captured:
     stored: dict[int, str] = field(default_factory=dict)
     counted: Counted | None = None
     moments: Moments | None = None
+    sized: Sized | None = None
 
 
 def capture(
@@ -98,6 +104,7 @@ def capture(
     in_backward: bool = False,
     device: str | None = None,
     runs_on: str | None = None,
+    dynamic: Dynamic | None = None,
 ) -> Captured:
     """Trace one step of a model.
 
@@ -112,6 +119,8 @@ def capture(
         in_backward: its updates are part of the step: each parameter's runs as soon as its gradient is complete.
         device: the device type to trace for; by default where the model is, and cpu for a model on meta.
         runs_on: the device type that the step is for, where it cannot be traced for here; default: `device`.
+        dynamic: for leaves of the call, by their index in its flattened order, which of their dimensions vary from call to
+            call, and a name for each size; equal names are equal sizes.
 
     Raises:
         CaptureError: what cannot be traced, and the line of the model where that is.
@@ -128,8 +137,9 @@ def capture(
     if in_backward and (optimizer is None or not train):
         raise CaptureError("optimizer_in_backward wants an optimizer and a training step: pass optimizer=, and train=True")
     fixed = {index: leaf for index, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor)}
-    mode = Constants()
-    inputs = [fake(mode, leaf, device) for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    symbols = None if dynamic is None else Symbols(dynamic, leaves, leaf_names(model, spec))
+    mode = Constants() if symbols is None else SizedConstants(symbols)
+    inputs = stand_ins(mode, leaves, leaf_names(model, spec), device, symbols)
     tensor_leaves = [index for index in range(len(leaves)) if index not in fixed]
     parameters = {name: TensorFacts.of(value) for name, value in named_tensors(model)}
     structure = Structure.of(model)
@@ -182,6 +192,8 @@ def capture(
                         joint.graph_module, known, parameter_name, lambda index: leaf_names(model, spec)[tensor_leaves[index]]
                     )
                 stack.enter_context(in_words("plan what was traced"))
+                if symbols is not None and loss_cost is not None:
+                    with_numbers(loss_cost, symbols)
                 traced = lower(
                     joint.graph_module,
                     name=type(model).__name__,
@@ -195,7 +207,9 @@ def capture(
                     trainable=updated,
                     runs_on=runs_on or device,
                     region_of=mode.region_of,
+                    prepare=(lambda graph: None) if symbols is None else partial(with_numbers, symbols=symbols),
                 )
+                sized = None if symbols is None else sized_capture(mode, symbols, traced, loss_cost, writes)
                 break
     check_seeds(traced.program, seeds)
     assert step.output_spec is not None
@@ -223,7 +237,20 @@ def capture(
         stored=step.stored,
         counted=counted,
         moments=None if known is None or loss is not None else known.moments,
+        sized=sized,
     )
+
+
+def stand_ins(mode: Constants, leaves: list[Any], names: list[str], device: str, symbols: Symbols | None) -> list[torch.Tensor]:
+    """Fake tensors for a call's tensors, with symbols for the sizes that vary."""
+    varying = set() if symbols is None else {leaf for rows in symbols.places.values() for leaf, _ in rows}
+    found = []
+    for index, leaf in enumerate(leaves):
+        if symbols is not None and index in varying:
+            found.append(symbols.stand_in(mode, index, leaf, names[index], device))
+        elif isinstance(leaf, torch.Tensor):
+            found.append(fake(mode, leaf, device))
+    return found
 
 
 def check_replaced(graph: fx.GraphModule, changes: list[Change]) -> None:

@@ -11,6 +11,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, disable_fake_tensor_cache
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -48,6 +49,11 @@ def is_small(constant: torch.Tensor) -> bool:
     return constant.numel() <= (CONSTANT_ROW if constant.numel() == max(constant.shape, default=1) else CONSTANT_ELEMENTS)
 
 
+def is_factory(func: Any) -> bool:
+    """Whether an operator makes a tensor of which the values are known."""
+    return getattr(func, "namespace", "") == "aten" and func._opname in FACTORIES
+
+
 def written(func: Any, args: tuple) -> Iterator[torch.Tensor]:
     """The operands that a call changes."""
     for known, value in zip(func._schema.arguments, args, strict=False):
@@ -68,8 +74,8 @@ class Constants(FakeTensorMode):
             was made first of those in it.
     """
 
-    def __init__(self) -> None:
-        super().__init__(allow_non_fake_inputs=True)
+    def __init__(self, shape_env: ShapeEnv | None = None) -> None:
+        super().__init__(allow_non_fake_inputs=True, shape_env=shape_env)
         self.casts: dict[int, tuple[torch.UntypedStorage, int]] = {}
         self.region = 0 if autocast_depth() else None
         self.asked = False
@@ -104,16 +110,20 @@ class Constants(FakeTensorMode):
                 size = recurrent_scratch(shapes, args[0].dtype, rest)
             facts = {"dtype": torch.uint8, "device": args[0].device}
             out = (*out[:3], super().dispatch(torch.ops.aten.empty.memory_format, types, ([size],), facts))
-        if getattr(func, "namespace", "") == "aten" and func._opname in FACTORIES and isinstance(out, FakeTensor):
-            plain = not any(isinstance(arg, torch.Tensor) for arg in args)
-            if plain and is_small(out):
-                with _disable_current_modes():
-                    out.constant = func(*args, **{**(kwargs or {}), "device": "cpu", "pin_memory": False})
+        if is_factory(func) and isinstance(out, FakeTensor):
+            self.evaluate(func, args, kwargs or {}, out)
         cast = func is torch.ops.aten._to_copy.default and not self.asked
         if cast and torch.is_autocast_cache_enabled() and autocast_depth():
             storage = out.untyped_storage()  # regions inside the model cannot be told apart: each cast has its own
             self.casts[storage._cdata] = storage, len(self.casts) + 1 if self.region is None else self.region
         return out
+
+    def evaluate(self, func: Any, args: Any, kwargs: Any, out: FakeTensor) -> None:
+        """Give what a factory has made its values, if it is small."""
+        plain = not any(isinstance(arg, torch.Tensor) for arg in args)
+        if plain and is_small(out):
+            with _disable_current_modes():
+                out.constant = func(*args, **{**kwargs, "device": "cpu", "pin_memory": False})
 
     def stand_in(self, value: torch.Tensor) -> torch.Tensor:
         """A fake tensor for a real one: tensors that share a storage have fake ones that do, else a view would pass for a copy.
@@ -171,6 +181,10 @@ class Constants(FakeTensorMode):
     def region_of(self, node: fx.Node) -> int | None:
         """The region of autocast whose cache holds a cast; None for a cast that is in no cache."""
         return self.casts.get(node.meta["val"].untyped_storage()._cdata, (None, None))[1]
+
+    def plain(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        """A call as torch's own mode makes it."""
+        return super().dispatch(func, types, args, kwargs)
 
     def view_of_constant(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         """A view with its value, which shares its base's storage as other views do: torch's own way makes a copy of it."""

@@ -113,6 +113,7 @@ def lower(
     trainable: set[str],
     runs_on: str,
     region_of: Callable[[fx.Node], int | None] = lambda cast: None,
+    prepare: Callable[[fx.GraphModule], None] = lambda graph: None,
 ) -> Traced:
     """Build the program of a joint graph with descriptors.
 
@@ -130,6 +131,7 @@ def lower(
         runs_on: the type of device that the step is for: it decides the optimizer's temporaries, and on the CPU dropout
             is spelled out as eager computes it.
         region_of: as for `planner.capture.restore.merge_casts`.
+        prepare: changes the graph once more, when all that is to be restored is.
     """
     sum_tied(graph, parameter_name)
     merge_casts(graph, parameter_name, region_of)
@@ -137,6 +139,7 @@ def lower(
         restore_dropout(graph)
         restore_gates(graph)
     tell_products(graph)
+    prepare(graph)
     lowering = _Lowering(graph, device, parameter_name, input_leaf)
     return lowering.run(name, train, loss, optimizer, in_backward, trainable, runs_on)
 

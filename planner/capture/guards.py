@@ -1,0 +1,57 @@
+"""For which sizes a trace holds: what torch and the model asked of sizes, and of values that depend on them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+
+from .answers import Question
+from .expressions import compiled, text
+from .symbols import SMALLEST, Symbols
+
+
+class Holds:
+    """Whether the answers that a trace rests on are those of other sizes too.
+
+    Attributes:
+        told: the conditions, as Python; of values of tensors there is none.
+    """
+
+    def __init__(self, symbols: Symbols, questions: list[Question]):
+        """Compile what the book of symbols has gathered until now."""
+        env = symbols.env
+        conditions: dict[str, None] = {}
+        for symbol in symbols.symbols.values():
+            low, high = env.var_to_range[symbol].lower, env.var_to_range[symbol].upper
+            least = max(SMALLEST, int(low)) if isinstance(low, sympy.Integer) else SMALLEST
+            conditions[f"{text(symbol)} >= {least}"] = None
+            if isinstance(high, sympy.Integer):
+                conditions[f"{text(symbol)} <= {int(high)}"] = None
+            found = env.replacements.get(symbol)
+            if found is not None:
+                conditions[f"{text(symbol)} == {text(env.replace(symbol))}"] = None
+        for guard in env.guards:
+            if guard.expr not in (sympy.true, True):
+                conditions[text(guard.expr)] = None
+        self.names = symbols.names
+        self.symbols = tuple(symbols.symbols[name] for name in symbols.names)
+        self.told = tuple(conditions)
+        self.function: Callable[..., Any] = compiled(symbols, [f"    return {' and '.join(f'({each})' for each in self.told)}"])
+        self.questions = tuple(questions)
+        self.known: dict[tuple[int, ...], bool] = {}
+
+    def __call__(self, sizes: tuple[int, ...]) -> bool:
+        """Whether the trace serves these sizes."""
+        if sizes not in self.known:
+            self.known[sizes] = self.ask(sizes)
+        return self.known[sizes]
+
+    def ask(self, sizes: tuple[int, ...]) -> bool:
+        """The same, asked anew."""
+        if len(sizes) != len(self.symbols) or min(sizes) < SMALLEST or not self.function(*sizes):
+            return False
+        by_symbol, known = {symbol: sympy.Integer(size) for symbol, size in zip(self.symbols, sizes, strict=True)}, {}
+        try:
+            return all(question.same(by_symbol, known) for question in self.questions)
+        except Exception:  # whatever an operator says of a size that the model would not have given it
+            return False
