@@ -119,8 +119,9 @@ def capture(
         in_backward: its updates are part of the step: each parameter's runs as soon as its gradient is complete.
         device: the device type to trace for; by default where the model is, and cpu for a model on meta.
         runs_on: the device type that the step is for, where it cannot be traced for here; default: `device`.
-        dynamic: for leaves of the call, by their index in its flattened order, which of their dimensions vary from call to
-            call, and a name for each size; equal names are equal sizes.
+        dynamic: for leaves of the call, by their name or their place in its flattened order, which of their dimensions vary
+            from call to call, and a name for each size: `{"input_ids": {0: "batch", 1: "length"}}`. Equal names are equal
+            sizes.
 
     Raises:
         CaptureError: what cannot be traced, and the line of the model where that is.

@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from ..ir.errors import CaptureError
 
-Dynamic = Mapping[int, Mapping[int, str]]  # leaf of a call -> dimension -> name of the size; equal names are equal sizes
+Dynamic = Mapping[int | str, Mapping[int, str]]  # leaf -> dimension -> name of the size; equal names are equal sizes
 SMALLEST = 2
 
 
@@ -36,7 +36,7 @@ class Symbols:
         """Make the symbols.
 
         Args:
-            dynamic: which dimensions vary.
+            dynamic: which dimensions vary, of which leaves: by their place or their name.
             leaves: of the example call.
             leaf_names: what to call them.
 
@@ -45,7 +45,8 @@ class Symbols:
         """
         self.places: dict[str, list[tuple[int, int]]] = {}
         self.hints: dict[str, int] = {}
-        for leaf, dims in sorted(dynamic.items()):
+        wanted = [(leaf_number(leaf, leaf_names), dims) for leaf, dims in dynamic.items()]
+        for leaf, dims in sorted(wanted, key=lambda pair: pair[0]):
             for dim, name in sorted(dims.items()):
                 self.place(leaf, dim, name, leaves, leaf_names)
         if not self.places:
@@ -118,6 +119,17 @@ class Symbols:
             number = self.env.replace(value.node.expr).xreplace(self.env.backed_var_to_val)
             return value.node.pytype(number)
         return value
+
+
+def leaf_number(leaf: int | str, leaf_names: Sequence[str]) -> int:
+    """The place of a leaf in the flattened call.
+
+    Raises:
+        CaptureError: the call has no leaf of this name.
+    """
+    if isinstance(leaf, str) and leaf not in leaf_names:
+        raise CaptureError(f"dynamic= names {leaf!r}, and the call has {', '.join(leaf_names)}")
+    return leaf_names.index(leaf) if isinstance(leaf, str) else leaf
 
 
 def strides_like(value: torch.Tensor, shape: Sequence[Any]) -> list[Any] | None:

@@ -21,6 +21,7 @@ from ..ir.coverage import Coverage
 from ..ir.errors import BudgetError, CaptureError, MachineError, MemplanError
 from ..ir.machine import Machine, named_machine
 from ..ir.plan import Plan, PlanBody, Recipe, Side, assemble, unlimited
+from ..ir.program import Program
 from ..ir.referee import referee
 from ..ir.schedule import LEVERS, Run, check_levers
 from ..ir.units import parse_bytes, shorten
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..capture.capture import Captured
+    from ..capture.symbols import Dynamic
 
 SEEDS = 2**31  # random generators take no larger ones, and some count on from the seed
 SOME = 2**40  # bytes that a percentage is of while the peak is not known
@@ -178,7 +180,11 @@ def sweep(
 
 
 class Session:
-    """One model captured once, to be planned for one budget or many. The arguments are those of `plan`."""
+    """One model captured once, to be planned for one budget or many.
+
+    The arguments are those of `plan`, and `dynamic`: the sizes of inputs that vary, for `planner/verbs/sizes.py`, as
+    `planner.capture.capture.capture` takes them.
+    """
 
     def __init__(
         self,
@@ -198,6 +204,7 @@ class Session:
         optimizer_in_backward: bool = False,
         solver: str | None = None,
         progress: Progress | None = None,
+        dynamic: "Dynamic | None" = None,
     ):
         self.began: float | None = time.monotonic()
         levers = check_levers(allow)
@@ -205,6 +212,8 @@ class Session:
         check_numbers(time_limit, seed)
         check_solver(solver, levers)
         check_model(model, kwargs)
+        if dynamic is not None:
+            check_dynamic(levers, lend_gradients, optimizer_in_backward)
         from ...backends.eager.fetched import bring_back
         from ..capture.capture import capture
         from ..capture.inputtext import describe_inputs
@@ -217,7 +226,7 @@ class Session:
         self.lend_gradients = lend_gradients
         self.captured: Captured = capture(
             model, args, dict(kwargs or {}), train=train, loss=loss, optimizer=optimizer, in_backward=optimizer_in_backward,
-            device=traced_device(known), runs_on=None if known is None else known.device,
+            device=traced_device(known), runs_on=None if known is None else known.device, dynamic=dynamic,
         )  # fmt: skip
         self.capture_seconds = time.monotonic() - began
         self.recipe = Recipe(
@@ -242,7 +251,7 @@ class Session:
                 raise MachineError(f"machine={machine!r}, but the model is on {known.device}: move it, or ask for 'local'")
             table, spoilt = Table(device_key(known.device)), doubts_rates(known.device)
             if real:
-                self.measure(known, table, progress)
+                self.measure_program(self.captured.program, known, table, progress)
         began = time.monotonic()
         known = self.machine = limit_tiers(known, host_budget)
         self.table, self.spoilt = table, spoilt
@@ -255,8 +264,8 @@ class Session:
         )  # fmt: skip
         self.solve_began = time.monotonic() - began
 
-    def measure(self, machine: Machine, table: Table, progress: Progress | None) -> None:
-        """Measure the ops that the table of this device lacks."""
+    def measure_program(self, program: Program, machine: Machine, table: Table, progress: Progress | None = None) -> None:
+        """Measure the ops of a program that the table of this device lacks."""
         from ...backends.measure.worker import calibrate
 
         def tell(done: int, total: int) -> None:
@@ -264,7 +273,7 @@ class Session:
                 progress("measuring ops", done / max(total, 1))
 
         tell(0, 1)  # the first figure comes when a process has been started that measures
-        calibrate(self.captured.program, machine, table, time_limit=self.left(), progress=tell)
+        calibrate(program, machine, table, time_limit=self.left(), progress=tell)
 
     def covered(self, side: Side) -> Coverage:
         """How much of a schedule's time was measured."""
@@ -446,6 +455,19 @@ def check_asked(
         raise MemplanError("strategy='memo' has no addresses: plan without arena")
     if lend_gradients and not arena:
         raise MemplanError("lend_gradients=True lends gradients that lie in an arena: plan with arena=True")
+
+
+def check_dynamic(levers: Iterable[str], lend_gradients: bool, optimizer_in_backward: bool) -> None:
+    """Refuse, where sizes vary, what holds for one shape alone.
+
+    Raises:
+        MemplanError: which argument.
+    """
+    given = {"allow='offload'": "offload" in levers, "lend_gradients": lend_gradients,
+             "optimizer_in_backward": optimizer_in_backward}  # fmt: skip
+    for name, asked in given.items():
+        if asked:
+            raise MemplanError(f"{name} holds for one shape alone, and dynamic= is for many: leave one of them out")
 
 
 def check_numbers(time_limit: Any, seed: Any) -> None:
