@@ -17,6 +17,7 @@ from ...planner.capture.graph import Source
 from ...planner.capture.hooks import hook_tables, is_traced_hook
 from ...planner.capture.inputs import TensorFacts, check_places, facts, places_of, same
 from ...planner.capture.reads import Watch
+from ...planner.capture.sized import Sized
 from ...planner.capture.writes import WriteBack, training_set
 from ...planner.ir.errors import PlanMismatch
 from .fetched import absence_of
@@ -33,7 +34,7 @@ class Checks:
 
     def __init__(
         self, module: nn.Module, captured: Captured, arguments: Sequence[Source], moves: bool = False, lays: bool = False,
-        admit: Callable[[tuple[int, ...]], bool] | None = None,
+        sized: Sized | None = None, admit: Callable[[tuple[int, ...]], bool] | None = None,
     ):  # fmt: skip
         """Look up what will be looked at.
 
@@ -43,13 +44,14 @@ class Checks:
             arguments: of the code that runs.
             moves: whether it moves parameters elsewhere.
             lays: copy inputs that lie in memory otherwise than planned, where they would be refused.
-            admit: of what was captured with sizes that vary, whether the code may run with given ones; default: it may.
+            sized: the sizes that vary, of code that takes any.
+            admit: whether that may run with given ones; default: with those that the trace serves.
         """
         self.module = module
         self.captured = captured
         self.arguments = arguments
         self.lays = lays
-        self.admit = admit
+        self.sized, self.admit = sized, admit
         self.admitted: set[tuple[int, ...]] = set()
         places = {name: (owner._parameters if kind == "parameter" else owner._buffers, key)
                   for kind, owner, key, name in slots(module)}  # fmt: skip
@@ -77,7 +79,7 @@ class Checks:
         memo[id(self)] = made
         for key, value in vars(self).items():
             if key not in ("watch", "stores"):
-                setattr(made, key, value if key in ("captured", "arguments", "admit") else copy.deepcopy(value, memo))
+                setattr(made, key, value if key in ("captured", "arguments", "sized", "admit") else copy.deepcopy(value, memo))
         return made
 
     def check_call(self, args: tuple, kwargs: dict) -> list[Any]:
@@ -126,7 +128,7 @@ class Checks:
         Raises:
             PlanMismatch: the trace, or the schedule, does not serve these sizes.
         """
-        known, sized = self.captured.signature, self.captured.sized
+        known, sized = self.captured.signature, self.sized
         sizes = None if sized is None else sized.of(leaves)
         if sized is None or sizes is None:
             return known

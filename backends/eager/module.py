@@ -159,7 +159,8 @@ class Runner:
         self.__signature__ = inspect.signature(original)  # transformers' Trainer passes the arguments that it finds there
         self.captured = captured
         self.code = code
-        self.checks = Checks(module, captured, code.arguments, moves=code.homes is not None, admit=admit)
+        sized = captured.sized if code.sizes else None
+        self.checks = Checks(module, captured, code.arguments, moves=code.homes is not None, sized=sized, admit=admit)
         self.trained = [place for place in code.gradients if code.arguments[place].kind == "parameter"]
         self.changing = {source.name for source, _ in captured.traced.mutations.values()}
         self.together = Together(captured.traced)

@@ -18,6 +18,7 @@ from torch.utils._mode_utils import no_dispatch
 from ..ir.errors import CaptureError
 from .answers import SYMBOLIC
 from .constants import Constants
+from .expressions import is_exact
 from .symbols import Symbols
 
 SIZED = "sized"  # the key in a node's `meta`
@@ -96,6 +97,9 @@ class _Concrete:
             )
         found = self.symbols.hint(value)
         if isinstance(value, torch.SymInt | torch.SymFloat) and value.node.expr.free_symbols:
+            if not is_exact(value.node.expr):
+                raise CaptureError(f"a number is computed from sizes as {value.node.expr}, of which symbols do not keep the last "
+                                   "bit: compute it with a tensor, or plan for each shape")  # fmt: skip
             made = (SizeInt if isinstance(value, torch.SymInt) else SizeFloat)(found)
             made.symbolic = value  # type: ignore[assignment]
             return made

@@ -17,6 +17,9 @@ class SizePrinter(PythonPrinter):
     def _print_Symbol(self, expr: sympy.Symbol) -> str:
         return f"size_{expr}"
 
+    def _print_Float(self, expr: sympy.Float) -> str:
+        return repr(float(expr))
+
     def _print_ToFloat(self, expr: sympy.Expr) -> str:
         return f"float({self._print(expr.args[0])})"
 
@@ -40,6 +43,22 @@ def expr_of(value: Any) -> Any:
         found = value.node.expr
         return found if found.free_symbols else value.node.pytype(found)
     return value
+
+
+def is_exact(expr: Any) -> bool:
+    """Whether an expression gives the bits that the model's own arithmetic gives.
+
+    Whole numbers are exact. Of sums and products of others, sympy joins constants and forgets the order, which rounds otherwise.
+    """
+    if not isinstance(expr, sympy.Basic) or expr.is_Atom:
+        return True
+    if not all(is_exact(arg) for arg in expr.args):
+        return False
+    if isinstance(expr, sympy.Mul | sympy.Add) and not all(arg.is_integer for arg in expr.args):
+        constants = [arg for arg in expr.args if arg.is_number]
+        shifts = isinstance(expr, sympy.Mul) and all(math.frexp(abs(float(each)))[0] == 0.5 for each in constants)
+        return len(expr.args) == 2 and (not constants or shifts)
+    return not isinstance(expr, sympy.Pow) or bool(expr.is_integer)
 
 
 class Numbers:

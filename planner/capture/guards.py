@@ -1,20 +1,27 @@
 """For which sizes a trace holds: what torch and the model asked of sizes, and of values that depend on them."""
 
+import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import sympy
 
 from .answers import Question
-from .expressions import compiled, text
+from .expressions import compiled, is_exact, text
 from .symbols import SMALLEST, Symbols
+
+
+def named(names: dict[str, str], condition: str) -> str:
+    """A condition with the names of sizes in it."""
+    return re.sub(r"size_\w+", lambda found: names.get(found.group(), found.group()), condition)
 
 
 class Holds:
     """Whether the answers that a trace rests on are those of other sizes too.
 
     Attributes:
-        told: the conditions, as Python; of values of tensors there is none.
+        told: the conditions, for people; of values of tensors there is none. A size in `name == 12` is not free to vary.
     """
 
     def __init__(self, symbols: Symbols, questions: list[Question]):
@@ -33,10 +40,13 @@ class Holds:
         for guard in env.guards:
             if guard.expr not in (sympy.true, True):
                 conditions[text(guard.expr)] = None
+            if not is_exact(guard.expr):  # the answer may be another where the model rounds otherwise
+                conditions |= dict.fromkeys(f"{text(symbols.symbols[name])} == {size}" for name, size in symbols.hints.items())
         self.names = symbols.names
         self.symbols = tuple(symbols.symbols[name] for name in symbols.names)
-        self.told = tuple(conditions)
-        self.function: Callable[..., Any] = compiled(symbols, [f"    return {' and '.join(f'({each})' for each in self.told)}"])
+        lines = [f"    return {' and '.join(f'({each})' for each in conditions)}"]
+        self.function: Callable[..., Any] = compiled(symbols, lines)
+        self.told = tuple(map(partial(named, {text(symbol): name for name, symbol in symbols.symbols.items()}), conditions))
         self.questions = tuple(questions)
         self.known: dict[tuple[int, ...], bool] = {}
 
