@@ -98,8 +98,8 @@ class _Concrete:
         found = self.symbols.hint(value)
         if isinstance(value, torch.SymInt | torch.SymFloat) and value.node.expr.free_symbols:
             if not is_exact(value.node.expr):
-                raise CaptureError(f"a number is computed from sizes as {value.node.expr}, of which symbols do not keep the last "
-                                   "bit: compute it with a tensor, or plan for each shape")  # fmt: skip
+                raise CaptureError(f"a number is computed from sizes as {value.node.expr}, of which symbols do not keep the "
+                                   "last bit: compute it with a tensor, or plan for each shape")  # fmt: skip
             made = (SizeInt if isinstance(value, torch.SymInt) else SizeFloat)(found)
             made.symbolic = value  # type: ignore[assignment]
             return made

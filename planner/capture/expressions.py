@@ -6,6 +6,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch.utils._sympy.functions import ToFloat
 from torch.utils._sympy.printers import PythonPrinter
 
 from .symbols import Symbols
@@ -17,7 +18,7 @@ class SizePrinter(PythonPrinter):
     def _print_Symbol(self, expr: sympy.Symbol) -> str:
         return f"size_{expr}"
 
-    def _print_Float(self, expr: sympy.Float) -> str:
+    def _print_Float(self, expr: sympy.Expr) -> str:
         return repr(float(expr))
 
     def _print_ToFloat(self, expr: sympy.Expr) -> str:
@@ -48,17 +49,26 @@ def expr_of(value: Any) -> Any:
 def is_exact(expr: Any) -> bool:
     """Whether an expression gives the bits that the model's own arithmetic gives.
 
-    Whole numbers are exact. Of sums and products of others, sympy joins constants and forgets the order, which rounds otherwise.
+    Whole numbers are. Of sums and products of others sympy joins constants and forgets the order, which rounds otherwise.
     """
     if not isinstance(expr, sympy.Basic) or expr.is_Atom:
         return True
     if not all(is_exact(arg) for arg in expr.args):
         return False
-    if isinstance(expr, sympy.Mul | sympy.Add) and not all(arg.is_integer for arg in expr.args):
+    if isinstance(expr, sympy.Mul | sympy.Add) and not all(map(is_whole, expr.args)):
         constants = [arg for arg in expr.args if arg.is_number]
         shifts = isinstance(expr, sympy.Mul) and all(math.frexp(abs(float(each)))[0] == 0.5 for each in constants)
         return len(expr.args) == 2 and (not constants or shifts)
     return not isinstance(expr, sympy.Pow) or bool(expr.is_integer)
+
+
+def is_whole(expr: Any) -> bool:
+    """Whether an expression is a whole number, be it one in floating point: below 2^53 its sums and products are exact."""
+    if expr.is_number:
+        return float(expr).is_integer()
+    if isinstance(expr, ToFloat):
+        return bool(expr.args[0].is_integer)
+    return bool(expr.is_integer) or (isinstance(expr, sympy.Mul | sympy.Add) and all(map(is_whole, expr.args)))
 
 
 class Numbers:

@@ -92,7 +92,7 @@ class Symbols:
         named = self.of_leaf(leaf)
         if id(value) in self.known:
             made = self.known[id(value)]
-            if list(made.shape) != self.shape(value, named):
+            if [str(size) for size in made.shape] != [str(size) for size in self.shape(value, named)]:
                 raise CaptureError(f"dynamic= calls the dimensions of {name} otherwise than those of the leaf that is the same "
                                    "tensor")  # fmt: skip
             return made

@@ -201,10 +201,10 @@ class SizedPlans:
         Raises:
             InvalidSchedule: it breaks a rule there, whatever the machine holds.
         """
+        referee(self.program, unlimited(self.machine), schedule)
         for way in self.ways:
             if way.schedule.instructions == schedule.instructions:
                 return way
-        referee(self.program, unlimited(self.machine), schedule)
         way = Way(schedule, self.captured)
         self.ways.append(way)
         return way
