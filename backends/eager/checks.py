@@ -4,20 +4,21 @@ Everything here is looked at before every step, and takes some tens of microseco
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 import torch
 from torch import nn
 
-from ...planner.capture.calls import autocast_state, flatten_call, leaf_names
+from ...planner.capture.calls import Signature, autocast_state, flatten_call, leaf_names
 from ...planner.capture.capture import Captured
 from ...planner.capture.graph import Source
 from ...planner.capture.hooks import hook_tables, is_traced_hook
 from ...planner.capture.inputs import TensorFacts, check_places, distance, facts, places_of, same
-from ...planner.capture.questions import Asker, inputs_of
+from ...planner.capture.questions import Call, inputs_of
 from ...planner.capture.reads import Watch
+from ...planner.capture.sized import Sized
 from ...planner.capture.writes import WriteBack, training_set
 from ...planner.ir.errors import PlanMismatch
 from .fetched import absence_of
@@ -33,8 +34,9 @@ class Checks:
     """
 
     def __init__(
-        self, module: nn.Module, captured: Captured, arguments: Sequence[Source], moves: bool = False, lays: bool = False
-    ):
+        self, module: nn.Module, captured: Captured, arguments: Sequence[Source], moves: bool = False, lays: bool = False,
+        sized: Sized | None = None, admit: Callable[[tuple[int, ...]], bool] | None = None,
+    ):  # fmt: skip
         """Look up what will be looked at.
 
         Args:
@@ -43,11 +45,15 @@ class Checks:
             arguments: of the code that runs.
             moves: whether it moves parameters elsewhere.
             lays: copy inputs that lie in memory otherwise than planned, where they would be refused.
+            sized: the sizes that vary, of code that takes any.
+            admit: whether that may run with given ones; default: with those that the trace serves.
         """
         self.module = module
         self.captured = captured
         self.arguments = arguments
         self.lays = lays
+        self.sized, self.admit = sized, admit
+        self.admitted: set[tuple[int, ...]] = set()
         places = {name: (owner._parameters if kind == "parameter" else owner._buffers, key)
                   for kind, owner, key, name in slots(module)}  # fmt: skip
         self.slots = [places.get(source.name) for source in arguments]
@@ -57,7 +63,6 @@ class Checks:
         self.moved = changed_by(captured, arguments, moves)
         whose = self.moved | {place.storage for place in captured.signature.places if place is not None}
         self.owners = [(name, place) for name, place in places.items() if name in whose]
-        self.asker = Asker(captured.questions)
         tensors = [index for index, known in enumerate(captured.signature.inputs) if isinstance(known, TensorFacts)]
         self.looked_into = {tensors[index] for index in inputs_of(captured.questions)}
         own = training_set(captured.writes)
@@ -77,7 +82,8 @@ class Checks:
         memo[id(self)] = made
         for key, value in vars(self).items():
             if key not in ("watch", "stores"):
-                setattr(made, key, value if key in ("captured", "arguments", "asker") else copy.deepcopy(value, memo))
+                shared = ("captured", "arguments", "sized", "admit")
+                setattr(made, key, value if key in shared else copy.deepcopy(value, memo))
         return made
 
     def check_call(self, args: tuple, kwargs: dict) -> list[Any]:
@@ -96,6 +102,7 @@ class Checks:
             now += ", nested otherwise" * (was == now)
             raise PlanMismatch(f"the plan was made for a call with {was}, and this one has {now}: plan for it, or call the "
                                "model itself")  # fmt: skip
+        signature = self.signature(leaves)
         for index, (leaf, known) in enumerate(zip(leaves, signature.inputs, strict=True)):
             now = facts(leaf)
             both = isinstance(now, TensorFacts) and isinstance(known, TensorFacts)
@@ -107,7 +114,7 @@ class Checks:
                 raise PlanMismatch(
                     f"{name} was {known} when the plan was made and is {now} now: plan for it, or call the model itself"
                 )
-        self.check_memory(leaves)
+        self.check_memory(leaves, signature)
         self.check_structure()
         for name, module, training in self.modes:
             if module.training != training:
@@ -126,21 +133,46 @@ class Checks:
         Raises:
             PlanMismatch: which.
         """
-        if not self.asker.questions:
+        if not self.captured.questions:
             return
-        question = self.asker.changed([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
-        if question is not None:
-            raise PlanMismatch(f"{question.where} asks about the values of inputs, and the answer was {question.answer} when "
-                               "the plan was made and is another now: plan for such a batch as well, or use memplan.within, "
-                               "which does")  # fmt: skip
+        sized = self.captured.sized
+        sizes = None if sized is None else sized.of(leaves)
+        by_symbol = None if sized is None or sizes is None else sized.holds.by_symbol(sizes)
+        call, known = Call([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], by_symbol), {}
+        for question in self.captured.questions:
+            if not question.same(call, known):
+                raise PlanMismatch(f"{question.where} asks about the values of inputs, and the answer was {question.answer} "
+                                   "when the plan was made and is another now: plan for such a batch as well, or use "
+                                   "memplan.within, which does")  # fmt: skip
 
-    def check_memory(self, leaves: list[Any]) -> None:
+    def signature(self, leaves: list[Any]) -> Signature:
+        """What a call with the sizes of this one must look like.
+
+        Raises:
+            PlanMismatch: the trace, or the schedule, does not serve these sizes.
+        """
+        known, sized = self.captured.signature, self.sized
+        sizes = None if sized is None else sized.of(leaves)
+        if sized is None or sizes is None:
+            return known
+        if sizes not in self.admitted:
+            told = ", ".join(f"{name}={size}" for name, size in zip(sized.names, sizes, strict=True))
+            if not sized.holds(sizes):
+                raise PlanMismatch(f"the plan's trace does not serve {told}, for which the model or torch does something else: "
+                                   "plan for it, or call the model itself")  # fmt: skip
+            if self.admit is not None and not self.admit(sizes):
+                raise PlanMismatch(f"the plan's schedule does not fit its budget with {told}: plan for it, or call the model "
+                                   "itself")  # fmt: skip
+            self.admitted.add(sizes)
+        return sized.signature(known, sizes)
+
+    def check_memory(self, leaves: list[Any], signature: Signature) -> None:
         """Refuse inputs on another device, or that share memory otherwise than the step allows.
 
         Raises:
             PlanMismatch: which.
         """
-        signature, device = self.captured.signature, self.captured.program.device
+        device = self.captured.program.device
         for index, leaf in enumerate(leaves):
             if isinstance(leaf, torch.Tensor) and leaf.device.type != device and (leaf.dim() or leaf.device.type != "cpu"):
                 name = leaf_names(self.module, signature.spec)[index]

@@ -5,9 +5,10 @@ tensor is a local variable; views of it are made where they are read, and delete
 exactly where the schedule frees it.
 """
 
+import math
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,7 +40,7 @@ class Generated:
         backward: `backward(saved, tangents) -> gradients`, by `gradients`; None for an inference.
         arguments: where each element of `inputs` comes from.
         gradients: for each gradient the position in `arguments` of what it belongs to.
-        tangents: which outputs the tangents belong to, and how each is laid out.
+        tangents: which outputs the tangents belong to, and how each is laid out; None where the code sees to that itself.
         saved: the nodes whose tensors head the list for `backward`; saved generator states follow them.
         states: how many generator states follow.
         lent: which of the gradients lie in the arena.
@@ -47,6 +48,7 @@ class Generated:
         tiers: the memories that values are moved to, by the machine's number.
         updates: the updates that the step runs in backward.
         homes: parameters and optimizer state that lie elsewhere between steps.
+        sizes: how many sizes end the list for `backward`, of code for inputs of any size.
         lock: see `alone`.
     """
 
@@ -55,7 +57,7 @@ class Generated:
     backward: Any
     arguments: tuple[Source, ...]
     gradients: tuple[int, ...]
-    tangents: dict[int, torch.Tensor]
+    tangents: dict[int, torch.Tensor | None]
     saved: tuple[fx.Node, ...] = ()
     states: int = 0
     lent: tuple[int, ...] = ()
@@ -63,6 +65,7 @@ class Generated:
     tiers: dict[int, Any] = field(default_factory=dict)
     updates: Updates | Accumulation | None = None
     homes: Homes | None = None
+    sizes: int = 0
     lock: Any = field(default_factory=threading.RLock)
 
     def alone(self) -> AbstractContextManager[Any]:
@@ -128,8 +131,15 @@ class Writer:
         outputs = [self.read(node) for node in self.traced.outputs]
         saved = self.crossing(steps[cut:])
         states = [self.states[op] for op in sorted(self.states)]
-        kept = ", ".join([*(self.name(node) for node in saved), *states, *visits])
-        forward = [*head, *self.scope.lines, f"    return [{', '.join(outputs)}], [{kept}]"]
+        sizes = self.sizes
+        kept = ", ".join([*(self.name(node) for node in saved), *states, *visits, *sizes])
+        forward = [
+            *head,
+            *self.measured(placeholders),
+            *self.computed(),
+            *self.scope.lines,
+            f"    return [{', '.join(outputs)}], [{kept}]",
+        ]
         backward: list[str] = []
         lent: list[int] = []
         if cut < len(steps):
@@ -138,14 +148,15 @@ class Writer:
             for node, _ in tangents:
                 self.bind(node)
             tail = ["def backward(saved, tangents):"]
-            tail += self.unpack_names([*(self.name(node) for node in saved), *states, *visits], "saved")
+            tail += self.unpack_names([*(self.name(node) for node in saved), *states, *visits, *sizes], "saved")
             tail += ["    saved.clear()", *self.unpack([node for node, _ in tangents], "tangents")]
+            self.lay_out([node for node, _ in tangents])
             for step in steps[cut:]:
                 self.instruction(step)
             returned = [self.read(node) for _, node in self.traced.gradients]
             lent = [index for index, (_, node) in enumerate(self.traced.gradients) if self.is_lent(node)]
             closed = [f"    {visit}.close()" for visit in visits]
-            backward = [*tail, *self.scope.lines, *closed, f"    return [{', '.join(returned)}]"]
+            backward = [*tail, *self.computed(), *self.scope.lines, *closed, f"    return [{', '.join(returned)}]"]
         source = "\n".join([*forward, "", *backward]) + "\n"
         order = {node: index for index, (node, _) in enumerate(placeholders)}
         space: dict[str, Any] = {
@@ -155,6 +166,8 @@ class Writer:
             "enable_grad": torch.enable_grad,
             "updates": self.updates,
             "homes": self.homes,
+            "laid_out": laid_out,
+            "math": math,
         }
         space |= {f"open_{tier}": memory.open for tier, memory in self.tiers.items()}
         exec(compile(source, "<memplan schedule>", "exec"), space)
@@ -164,14 +177,35 @@ class Writer:
             backward=space.get("backward"),
             arguments=tuple(source for _, source in placeholders),
             gradients=tuple(order[node] for node, _ in self.traced.gradients),
-            tangents={source.index: node.meta["val"] for node, source in tangents},
+            tangents={source.index: self.layout_of(node) for node, source in tangents},
             saved=tuple(saved),
             states=len(states),
             lent=tuple(lent),
             tiers=self.tiers,
             updates=self.updates,
             homes=self.homes,
+            sizes=len(sizes),
         )
+
+    @property
+    def sizes(self) -> list[str]:
+        """Variables for the sizes of the inputs, of code that takes any."""
+        return []
+
+    def measured(self, placeholders: list[tuple[fx.Node, Source]]) -> list[str]:
+        """Lines that read the sizes from the inputs."""
+        return []
+
+    def computed(self) -> list[str]:
+        """Lines that compute what the function under construction wants of the sizes; the next one computes its own."""
+        return []
+
+    def layout_of(self, node: fx.Node) -> torch.Tensor | None:
+        """How a tangent is laid out; None where the code sees to that."""
+        return node.meta["val"]
+
+    def lay_out(self, tangents: list[fx.Node]) -> None:
+        """The lines that see to it."""
 
     def is_lent(self, node: fx.Node) -> bool:
         """Whether a gradient lies in memory that the next step writes over."""
@@ -409,6 +443,17 @@ def generate(
         homes: of the resident buffers; needed only where the schedule has any in another tier.
     """
     return Writer(traced, schedule, machine, updates, homes).write()
+
+
+def laid_out(
+    tangent: torch.Tensor | None, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """A tangent with the strides that the graph was traced with; zeros where autograd has none."""
+    if tangent is None:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    if tangent.stride() == tuple(stride) and tangent.dtype == dtype:
+        return tangent
+    return torch.empty_strided(shape, stride, dtype=dtype, device=tangent.device).copy_(tangent)
 
 
 def get_state() -> list[torch.Tensor]:

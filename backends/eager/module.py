@@ -7,6 +7,7 @@ inside one autograd node.
 
 import copy
 import inspect
+from collections.abc import Callable
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -137,11 +138,17 @@ def check_parameters(model: nn.Module, captured: Captured) -> None:
             raise PlanMismatch(f"{name} was {was or 'absent'} when the plan was made and is {now or 'absent'} now: plan again")
 
 
-def planned_module(model: nn.Module, captured: Captured, code: Generated, witness: StepWitness) -> nn.Module:
-    """A shallow copy of the model with a planned forward."""
+def planned_module(
+    model: nn.Module,
+    captured: Captured,
+    code: Generated,
+    witness: StepWitness,
+    admit: Callable[[tuple[int, ...]], bool] | None = None,
+) -> nn.Module:
+    """A shallow copy of the model with a planned forward; `admit` is that of `Checks`."""
     planned = copy.copy(model)
     own = vars(model).get("forward")  # of this instance alone
-    runner = Runner(planned, own or MethodType(type(model).forward, planned), captured, code, witness)
+    runner = Runner(planned, own or MethodType(type(model).forward, planned), captured, code, witness, admit)
     planned.forward = runner  # type: ignore[method-assign]
     runner.look_at_gradients()
     return planned
@@ -150,7 +157,10 @@ def planned_module(model: nn.Module, captured: Captured, code: Generated, witnes
 class Runner:
     """The planned forward of one module."""
 
-    def __init__(self, module: nn.Module, original: Any, captured: Captured, code: Generated, witness: StepWitness):
+    def __init__(
+        self, module: nn.Module, original: Any, captured: Captured, code: Generated, witness: StepWitness,
+        admit: Callable[[tuple[int, ...]], bool] | None = None,
+    ):  # fmt: skip
         self.module = module
         self.witness = witness
         self.backward = Backward(captured.traced)
@@ -158,7 +168,8 @@ class Runner:
         self.__signature__ = inspect.signature(original)  # transformers' Trainer passes the arguments that it finds there
         self.captured = captured
         self.code = code
-        self.checks = Checks(module, captured, code.arguments, moves=code.homes is not None)
+        sized = captured.sized if code.sizes else None
+        self.checks = Checks(module, captured, code.arguments, moves=code.homes is not None, sized=sized, admit=admit)
         self.places = {source.name: place for place, source in enumerate(code.arguments)}
         self.trained = [place for place in code.gradients if code.arguments[place].kind == "parameter"]
         self.changing = {source.name for source, _ in captured.traced.mutations.values()}

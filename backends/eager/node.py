@@ -8,6 +8,7 @@ import torch
 
 from ...planner.ir.errors import MemplanError, PlanMismatch
 from .accumulation import Accumulation
+from .codegen import laid_out
 from .retained import copied
 from .witness import keeps_graph
 
@@ -74,7 +75,7 @@ class PlannedStep(torch.autograd.Function):
             updates.listen(values, nodes, runner.fed.absent(tangents))
         runner.together.note(isinstance(updates, Accumulation) and updates.there)
         runner.witness.backward(ctx.mark, retained)
-        given = [laid_out(tangents[index], like) for index, like in runner.code.tangents.items()]
+        given = [laid_out_like(tangents[index], like) for index, like in runner.code.tangents.items()]
         try:
             with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
                 found = runner.code.backward(saved, given)
@@ -101,11 +102,6 @@ def device_of(inputs: Iterable[torch.Tensor]) -> AbstractContextManager[Any]:
     return nullcontext() if found is None else torch.cuda.device(found)
 
 
-def laid_out(tangent: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-    """A tangent with the strides that the graph was traced with; zeros where autograd has none."""
-    if tangent is None:
-        return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
-    if tangent.stride() == like.stride() and tangent.dtype == like.dtype:
-        return tangent
-    made = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=tangent.device)
-    return made.copy_(tangent)
+def laid_out_like(tangent: torch.Tensor | None, like: torch.Tensor | None) -> torch.Tensor | None:
+    """A tangent with the layout that the code expects, where it does not see to that itself."""
+    return tangent if like is None else laid_out(tangent, like.shape, like.stride(), like.dtype, like.device)

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,10 +35,13 @@ from .plain_calls import noted_seeds
 from .questions import Question, inputs_of
 from .reads import Fact, Log
 from .settle import on_leaves, settle_writes, told_of
+from .sized import Sized, sized_capture, with_numbers
+from .sizedconstants import SizedConstants
 from .standins import fake, fake_parameters, named_tensors
 from .state import Change, refuse_drawing, untouched
 from .step import Leaf, Step
 from .structure import Structure
+from .symbols import Dynamic, Symbols
 from .tracing import in_words, trace
 from .writes import Write
 
@@ -69,6 +73,7 @@ class Captured:
             loss.
         questions: what the model asked about the values of its inputs, by their index among the tensors of a call.
         values: of those inputs that it asked about, on the CPU.
+        sized: of a capture with `dynamic`, which sizes it serves, and how; `program` and `signature` are those of the example.
     """
 
     program: Program
@@ -90,6 +95,7 @@ class Captured:
     moments: Moments | None = None
     questions: tuple[Question, ...] = ()
     values: dict[int, torch.Tensor] = field(default_factory=dict)
+    sized: Sized | None = None
 
 
 def capture(
@@ -104,6 +110,7 @@ def capture(
     device: str | None = None,
     runs_on: str | None = None,
     outside: bool = False,
+    dynamic: Dynamic | None = None,
 ) -> Captured:
     """Trace one step of a model.
 
@@ -119,6 +126,9 @@ def capture(
         device: the device type to trace for; by default where the model is, and cpu for a model on meta.
         runs_on: the device type that the step is for, where it cannot be traced for here; default: `device`.
         outside: where the model has no loss and none is given, the caller computes one of which nothing is known.
+        dynamic: for leaves of the call, by their name or their place in its flattened order, which of their dimensions vary
+            from call to call, and a name for each size: `{"input_ids": {0: "batch", 1: "length"}}`. Equal names are equal
+            sizes.
 
     Raises:
         CaptureError: what cannot be traced, and the line of the model where that is.
@@ -135,8 +145,9 @@ def capture(
     if in_backward and (optimizer is None or not train):
         raise CaptureError("optimizer_in_backward wants an optimizer and a training step: pass optimizer=, and train=True")
     fixed = {index: leaf for index, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor)}
-    mode = Constants()
-    inputs = stand_ins(mode, leaves, device)
+    symbols = None if dynamic is None else Symbols(dynamic, leaves, leaf_names(model, spec))
+    mode = Constants() if symbols is None else SizedConstants(symbols)
+    inputs = stand_ins(mode, leaves, leaf_names(model, spec), device, symbols)
     tensor_leaves = [index for index in range(len(leaves)) if index not in fixed]
     parameters = {name: TensorFacts.of(value) for name, value in named_tensors(model)}
     structure = Structure.of(model)
@@ -149,7 +160,7 @@ def capture(
 
     def as_eager(other: Constants) -> tuple[Step, list[torch.Tensor]]:
         """The same step and inputs of another mode."""
-        given = stand_ins(other, leaves, device)
+        given = stand_ins(other, leaves, leaf_names(model, spec), device, None)
         made = Step(model, other, spec, fixed, train, own_loss)
         made.found, made.log, made.attached = step.found, Log(step.found), step.attached
         tries.append(made)
@@ -190,6 +201,8 @@ def capture(
                         joint.graph_module, known, parameter_name, lambda index: leaf_names(model, spec)[tensor_leaves[index]]
                     )
                 stack.enter_context(in_words("plan what was traced"))
+                if symbols is not None and loss_cost is not None:
+                    with_numbers(loss_cost, symbols)
                 traced = lower(
                     joint.graph_module,
                     name=type(model).__name__,
@@ -204,10 +217,12 @@ def capture(
                     trainable=updated,
                     runs_on=runs_on or device,
                     region_of=mode.region_of,
+                    prepare=(lambda graph: None) if symbols is None else partial(with_numbers, symbols=symbols),
                 )
+                sized = None if symbols is None else sized_capture(mode, symbols, traced, loss_cost, writes)
                 break
     check_seeds(traced.program, seeds)
-    questions = mode.questions.different
+    questions = tuple(question for question in mode.questions.different if inputs_of([question]))
     real = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     assert step.output_spec is not None
     return Captured(
@@ -236,16 +251,24 @@ def capture(
         moments=None if known is None or step.outside else known.moments,
         questions=questions,
         values={index: real[index].detach().cpu().clone() for index in inputs_of(questions)},
+        sized=sized,
     )
 
 
-def stand_ins(mode: Constants, leaves: list[Any], device: str) -> list[torch.Tensor]:
-    """Fake tensors for a call's, with the values that may be asked about."""
-    real = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    made = [fake(mode, leaf, device) for leaf in real]
-    for index, (value, leaf) in enumerate(zip(made, real, strict=True)):
-        mode.questions.give(value, index, leaf)
-    return made
+def stand_ins(mode: Constants, leaves: list[Any], names: list[str], device: str, symbols: Symbols | None) -> list[torch.Tensor]:
+    """Fake tensors for a call's tensors, with symbols for the sizes that vary, and with the values that may be asked about."""
+    varying = set() if symbols is None else {leaf for rows in symbols.places.values() for leaf, _ in rows}
+    found: list[torch.Tensor] = []
+    for index, leaf in enumerate(leaves):
+        if symbols is not None and index in varying:
+            made = symbols.stand_in(mode, index, leaf, names[index], device)
+        elif isinstance(leaf, torch.Tensor):
+            made = fake(mode, leaf, device)
+        else:
+            continue
+        mode.questions.meet(made, leaf)
+        found.append(made)
+    return found
 
 
 def check_replaced(graph: fx.GraphModule, changes: list[Change]) -> None:

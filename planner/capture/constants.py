@@ -5,7 +5,7 @@ Code that looks at the values of positions or masks, which depend on nothing but
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -16,17 +16,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .layouts import CORRECTED, IN_32_BITS, RECURRENT, UNCACHED, real_strides, recurrent_scratch
 from .nodes import is_view
-from .questions import Questions
+from .questions import Questions, Refusal, is_factory, is_small, written
 
-CONSTANT_ELEMENTS = 1 << 20  # constants larger than this are not evaluated while tracing
-CONSTANT_ROW = 1 << 23  # but positions, which lie along one dimension, are up to this size
+if TYPE_CHECKING:
+    from .symbols import Symbols
+
 GROUPED = getattr(getattr(torch.ops.aten, "_grouped_mm", None), "default", None)
 LIFTS = {torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default}  # of a tensor written out in the code
-FACTORIES = {"arange", "ones", "zeros", "full", "scalar_tensor", "eye"}
-
-
-class Refusal(Exception):
-    """What the model may not do, found at the line where it does it."""
 
 
 @contextmanager
@@ -44,18 +40,6 @@ def own_results() -> Iterator[None]:
         FakeTensorMode.cache = known
 
 
-def is_small(constant: torch.Tensor) -> bool:
-    """Whether a constant is evaluated while tracing."""
-    return constant.numel() <= (CONSTANT_ROW if constant.numel() == max(constant.shape, default=1) else CONSTANT_ELEMENTS)
-
-
-def written(func: Any, args: tuple) -> Iterator[torch.Tensor]:
-    """The operands that a call changes."""
-    for known, value in zip(func._schema.arguments, args, strict=False):
-        if known.is_write and isinstance(value, torch.Tensor):
-            yield value
-
-
 class Constants(FakeTensorMode):
     """Fake tensors, except that small constants keep their values.
 
@@ -67,20 +51,20 @@ class Constants(FakeTensorMode):
         stores: for the storage of a tensor without values, by its identity: itself, and the fake one that stands in for it.
         known: of real tensors that the model holds, by the identity of their storage: the storage, and the fake tensor that
             was made first of those in it.
-        questions: what is asked of the values of inputs.
+        questions: what is asked of the values of inputs, and of what depends on sizes.
     """
 
-    def __init__(self) -> None:
-        super().__init__(allow_non_fake_inputs=True)
+    def __init__(self, symbols: "Symbols | None" = None) -> None:
+        super().__init__(allow_non_fake_inputs=True, shape_env=None if symbols is None else symbols.env)
         self.casts: dict[int, tuple[torch.UntypedStorage, int]] = {}
         self.region = 0 if autocast_depth() else None
         self.asked = False
         self.stores: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
         self.known: dict[int, tuple[torch.UntypedStorage, FakeTensor]] = {}
-        self.questions = Questions()
+        self.questions = Questions(symbols)
 
     def may_turn_const(self, t: torch.Tensor) -> bool:
-        return is_small(t) and not isinstance(t, FakeTensor) and t.device.type != "meta"
+        return is_small(t.shape) and not isinstance(t, FakeTensor) and t.device.type != "meta"
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is GROUPED and args[0].dtype != torch.bfloat16:
@@ -111,16 +95,20 @@ class Constants(FakeTensorMode):
                 size = recurrent_scratch(shapes, args[0].dtype, rest)
             facts = {"dtype": torch.uint8, "device": args[0].device}
             out = (*out[:3], super().dispatch(torch.ops.aten.empty.memory_format, types, ([size],), facts))
-        if getattr(func, "namespace", "") == "aten" and func._opname in FACTORIES and isinstance(out, FakeTensor):
-            plain = not any(isinstance(arg, torch.Tensor) for arg in args)
-            if plain and is_small(out):
-                with _disable_current_modes():
-                    out.constant = func(*args, **{**(kwargs or {}), "device": "cpu", "pin_memory": False})
+        if is_factory(func) and isinstance(out, FakeTensor):
+            self.evaluate(func, args, kwargs or {}, out)
         cast = func is torch.ops.aten._to_copy.default and not self.asked
         if cast and torch.is_autocast_cache_enabled() and autocast_depth():
             storage = out.untyped_storage()  # regions inside the model cannot be told apart: each cast has its own
             self.casts[storage._cdata] = storage, len(self.casts) + 1 if self.region is None else self.region
         return out
+
+    def evaluate(self, func: Any, args: Any, kwargs: Any, out: FakeTensor) -> None:
+        """Give what a factory has made its values, if it is small."""
+        plain = not any(isinstance(arg, torch.Tensor) for arg in args)
+        if plain and is_small(out.shape):
+            with _disable_current_modes():
+                out.constant = func(*args, **{**kwargs, "device": "cpu", "pin_memory": False})
 
     def stand_in(self, value: torch.Tensor) -> torch.Tensor:
         """A fake tensor for a real one: tensors that share a storage have fake ones that do, else a view would pass for a copy.
@@ -178,6 +166,10 @@ class Constants(FakeTensorMode):
     def region_of(self, node: fx.Node) -> int | None:
         """The region of autocast whose cache holds a cast; None for a cast that is in no cache."""
         return self.casts.get(node.meta["val"].untyped_storage()._cdata, (None, None))[1]
+
+    def plain(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        """A call as torch's own mode makes it."""
+        return super().dispatch(func, types, args, kwargs)
 
     def view_of_constant(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         """A view with its value, which shares its base's storage as other views do: torch's own way makes a copy of it."""

@@ -119,6 +119,7 @@ def lower(
     runs_on: str,
     unknown: bool = False,
     region_of: Callable[[fx.Node], int | None] = lambda cast: None,
+    prepare: Callable[[fx.GraphModule], None] = lambda graph: None,
 ) -> Traced:
     """Build the program of a joint graph with descriptors.
 
@@ -137,6 +138,7 @@ def lower(
             is spelled out as eager computes it.
         unknown: the caller computes a loss of which nothing is known.
         region_of: as for `planner.capture.restore.merge_casts`.
+        prepare: changes the graph once more, when all that is to be restored is.
     """
     sum_tied(graph, parameter_name)
     merge_casts(graph, parameter_name, region_of)
@@ -144,6 +146,7 @@ def lower(
         restore_dropout(graph)
         restore_gates(graph)
     tell_products(graph)
+    prepare(graph)
     lowering = _Lowering(graph, device, parameter_name, input_leaf)
     return lowering.run(name, train, UNKNOWN if unknown else loss, optimizer, in_backward, trainable, runs_on)
 

@@ -95,11 +95,17 @@ def results(node: fx.Node) -> list[tuple[fx.Node, torch.Tensor]]:
     return [(pick, pick.meta["val"]) for pick in first.values()]
 
 
-def unpicked(node: fx.Node, parts: list[tuple[fx.Node, torch.Tensor]]) -> int:
-    """Bytes of a call's results that nobody picks, where they share no storage with those that are picked, or an operand's."""
-    known = [item for _, item in parts] + [arg.meta["val"] for arg in node.all_input_nodes]
+def unpicked(node: fx.Node, parts: list[tuple[fx.Node, torch.Tensor]], key: str = "val") -> int:
+    """Bytes of a call's results that nobody picks, where they share no storage with those that are picked, or an operand's.
+
+    Args:
+        node: the call.
+        parts: its results, as `results` has them.
+        key: of the values in `meta` that are measured.
+    """
+    known = [part.meta[key] for part, _ in parts] + [arg.meta[key] for arg in node.all_input_nodes]
     taken = {item.untyped_storage()._cdata for item in known if isinstance(item, torch.Tensor)}
-    values = [item for item in pytree.tree_leaves(node.meta.get("val")) if isinstance(item, torch.Tensor)]
+    values = [item for item in pytree.tree_leaves(node.meta.get(key)) if isinstance(item, torch.Tensor)]
     left = {item.untyped_storage()._cdata: item.untyped_storage().nbytes() for item in values}
     return sum(size for storage, size in left.items() if storage not in taken)
 
@@ -109,61 +115,73 @@ def span(value: Any) -> int:
     if not isinstance(value, torch.Tensor):
         return 0
     distinct = math.prod(size for size, step in zip(value.shape, value.stride(), strict=True) if step != 0)
-    return int(distinct) * value.element_size()
+    return distinct * value.element_size()
 
 
 def count_flops(node: fx.Node) -> float:
     """Floating-point operations by torch's own counter; one per element written where it knows none, or fails."""
+    return float(operations(node))
+
+
+def operations(node: fx.Node, which: str = "val") -> Any:
+    """The same as a whole number, of the values in `meta` under a key; symbolic ones give a symbolic number."""
     packet = node.target._overloadpacket  # type: ignore[union-attr]
-    value = node.meta.get("val")
+    value = node.meta.get(which)
     name = str(packet)
     if "flash_attention_for_cpu" in name:
-        query, key = (node.args[index].meta["val"].shape for index in ((1, 2) if "backward" in name else (0, 1)))  # type: ignore[union-attr]
-        product = 2.0 * math.prod(query[:3]) * key[2] * query[3]
-        return product * (5 if "backward" in name else 2)
+        query, key = (node.args[index].meta[which].shape for index in ((1, 2) if "backward" in name else (0, 1)))  # type: ignore[union-attr]
+        return 2 * math.prod(query[:3]) * key[2] * query[3] * (5 if "backward" in name else 2)
     if packet in flop_registry:
-        args = fx.map_arg(node.args, lambda arg: arg.meta["val"])
-        kwargs = fx.map_arg(node.kwargs, lambda arg: arg.meta["val"])
+        args = fx.map_arg(node.args, lambda arg: arg.meta[which])
+        kwargs = fx.map_arg(node.kwargs, lambda arg: arg.meta[which])
         with suppress(Exception):  # torch's counters know the usual arguments alone
-            return float(flop_registry[packet](*args, **kwargs, out_val=value))
-    return float(sum(item.numel() for _, item in results(node)))
+            return flop_registry[packet](*args, **kwargs, out_val=value)
+    return sum(part.meta[which].numel() for part, _ in results(node))
 
 
 def cost_of_graph(graph: fx.GraphModule) -> tuple[float, int, int]:
     """FLOPs, traffic and peak bytes of a graph run in order with early frees, its inputs and outputs not counted."""
-    flops, traffic, live, peak = 0.0, 0, 0, 0
+    flops, traffic, peaks = graph_costs(graph)
+    return float(flops), traffic, max(peaks, default=0)
+
+
+def graph_costs(graph: fx.GraphModule, which: str = "val") -> tuple[Any, Any, list[Any]]:
+    """FLOPs and traffic of the values in `meta` under a key, and the bytes that live at each call."""
+    flops, traffic, live, peaks = 0, 0, 0, []
     last: dict[int, fx.Node] = {}
     sizes: dict[int, int] = {}
     outside: set[int] = set()
     for node in graph.graph.nodes:
         for user in [node, *node.all_input_nodes]:
-            for _, item in results(user) if is_call(user) else [(user, user.meta.get("val"))]:
+            for part, _ in results(user) if is_call(user) else [(user, None)]:
+                item = part.meta.get(which)
                 if isinstance(item, torch.Tensor):
                     last[item.untyped_storage()._cdata] = node
         if node.op in ("placeholder", "output"):
-            outside |= {arg.meta["val"].untyped_storage()._cdata for arg in [node, *node.all_input_nodes]
-                        if isinstance(arg.meta.get("val"), torch.Tensor)}  # fmt: skip
+            outside |= {arg.meta[which].untyped_storage()._cdata for arg in [node, *node.all_input_nodes]
+                        if isinstance(arg.meta.get(which), torch.Tensor)}  # fmt: skip
     for node in graph.graph.nodes:
         if not is_call(node):
             continue
-        flops += count_flops(node)
-        traffic += sum(span(arg.meta.get("val")) for arg in node.all_input_nodes) + sum(span(v) for _, v in results(node))
-        for _, item in results(node):
+        parts = [part.meta[which] for part, _ in results(node)]
+        flops += operations(node, which)
+        traffic += sum(span(arg.meta.get(which)) for arg in node.all_input_nodes) + sum(span(item) for item in parts)
+        for item in parts:
             storage = item.untyped_storage()
             if storage._cdata not in sizes and storage._cdata not in outside:
                 sizes[storage._cdata] = storage.nbytes()
                 live += storage.nbytes()
-        peak = max(peak, live)
+        peaks.append(live)
         for storage_id, reader in last.items():
             if reader is node and storage_id in sizes:
                 live -= sizes.pop(storage_id)
-    return flops, traffic, peak
+    return flops, traffic, peaks
 
 
-def encode(arg: Any) -> Any:
-    """An argument as JSON: see `call_key`."""
+def encode(arg: Any, which: str = "val") -> Any:
+    """An argument as JSON: see `call_key`. A node is its value in `meta` under a key; symbolic numbers stay what they are."""
     if isinstance(arg, fx.Node | torch.Tensor):
-        value = arg.meta.get("val") if isinstance(arg, fx.Node) else arg
+        value = arg.meta.get(which) if isinstance(arg, fx.Node) else arg
         if not isinstance(value, torch.Tensor):
             return {"x": repr(value)}
         told: dict[str, Any] = {"t": str(value.dtype)[6:], "s": list(value.shape), "st": list(value.stride())}
@@ -171,10 +189,10 @@ def encode(arg: Any) -> Any:
             told["o"] = value.storage_offset()
         return told
     if isinstance(arg, list | tuple):
-        return [encode(item) for item in arg]
+        return [encode(item, which) for item in arg]
     if isinstance(arg, float) and not math.isfinite(arg):
         return {"f": str(arg)}
-    if arg is None or isinstance(arg, bool | int | float | str):
+    if arg is None or isinstance(arg, bool | int | float | str | torch.SymInt | torch.SymFloat):
         return arg
     for kind, type_ in (("dtype", torch.dtype), ("layout", torch.layout), ("memory_format", torch.memory_format)):
         if isinstance(arg, type_):
@@ -191,12 +209,16 @@ def call_key(node: fx.Node) -> str:
 
 def describe_call(func: Any, args: Iterable[Any], kwargs: Mapping[str, Any]) -> str:
     """The key of a call whose arguments are nodes, or tensors themselves: see `call_key`."""
-    call = {
+    return json.dumps(structure_of(func, args, kwargs), separators=(",", ":"))
+
+
+def structure_of(func: Any, args: Iterable[Any], kwargs: Mapping[str, Any], which: str = "val") -> dict[str, Any]:
+    """What a key is the text of, with the values in `meta` under a key."""
+    return {
         "op": str(func),
-        "args": [encode(arg) for arg in args],
-        "kwargs": {name: encode(arg) for name, arg in kwargs.items()},
+        "args": [encode(arg, which) for arg in args],
+        "kwargs": {name: encode(arg, which) for name, arg in kwargs.items()},
     }
-    return json.dumps(call, separators=(",", ":"))
 
 
 def output_nodes(graph: fx.GraphModule, kind: str) -> list[fx.Node]:

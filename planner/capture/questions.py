@@ -1,130 +1,255 @@
-"""What a model asks about the values of its inputs while it is traced, and what it was told.
+"""What a model asks about values while it is traced, and what it was told.
 
-`if mask.all():` decides which kernel runs. So small inputs of integers and bools carry the example's values through tracing,
-and what is computed of these alone is computed; a question is answered as eager PyTorch answers it, and kept with how its
-answer comes from the inputs. A plan is for calls whose answers are the same: `Asker` finds them out for another call, in
-microseconds and without the model. How many elements something has (`mask.nonzero()`) is no question: a plan's shapes do not
-come from data.
+`if mask.all():` decides which kernel runs; so does whether positions are one run of numbers, which depends on a size. How
+small tensors are computed from inputs of integers and bools, from sizes that vary and from constants is remembered, so that a
+question about their values can be answered as eager PyTorch answers it in the example, and asked again of another call, in
+microseconds and without the model: where the answer is another one the model may go another way, and is to be traced anew. How
+many elements something has (`mask.nonzero()`) is no question: a plan's shapes do not come from data.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-ELEMENTS = 1 << 20  # inputs with more are not looked into
-Answer = bool | int | float | complex
+if TYPE_CHECKING:
+    from .symbols import Symbols
+
+SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+CONSTANT_ELEMENTS = 1 << 20  # constants larger than this are not evaluated while tracing, nor are inputs looked into
+CONSTANT_ROW = 1 << 23  # but positions, which lie along one dimension, are up to this size
+FACTORIES = {"arange", "ones", "zeros", "full", "scalar_tensor", "eye"}
+VALUE = "_memplan_value"  # the attribute of a fake tensor that holds how it is computed
+CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True, eq=False)
-class Value:
-    """How a small tensor comes from the inputs.
+class Refusal(Exception):
+    """What the model may not do, found at the line where it does it."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the answers of a call depend on.
 
     Attributes:
-        func: the operator that makes it; None for an input.
-        args: its arguments: values, tensors that are the same in every call, and plain ones.
-        kwargs: likewise.
-        part: which of its results this is.
-        index: of an input, which.
+        inputs: its tensors, in the order in which they were traced; None for those that are not looked into.
+        sizes: those that vary, by symbol, as numbers of sympy's.
+    """
+
+    inputs: Sequence[torch.Tensor | None] = ()
+    sizes: Mapping[Any, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Given:
+    """An input, by its index among those traced."""
+
+    index: int
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Number:
+    """A number that is computed from sizes."""
+
+    expr: Any
+    kind: type
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Constant:
+    """A tensor that depends on nothing, and its version when it was read."""
+
+    tensor: torch.Tensor
+    version: int
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Value:
+    """How a tensor is computed.
+
+    Attributes:
+        func: the operator.
+        leaves: of its arguments: inputs, values, numbers, constants, and what else it takes.
+        spec: how they nest.
+        index: which of several results; None for a single one.
     """
 
     func: Any
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    part: int = 0
-    index: int = -1
+    leaves: tuple[Any, ...]
+    spec: pytree.TreeSpec
+    index: int | None = None
+
+    def at(self, call: Call, known: dict[int, Any]) -> Any:
+        """The tensor, or the answer, itself.
+
+        Args:
+            call: that it is computed for.
+            known: what has been computed for it, by the identity of the value; added to.
+        """
+        if id(self) not in known:
+            args, kwargs = pytree.tree_unflatten([real(leaf, call, known) for leaf in self.leaves], self.spec)
+            if "pin_memory" in kwargs:
+                kwargs = {**kwargs, "pin_memory": False}
+            if is_factory(self.func):
+                kwargs = {**kwargs, "device": CPU}
+            with _disable_current_modes(), torch.no_grad():
+                out = self.func(*args, **kwargs)
+            known[id(self)] = out if self.index is None else out[self.index]
+        return known[id(self)]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Question:
-    """One that the model asked.
+    """What was asked.
 
     Attributes:
-        value: how the answer is computed; its operator returns a number.
-        answer: in the call that was traced.
-        where: the line that asked, as `file:line (code)`.
+        value: how the answer is computed.
+        answer: in the example.
+        where: the line that asked, as `file:line`.
     """
 
     value: Value
-    answer: Answer
+    answer: Any
     where: str
+
+    def same(self, call: Call, known: dict[int, Any]) -> bool:
+        """Whether the answer is the same in another call."""
+        return repr(self.value.at(call, known)) == repr(self.answer)
+
+
+def real(leaf: Any, call: Call, known: dict[int, Any]) -> Any:
+    """An argument with real numbers and tensors, on the CPU."""
+    if isinstance(leaf, Value):
+        return leaf.at(call, known)
+    if isinstance(leaf, Given):
+        value = call.inputs[leaf.index]
+        assert value is not None
+        return value.detach().cpu()
+    if isinstance(leaf, Number):
+        return leaf.kind(leaf.expr.xreplace(dict(call.sizes or {})))
+    if isinstance(leaf, Constant):
+        if leaf.tensor._version != leaf.version:
+            raise Refusal("the model asks for a value, and changes what it is made of in place")
+        return leaf.tensor.cpu()
+    return CPU if isinstance(leaf, torch.device) else leaf
+
+
+def is_factory(func: Any) -> bool:
+    """Whether an operator makes a tensor of numbers alone."""
+    return getattr(func, "namespace", "") == "aten" and func._opname in FACTORIES
+
+
+def written(func: Any, args: tuple) -> list[torch.Tensor]:
+    """The operands that a call changes."""
+    pairs = zip(func._schema.arguments, args, strict=False)
+    return [value for known, value in pairs if known.is_write and isinstance(value, torch.Tensor)]
 
 
 class Questions:
-    """Which fake tensors have values that come from inputs, and what was asked of them.
+    """Which fake tensors are computed from inputs and sizes alone, and what was asked of their values.
 
     Attributes:
+        symbols: the sizes that vary; None where none does.
+        example: the call that is traced.
         asked: in order, with repetitions, for AOTAutograd calls a model more than once.
-        stale: storages, by their identity, that have been written since their values were known.
+        valued: fake tensors with values, by the identity of their storage.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, symbols: "Symbols | None" = None) -> None:
+        self.symbols = symbols
+        self.inputs: list[torch.Tensor | None] = []
         self.asked: list[Question] = []
-        self.stale: dict[int, torch.UntypedStorage] = {}
+        self.valued: dict[int, list[weakref.ref[FakeTensor]]] = {}
 
-    def give(self, made: torch.Tensor, index: int, real: torch.Tensor) -> None:
-        """Let a fake input have its values, if it is one that can be asked about.
+    @property
+    def example(self) -> Call:
+        """The call that is traced."""
+        return Call(self.inputs, None if self.symbols is None else self.symbols.env.backed_var_to_val)
+
+    def meet(self, made: torch.Tensor, value: torch.Tensor) -> None:
+        """Take the next input, which may be asked about if it is small and of integers or bools.
 
         Args:
             made: the fake tensor.
-            index: of the input among those traced.
-            real: what it stands for.
+            value: what it stands for.
         """
-        plain = real.layout is torch.strided and not isinstance(real, FakeTensor) and real.device.type != "meta"
-        if plain and not real.dtype.is_floating_point and not real.dtype.is_complex and real.numel() <= ELEMENTS:
-            with _disable_current_modes():
-                made.constant = real.detach().clone()  # type: ignore[attr-defined]
-            made.came_from = Value(None, index=index)  # type: ignore[attr-defined]
-
-    def origin(self, tensor: FakeTensor) -> Value | None:
-        """How a tensor's value comes from the inputs; None where it does not, or is not known."""
-        if tensor.constant is not None and tensor.untyped_storage()._cdata in self.stale:
-            tensor.constant = None
-        return getattr(tensor, "came_from", None) if tensor.constant is not None else None
+        plain = value.layout is torch.strided and not isinstance(value, FakeTensor) and value.device.type != "meta"
+        small = plain and not value.dtype.is_floating_point and not value.dtype.is_complex
+        if small and value.numel() <= CONSTANT_ELEMENTS and isinstance(made, FakeTensor):
+            self.give(made, Given(len(self.inputs)))
+            self.inputs.append(value.detach())
+        else:
+            self.inputs.append(None)
 
     def dispatch(self, func: Any, args: Any, kwargs: dict[str, Any], run: Callable[[], Any]) -> Any:
-        """Run an operator on fake tensors, and on the values that come from inputs where it has nothing else to read.
+        """Run an operator on fake tensors; a question is answered and kept, of other results it is kept how they come about.
 
         Args:
             func: the operator.
             args: of the call, its tensors fake.
             kwargs: likewise.
-            run: the call, on fake tensors alone.
+            run: the call.
         """
-        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, FakeTensor)]
-        from_inputs = [leaf for leaf in given if self.origin(leaf) is not None]
-        if not from_inputs:
-            return run()
-        if func._schema.is_mutable:
-            for leaf in from_inputs:  # whichever it writes: nothing is known of them any more
-                storage = leaf.untyped_storage()
-                self.stale[storage._cdata], leaf.constant = storage, None
-            return run()
-        if torch.Tag.nondeterministic_seeded in func.tags or any(leaf.constant is None for leaf in given):
-            return run()
-        if torch.Tag.dynamic_output_shape in func.tags:
-            with hidden(from_inputs):
-                return run()
-        real = pytree.tree_map_only(FakeTensor, lambda leaf: leaf.constant, (args, kwargs))
-        made = (func, *pytree.tree_map_only(FakeTensor, lambda leaf: self.origin(leaf) or leaf.constant, (args, kwargs)))
-        with _disable_current_modes(), torch.no_grad():
-            values = func(*real[0], **on(real[1], from_inputs[0].constant.device))  # type: ignore[union-attr]
-        if torch.Tag.data_dependent_output in func.tags:
-            self.asked.append(Question(Value(*made), values, asking_line()))
-            return values
-        with hidden(from_inputs):
-            out = run()
-        pairs = list(zip(pytree.tree_leaves(out), pytree.tree_leaves(values), strict=True))
-        if all(isinstance(value, torch.Tensor) and value.numel() <= ELEMENTS for _, value in pairs):
-            for part, (fake, value) in enumerate(pairs):
-                fake.constant, fake.came_from = value, Value(*made, part=part)
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        taken = self.taken(func, leaves) if isinstance(func, torch._ops.OpOverload) else None
+        if taken is not None and func._schema.returns and func.namespace == "aten":
+            if not any("Tensor" in str(result.type) for result in func._schema.returns):
+                value = Value(func, taken, spec)
+                self.asked.append(Question(value, value.at(self.example, {}), asking_line()))
+                return self.asked[-1].answer
+        out = run()
+        if isinstance(func, torch._ops.OpOverload):
+            for value in written(func, args):
+                self.forget(value)
+        if taken is not None and not func._schema.is_mutable:
+            flat = [out] if isinstance(out, torch.Tensor) else list(out) if isinstance(out, tuple | list) else []
+            for index, made in enumerate(flat):
+                if isinstance(made, FakeTensor) and self.is_small(made):
+                    self.give(made, Value(func, taken, spec, None if isinstance(out, torch.Tensor) else index))
         return out
+
+    def taken(self, func: torch._ops.OpOverload, leaves: list[Any]) -> tuple[Any, ...] | None:
+        """What a result is computed from; None if that is not constants, inputs and sizes alone, or constants alone."""
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        varies = any(isinstance(leaf, SYMBOLIC) for leaf in leaves) or any(hasattr(each, VALUE) for each in tensors)
+        if not varies or not (tensors or is_factory(func)) or torch.Tag.nondeterministic_seeded in func.tags:
+            return None
+        if not all(isinstance(each, FakeTensor) and (hasattr(each, VALUE) or each.constant is not None) for each in tensors):
+            return None
+        return tuple(self.recipe(leaf) for leaf in leaves)
+
+    def recipe(self, leaf: Any) -> Any:
+        """How one argument is computed."""
+        if isinstance(leaf, SYMBOLIC):
+            assert self.symbols is not None
+            return Number(self.symbols.env.replace(leaf.node.expr), leaf.node.pytype)
+        if isinstance(leaf, FakeTensor):
+            value = getattr(leaf, VALUE, None)
+            return value if value is not None else Constant(leaf.constant, leaf.constant._version)  # type: ignore[arg-type]
+        return leaf
+
+    def give(self, made: FakeTensor, value: Value | Given) -> None:
+        """Remember how a tensor is computed."""
+        made.constant = None
+        setattr(made, VALUE, value)
+        self.valued.setdefault(made.untyped_storage()._cdata, []).append(weakref.ref(made))
+
+    def forget(self, value: torch.Tensor) -> None:
+        """A tensor has been written to: what lies in its storage has other values."""
+        for ref in self.valued.pop(value.untyped_storage()._cdata, ()):
+            found = ref()
+            if found is not None and hasattr(found, VALUE):
+                delattr(found, VALUE)
+
+    def is_small(self, made: torch.Tensor) -> bool:
+        """Whether a tensor's values are worth computing, by the sizes of the example."""
+        return is_small([size if self.symbols is None else self.symbols.hint(size) for size in made.shape])
 
     @property
     def different(self) -> tuple[Question, ...]:
@@ -135,83 +260,34 @@ class Questions:
         return tuple(found.values())
 
 
-@contextmanager
-def hidden(tensors: list[FakeTensor]) -> Iterator[None]:
-    """Let fake tensors have no values for a while: torch would make results of them that are on another device."""
-    kept = [(tensor, tensor.constant) for tensor in tensors]
-    for tensor in tensors:
-        tensor.constant = None
-    try:
-        yield
-    finally:
-        for tensor, value in kept:
-            tensor.constant = value
-
-
-def on(kwargs: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Keyword arguments of a call that is made on another device."""
-    changed = {key: value for key, value in (("device", device), ("pin_memory", False)) if key in kwargs}
-    return {**kwargs, **changed}
+def is_small(shape: Iterable[int]) -> bool:
+    """Whether a tensor's values are worth computing."""
+    count, longest = 1, 1
+    for size in shape:
+        count, longest = count * size, max(longest, size)
+    return count <= (CONSTANT_ROW if count == longest else CONSTANT_ELEMENTS)
 
 
 def likeness(value: Any) -> Any:
     """What two values have in common that are computed alike."""
     if isinstance(value, Value):
-        arguments = (*value.args, *value.kwargs.items())
-        return str(value.func), value.index, value.part, tuple(map(likeness, arguments))
-    if isinstance(value, torch.Tensor):
-        return str(value.dtype), tuple(value.shape), repr(value.tolist())
-    return tuple(map(likeness, value)) if isinstance(value, list | tuple) else repr(value)
+        return str(value.func), value.index, tuple(map(likeness, value.leaves)), str(value.spec)
+    if isinstance(value, Constant):
+        return str(value.tensor.dtype), tuple(value.tensor.shape), repr(value.tensor.tolist())
+    return str(value.expr) if isinstance(value, Number) else repr(value)
 
 
 def inputs_of(questions: Iterable[Question]) -> set[int]:
     """The inputs that questions are about."""
-    found, stack = set(), [question.value for question in questions]
+    found: set[int] = set()
+    stack: list[Any] = [question.value for question in questions]
     while stack:
-        value = stack.pop()
-        if value.func is None:
-            found.add(value.index)
-        stack += [leaf for leaf in pytree.tree_leaves((value.args, value.kwargs)) if isinstance(leaf, Value)]
+        leaf = stack.pop()
+        if isinstance(leaf, Given):
+            found.add(leaf.index)
+        elif isinstance(leaf, Value):
+            stack += leaf.leaves
     return found
-
-
-class Asker:
-    """Asks the questions of a traced call about another one."""
-
-    def __init__(self, questions: Sequence[Question]):
-        self.questions = questions
-
-    def changed(self, inputs: Sequence[torch.Tensor]) -> Question | None:
-        """The first question whose answer is another than in the call that was traced.
-
-        Args:
-            inputs: the tensors of a call, in the order in which they were traced.
-        """
-        known: dict[Value, Any] = {}
-        for question in self.questions:
-            answer = compute(question.value, inputs, known)
-            if answer != question.answer and not (answer != answer and question.answer != question.answer):
-                return question
-        return None
-
-
-def compute(value: Value, inputs: Sequence[torch.Tensor], known: dict[Value, Any]) -> Any:
-    """A value in a call; what has been computed of the same call is in `known`."""
-    if value.func is None:
-        return inputs[value.index].detach()
-    if value not in known:
-        device = inputs[0].device
-
-        def given(leaf: Any) -> Any:
-            if isinstance(leaf, Value):
-                return compute(leaf, inputs, known)
-            return leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf
-
-        args, kwargs = pytree.tree_map(given, (value.args, value.kwargs))
-        with torch.no_grad():
-            known[value] = value.func(*args, **on(kwargs, device))
-    found = known[value]
-    return found[value.part] if isinstance(found, tuple | list) else found
 
 
 def asking_line() -> str:
@@ -226,4 +302,4 @@ def asking_line() -> str:
     return "the model"
 
 
-__all__ = ["Answer", "Asker", "Question", "Questions", "Value", "inputs_of"]
+__all__ = ["Call", "Question", "Questions", "Refusal", "inputs_of", "is_factory", "is_small", "written"]

@@ -348,7 +348,7 @@ class Calls(TorchDispatchMode):
     def told(self, leaf: Any) -> Any:
         """What is noted of one argument."""
         if not isinstance(leaf, torch.Tensor):
-            return json.dumps(encode(leaf))
+            return json.dumps(encode(leaf), default=str)  # a size that varies is no JSON
         if id(leaf) not in self.numbers:
             self.numbers[id(leaf)] = len(self.held)
             self.held.append(leaf)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..capture.capture import Captured
+    from ..capture.symbols import Dynamic
 
 SEEDS = 2**31  # random generators take no larger ones, and some count on from the seed
 SOME = 2**40  # bytes that a percentage is of while the peak is not known
@@ -195,7 +196,11 @@ def sweep(
 
 
 class Session:
-    """One model captured once, to be planned for one budget or many. The arguments are those of `plan`."""
+    """One model captured once, to be planned for one budget or many.
+
+    The arguments are those of `plan`, and `dynamic`: the sizes of inputs that vary, for `planner/verbs/sizes.py`, as
+    `planner.capture.capture.capture` takes them.
+    """
 
     def __init__(
         self,
@@ -217,6 +222,7 @@ class Session:
         progress: Progress | None = None,
         outside: bool = False,
         measured: bool = True,
+        dynamic: "Dynamic | None" = None,
     ):
         """Check the arguments, capture the model, and measure its ops.
 
@@ -230,6 +236,8 @@ class Session:
         check_numbers(time_limit, seed)
         check_solver(solver, levers)
         check_model(model, kwargs)
+        if dynamic is not None:
+            check_dynamic(levers, lend_gradients, optimizer_in_backward)
         from ...backends.eager.fetched import bring_back
         from ..capture.capture import capture
         from ..capture.inputtext import describe_inputs
@@ -242,8 +250,7 @@ class Session:
         self.lend_gradients = lend_gradients
         self.captured: Captured = capture(
             model, args, dict(kwargs or {}), train=train, loss=loss, optimizer=optimizer, in_backward=optimizer_in_backward,
-            device=traced_device(known), runs_on=None if known is None else known.device,
-            outside=outside,
+            device=traced_device(known), runs_on=None if known is None else known.device, outside=outside, dynamic=dynamic,
         )  # fmt: skip
         self.capture_seconds = time.monotonic() - began
         self.recipe = Recipe(
@@ -268,7 +275,7 @@ class Session:
                 raise MachineError(f"machine={machine!r}, but the model is on {known.device}: move it, or ask for 'local'")
             table, spoilt = Table(device_key(known.device)), doubts_rates(known.device)
             if real and measured:
-                self.measure(known, table, progress)
+                self.measure_program(self.captured.program, known, table, progress)
         self.machine = limit_tiers(known, host_budget)
         self.table, self.spoilt, self.seed, self.solver = table, spoilt, seed, solver
         self.prepare()
@@ -303,8 +310,8 @@ class Session:
         made.prepare()
         return made
 
-    def measure(self, machine: Machine, table: Table, progress: Progress | None) -> None:
-        """Measure the ops that the table of this device lacks."""
+    def measure_program(self, program: Program, machine: Machine, table: Table, progress: Progress | None = None) -> None:
+        """Measure the ops of a program that the table of this device lacks."""
         from ...backends.measure.worker import calibrate
 
         def tell(done: int, total: int) -> None:
@@ -312,7 +319,7 @@ class Session:
                 progress("measuring ops", done / max(total, 1))
 
         tell(0, 1)  # the first figure comes when a process has been started that measures
-        calibrate(self.captured.program, machine, table, time_limit=self.left(), progress=tell)
+        calibrate(program, machine, table, time_limit=self.left(), progress=tell)
 
     def covered(self, side: Side) -> Coverage:
         """How much of a schedule's time was measured."""
@@ -540,6 +547,19 @@ def check_calls(calls: Any, accumulate: bool, train: bool, arena: bool, strategy
     for name, given in (("arena=True", arena), ("strategy='memo'", strategy), ("optimizer_in_backward=True", in_backward)):
         if given:
             raise MemplanError(f"{asked} does not go with {name}: plan without it")
+
+
+def check_dynamic(levers: Iterable[str], lend_gradients: bool, optimizer_in_backward: bool) -> None:
+    """Refuse, where sizes vary, what holds for one shape alone.
+
+    Raises:
+        MemplanError: which argument.
+    """
+    given = {"allow='offload'": "offload" in levers, "lend_gradients": lend_gradients,
+             "optimizer_in_backward": optimizer_in_backward}  # fmt: skip
+    for name, asked in given.items():
+        if asked:
+            raise MemplanError(f"{name} holds for one shape alone, and dynamic= is for many: leave one of them out")
 
 
 def check_numbers(time_limit: Any, seed: Any) -> None:

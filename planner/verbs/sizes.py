@@ -1,0 +1,253 @@
+"""One trace and a handful of schedules for every size of a model's inputs.
+
+A `Session` at one shape is traced with symbols for the sizes that vary. Its planner finds some schedules, from the one that
+keeps everything down to the smallest known. At other sizes the program is computed in milliseconds, and of these schedules the
+fastest is taken that the referee accepts there: nothing is traced or solved.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from ...passes.liveness import held_bytes
+from ..cost.resized import Resized
+from ..cost.table import apply_costs
+from ..ir.errors import BudgetError, InvalidSchedule, MemplanError
+from ..ir.family import rebound
+from ..ir.plan import Side, unlimited
+from ..ir.program import Program
+from ..ir.referee import referee
+from ..ir.schedule import Run, Schedule
+from ..pipeline.planner import Planner
+from .plan import Session
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ...backends.eager.codegen import Generated
+    from ..capture.capture import Captured
+    from ..capture.sized import Sized
+
+Sizes = tuple[int, ...]
+WAYS = 8  # schedules that are found at the sizes of the example
+KNOWN = 64  # sizes whose program is kept
+
+
+class Way:
+    """One schedule that any size may take where the referee accepts it, and its code.
+
+    Attributes:
+        schedule: of the family's program at the sizes of the example.
+        runs: how often it runs each op.
+    """
+
+    def __init__(self, schedule: Schedule, captured: "Captured"):
+        self.schedule = schedule
+        self.captured = captured
+        self.runs = Counter(step.op for step in schedule.instructions if isinstance(step, Run))
+
+    def seconds(self, program: Program) -> float:
+        """What it takes with the costs of a program of the family."""
+        return sum(count * program.ops[op].seconds for op, count in self.runs.items())
+
+    @cached_property
+    def code(self) -> "Generated":
+        """Functions that carry it out with inputs of any size."""
+        from ...backends.eager.sizedcode import generate_sized
+
+        return generate_sized(self.captured, self.schedule)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A way at some sizes: the referee has accepted it.
+
+    Attributes:
+        way: the schedule at the sizes of the example, with its code.
+        side: the same at these sizes, and what the referee says of it.
+    """
+
+    way: Way
+    side: Side
+
+
+class SizedPlans:
+    """Plans for every size of a model's inputs, from one session.
+
+    Attributes:
+        session: captured with `dynamic`.
+        ways: the schedules known.
+    """
+
+    def __init__(self, session: Session):
+        """Nothing is solved yet: see `prepare`.
+
+        Raises:
+            MemplanError: the session was captured for one shape.
+        """
+        if session.captured.sized is None:
+            raise MemplanError("this session was captured for one shape: make it with dynamic=")
+        self.session = session
+        self.sized: Sized = session.captured.sized
+        self.machine = session.machine
+        self.program = session.planner.program
+        self.costs = Resized(self.program, session.machine, session.table)
+        self.ways: list[Way] = []
+        self.known: dict[Sizes, Program] = {self.sized.family.base: self.program}
+
+    @property
+    def captured(self) -> "Captured":
+        """The capture at the sizes of the example."""
+        return self.session.captured
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the sizes."""
+        return self.sized.names
+
+    def sizes_of(self, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Sizes | None:
+        """The sizes of a call of the model; None where it is another call, or one size is two numbers."""
+        from ..capture.calls import flatten_call
+
+        model = self.captured.model()
+        if model is None:
+            return None
+        try:
+            leaves, spec = flatten_call(model, args, dict(kwargs or {}))
+        except TypeError:
+            return None
+        return self.sized.of(leaves) if spec == self.captured.signature.spec else None
+
+    def holds(self, sizes: Sizes) -> bool:
+        """Whether the trace serves these sizes; where it does not, they want a trace of their own."""
+        return self.sized.holds(sizes)
+
+    def check_against(self, other: "Captured") -> Sizes:
+        """Compare the trace with an independent one for a single shape. Returns its sizes.
+
+        Raises:
+            CaptureError: they differ: the family is not to be used.
+        """
+        from ..capture.sizedcheck import check_against
+
+        return check_against(self.captured, other)
+
+    def at(self, sizes: Sizes) -> Program:
+        """The program at these sizes, with costs: measured where the table has them, else estimated."""
+        if sizes not in self.known:
+            if len(self.known) >= KNOWN:
+                self.known.pop(next(each for each in self.known if each != self.sized.family.base))
+            self.known[sizes] = self.costs.apply(self.sized.family.at(sizes))
+        return self.known[sizes]
+
+    def learn(self, sizes: Sizes) -> None:
+        """Measure the ops at these sizes too, so that costs at sizes between rest on both. Takes the session's time limit."""
+        if self.session.table is None:
+            raise MemplanError(f"{self.machine.name} is not at hand, so nothing can be measured on it: plan for this computer")
+        self.session.began = time.monotonic()
+        program = self.sized.family.at(sizes)
+        self.session.measure_program(program, self.machine, self.session.table)
+        self.costs.add(apply_costs(program, self.machine, self.session.table))
+        self.known = {self.sized.family.base: self.program}
+
+    def prepare(self, count: int = WAYS, time_limit: float | None = None) -> list[Way]:
+        """Find schedules from the one that keeps everything down to the smallest known, with budgets evenly spaced between.
+
+        Args:
+            count: how many, at most.
+            time_limit: seconds, at most; default: what is left of the session's.
+
+        Returns:
+            All that are known by now, the largest first.
+        """
+        planner = self.session.begin()
+        ends = planner.deadline if time_limit is None else time.monotonic() + time_limit
+        self.session.began = None
+        self.add(planner.kept.schedule)
+        planner.deadline = time.monotonic() + (ends - time.monotonic()) / max(count, 1)
+        floor = planner.quick_floor
+        self.add(floor.schedule)
+        top, bottom = planner.kept.peak, floor.peak
+        for left in range(count - 2, 0, -1):
+            planner.deadline = time.monotonic() + max(0.0, ends - time.monotonic()) / left
+            try:
+                self.add(planner.solve(bottom + (top - bottom) * left // (count - 1)).found.schedule)
+            except BudgetError:  # the time is up
+                break
+        planner.deadline = float("inf")
+        self.ways.sort(key=lambda way: way.seconds(self.program))
+        return self.ways
+
+    def solve(self, sizes: Sizes, budget: int, time_limit: float = 10.0) -> Choice:
+        """Plan for one more size, without tracing; the schedule joins the ways.
+
+        Raises:
+            BudgetError: no schedule was found.
+        """
+        planner = self.session.planner
+        own = Planner(
+            self.at(sizes), self.machine, planner.recompute, planner.reorder, seed=planner.seed, solver=planner.solver
+        )
+        own.deadline = time.monotonic() + time_limit
+        side = own.solve(min(budget, self.machine.tiers[0].capacity)).found
+        return Choice(self.add(rebound(side.schedule, self.at(sizes), self.program)), side)
+
+    def add(self, schedule: Schedule) -> Way:
+        """Let a schedule of the program at the sizes of the example be one of the ways.
+
+        Raises:
+            InvalidSchedule: it breaks a rule there, whatever the machine holds.
+        """
+        referee(self.program, unlimited(self.machine), schedule)
+        for way in self.ways:
+            if way.schedule.instructions == schedule.instructions:
+                return way
+        way = Way(schedule, self.captured)
+        self.ways.append(way)
+        return way
+
+    def side(self, way: Way, sizes: Sizes, budget: int | None = None) -> Side:
+        """A way at these sizes.
+
+        Raises:
+            InvalidSchedule: the referee refuses it there, within the budget.
+        """
+        program = self.at(sizes)
+        schedule = rebound(way.schedule, self.program, program)
+        return Side(program, schedule, referee(program, self.machine, schedule, budget))
+
+    def best(self, sizes: Sizes, budget: int | None = None) -> Choice | None:
+        """The fastest of the ways that the referee accepts at these sizes within the budget; None where it accepts none."""
+        program = self.at(sizes)
+        for way in sorted(self.ways, key=lambda way: way.seconds(program)):
+            try:
+                return Choice(way, self.side(way, sizes, budget))
+            except InvalidSchedule:
+                continue
+        return None
+
+    def module(self, way: Way, budget: int | None = None) -> "nn.Module":
+        """A planned module that runs one way, at all sizes at which the trace holds and the referee accepts it in the budget.
+
+        Raises:
+            MemplanError: the model is gone.
+        """
+        from ...backends.eager.module import planned_module
+        from ...backends.eager.stepwitness import StepWitness
+
+        model = self.captured.model()
+        if model is None:
+            raise MemplanError("the model that was captured is gone: keep it as long as its plans")
+
+        def admit(sizes: Sizes) -> bool:
+            try:
+                self.side(way, sizes, budget)
+            except InvalidSchedule:
+                return False
+            return True
+
+        witness = StepWitness(budget, held_bytes(self.program, way.schedule), self.captured.loss is not None, [])
+        return planned_module(model, self.captured, way.code, witness, admit)
