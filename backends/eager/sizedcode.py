@@ -15,6 +15,7 @@ from ...planner.capture.expressions import Numbers, text
 from ...planner.capture.graph import Source
 from ...planner.ir.errors import MemplanError
 from ...planner.ir.schedule import Schedule, Start
+from .accumulation import Accumulation
 from .codegen import Generated, Writer
 
 
@@ -22,7 +23,7 @@ class SizedWriter(Writer):
     """Writes both functions for inputs of any size."""
 
     def __init__(self, captured: Captured, schedule: Schedule):
-        super().__init__(captured.traced, schedule)
+        super().__init__(captured.traced, schedule, updates=Accumulation(captured.traced) if captured.traced.adds else None)
         assert captured.sized is not None
         self.symbols = captured.sized.symbols
         self.numbers = Numbers(self.symbols)
@@ -74,7 +75,7 @@ def generate_sized(captured: Captured, schedule: Schedule) -> Generated:
         raise MemplanError("this step was captured for one shape: capture it with dynamic=")
     if schedule.placements or schedule.homes or any(isinstance(step, Start) for step in schedule.instructions):
         raise MemplanError("an arena and offload hold for one shape: plan without them where sizes vary")
-    if captured.traced.updates:
+    if captured.traced.updates and not captured.traced.adds:
         raise MemplanError("optimizer_in_backward is for one shape: plan without it where sizes vary")
     return SizedWriter(captured, schedule).write()
 

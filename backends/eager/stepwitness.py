@@ -27,9 +27,16 @@ class Forward(Protocol):
 
 
 class Mark:
-    """One forward pass whose backward pass is to come; it lives as long as what that needs."""
+    """One forward pass whose backward pass is to come; it lives as long as what that needs.
 
-    __slots__ = ("__weakref__",)
+    Attributes:
+        held: bytes that the step holds in between.
+    """
+
+    __slots__ = ("__weakref__", "held")
+
+    def __init__(self, held: int):
+        self.held = held
 
 
 class StepWitness(Witness):
@@ -39,6 +46,7 @@ class StepWitness(Witness):
         held: bytes that a step holds between its passes.
         outside: the caller computes the loss.
         calls: how many calls before one backward pass were planned for.
+        peak: bytes of the step at its peak, where that is asked for.
         marks: forward passes whose backward pass is to come.
         came: a planned step has run backward, and the watched parameter's gradient has not been accumulated since.
     """
@@ -46,6 +54,7 @@ class StepWitness(Witness):
     def __init__(self, budget: int | str | None, held: int, outside: bool, seen: list[Seen], calls: int = 1):
         super().__init__(budget, seen)
         self.calls = calls
+        self.peak = 0
         self.held = held
         self.outside = outside
         self.marks: weakref.WeakSet[Mark] = weakref.WeakSet()
@@ -72,7 +81,7 @@ class StepWitness(Witness):
 
     def mark(self) -> Mark:
         """A forward pass begins."""
-        made = Mark()
+        made = Mark(self.held)
         self.marks.add(made)
         return made
 
@@ -124,10 +133,9 @@ class Beside(StepWitness):
         peak: of the plan, in bytes.
     """
 
-    def __init__(self, plan: "Plan", main: StepWitness):
-        held = held_bytes(plan.program, plan.schedule)
-        super().__init__(plan.budget, held, plan.recipe.loss, main.seen, plan.recipe.calls)
-        self.main, self.peak, self.said = main, plan.peak, main.said
+    def __init__(self, budget: int, held: int, peak: int, main: StepWitness):
+        super().__init__(budget, held, True, main.seen)
+        self.main, self.peak, self.said = main, peak, main.said
 
     def begin(self, parameters: Iterable[torch.Tensor], alone: bool) -> None:
         """A training step is about to begin: gradients and other calls have been reckoned with."""

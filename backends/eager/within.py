@@ -1,15 +1,17 @@
-"""The forward of a module that keeps a budget at every call: it picks the plan that a call is for, or has one made.
+"""The forward of a module that keeps a budget at every call: it finds the kind of call that came, or has one captured.
 
-What there is to pick from: other shapes and answers are other *kinds* of calls, each captured once; a kind has a plan for a
-call by itself, for one beside gradients that are there, and for one of several before one backward pass.
+The first call is captured and planned as it is. When another shape of the same call comes, it is captured with symbols for the
+sizes in which the two differ; that trace is compared with the first, op for op, and serves every size from then on. Where it
+does not (a size of 1, a model that does something else at some sizes), and where sizes cannot vary at all, each shape is of its
+own kind.
 """
 
 import inspect
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import MethodType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,65 +19,59 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from ...planner.capture.calls import autocast_state, flatten_call
-from ...planner.capture.inputs import facts
-from ...planner.ir.errors import BudgetError, BudgetWarning, CaptureError, MemplanError, PlanMismatch, UnplannedWarning
-from ...planner.ir.plan import Plan
-from ...planner.ir.program import Kind, Program
+from ...planner.capture.symbols import SMALLEST
+from ...planner.ir.errors import BudgetWarning, CaptureError, MemplanError, UnplannedWarning
 from ...planner.ir.units import show_bytes
-from .module import Runner, coded
-from .stepwitness import Beside, StepWitness
+from .kinds import EverySize, OneShape, Session, Whose
+from .module import Runner
+from .stepwitness import StepWitness
 from .witness import users_level
 
-KEPT = 64  # kinds of calls whose plans are kept
+KEPT = 32  # kinds of calls of one shape whose plans are kept
+TRIES = 2  # traces with sizes that vary that may turn out not to be the model's
+
+Dynamic = dict[int | str, dict[int, str]]
 
 
-class Session(Protocol):
-    """A call that has been captured, to be planned for one budget or many: see `planner.verbs.plan.Session`."""
-
-    @property
-    def program(self) -> Program:
-        """What was captured, with its costs."""
-        ...
-
-    def accumulating(self) -> "Session":
-        """The same with a step that adds to the gradients that are there."""
-        ...
-
-    def plan(self, budget: int, *, calls: int = 1, reserved: int = 0) -> Plan:
-        """The fastest that fits."""
-        ...
-
-
-class Planned:
-    """What one kind of call was captured as, and its plans: beside nothing, beside gradients that are there, beside calls.
+class Form:
+    """Calls that differ in the sizes of their tensors at most.
 
     Attributes:
-        session: that captured it.
-        given: the shapes of the tensors of the call, None for what is none.
-        adding: the same with a step that adds to the gradients that are there; None until one is wanted.
-        runners: for (calls before one backward pass, whether gradients are there) what runs.
-        peak: of the plan that is for a call alone, in bytes.
+        seen: the shapes that were captured, each a tuple with one for each leaf; () for a leaf that is no tensor.
+        one: for shapes the kinds of calls of them alone.
+        every: kinds of calls whose sizes vary.
+        failures: traces with sizes that vary that were not the model's.
+        unplanned: these calls run as they are.
     """
 
-    def __init__(self, session: Session, given: list[Any]):
-        self.session = session
-        self.given = [getattr(leaf, "shape", None) for leaf in pytree.tree_leaves(given)]
-        self.adding: Session | None = None
-        self.runners: dict[tuple[int, bool], Runner] = {}
-        self.peak = 0
+    def __init__(self) -> None:
+        self.seen: list[tuple[tuple[int, ...], ...]] = []
+        self.one: OrderedDict[tuple[tuple[int, ...], ...], list[OneShape]] = OrderedDict()
+        self.every: list[EverySize] = []
+        self.failures = 0
+        self.unplanned = False
 
+    @property
+    def kinds(self) -> list[OneShape | EverySize]:
+        """All of them."""
+        return [kind for kinds in self.one.values() for kind in kinds] + self.every
 
-def larger(error: BudgetError, kind: Planned, room: int) -> BudgetError:
-    """The error of a batch that does not fit, with how much of it would."""
-    rows = next((shape[0] for shape in kind.given if shape is not None and len(shape) > 1), 0)
-    program = kind.session.program
-    inputs = sum(buffer.bytes for buffer in program.buffers if buffer.kind is Kind.INPUT)
-    fixed = program.resident_bytes - inputs
-    if error.minimum is None or rows < 2 or room <= fixed:
-        return error
-    fitting = int(rows * (room - fixed) / (error.minimum - fixed))
-    told = f"about {fitting} of the {rows} rows of this batch would fit" if fitting else "not one row of this batch would fit"
-    return BudgetError(f"{error}; {told}", error.minimum)
+    def varying(self, shapes: tuple[tuple[int, ...], ...]) -> Dynamic | None:
+        """The dimensions in which calls have differed, this one among them, with a name for those that were always equal.
+
+        Returns:
+            None where there are none, or one of them is too small now to stand for others.
+        """
+        names: dict[tuple[int, ...], str] = {}
+        found: Dynamic = {}
+        for leaf, shape in enumerate(shapes):
+            for dim, size in enumerate(shape):
+                history = (*(known[leaf][dim] for known in self.seen), size)
+                if len(set(history)) > 1:
+                    if size < SMALLEST:
+                        return None
+                    found.setdefault(leaf, {})[dim] = names.setdefault(history, f"size{len(names)}")
+        return found or None
 
 
 class Within:
@@ -86,8 +82,8 @@ class Within:
         model: the same with the model's own forward, which is what is captured.
         budget: bytes.
         reserved: of these, what is left to others.
-        session_of: captures a call of a model, given its arguments and whether it is the first.
-        kinds: what is planned, by what a call looks like; None for what runs unplanned.
+        session_of: captures a call of a model, given its arguments, whether it is the first, and which sizes vary.
+        forms: what is planned, by what a call looks like.
         calls: the most calls that have come before one backward pass.
         witness: looks whether planned steps run at all.
         told: what has been said.
@@ -95,36 +91,39 @@ class Within:
 
     def __init__(
         self, module: nn.Module, model: nn.Module, budget: int, reserved: int,
-        session_of: Callable[[nn.Module, tuple, dict[str, Any], bool], Session],
+        session_of: Callable[[nn.Module, tuple, dict[str, Any], bool, Dynamic | None], Session],
     ):  # fmt: skip
         self.module, self.model = module, model
         self.budget, self.reserved, self.session_of = budget, reserved, session_of
         self.original = vars(model).get("forward") or MethodType(type(module).forward, module)
         self.__signature__ = inspect.signature(self.original)  # transformers' Trainer passes the arguments found there
-        self.kinds: OrderedDict[Any, list[Planned] | None] = OrderedDict()
+        self.forms: dict[Any, Form] = {}
         self.calls = 1
         self.witness = StepWitness(budget, 0, True, [])
         self.told: set[str] = set()
         self.watched = False
+        self.whose = Whose(module, model, self.original, budget - reserved, self.witness, self.warn)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.plans(args, kwargs):
+        found = self.form(args, kwargs) if self.plans(args, kwargs) else None
+        if found is None or found[0].unplanned:
             return self.original(*args, **kwargs)
-        key = self.key(args, kwargs)
-        found = None if key is None else self.kinds.get(key, [])
-        if found is None:
-            return self.original(*args, **kwargs)
-        picked = self.pick(found, args, kwargs)
+        form, shapes = found
+        picked = self.pick([*form.one.get(shapes, ()), *form.every], args, kwargs)
         if picked is None:
-            kind = self.make(key, args, kwargs)
-            if kind is None:
+            try:
+                picked = self.pick([self.make(form, shapes, args, kwargs)], args, kwargs)
+                if picked is None:
+                    raise CaptureError("its next call would not be the one that was planned")
+            except CaptureError as error:
+                form.unplanned = True
+                self.say(f"calls of {type(self.module).__name__} like this one run unplanned, and no budget is kept: {error}",
+                         UnplannedWarning)  # fmt: skip
                 return self.original(*args, **kwargs)
-            picked = self.pick([kind], args, kwargs)
-            if picked is None:
-                return self.give_up(key, "its next call would not be the one that was planned", args, kwargs)
-        self.kinds.move_to_end(key)
         kind, leaves, inputs = picked
-        return self.runner(kind).run(leaves, inputs)
+        runner = kind.runner(leaves, self.beside(), self.gradients())
+        self.watch(runner)
+        return runner.run(leaves, inputs)
 
     def plans(self, args: tuple, kwargs: dict[str, Any]) -> bool:
         """Whether a call is one of training, for which there is something to plan."""
@@ -135,115 +134,97 @@ class Within:
             return False  # `torch.export`, or somebody who counts operations
         return any(value.requires_grad for value in (*self.module.parameters(), *leaves))
 
-    def key(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """What a call looks like, by which its kinds are found; None for arguments that are not forward's."""
+    def form(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Form, tuple[tuple[int, ...], ...]] | None:
+        """What a call looks like, and the shapes of its leaves; None for arguments that are not forward's."""
         try:
             leaves, spec = flatten_call(self.module, args, kwargs)
         except TypeError:
             return None  # forward itself says what is wrong
         parameter = next(self.module.parameters(), None)
         device = "cpu" if parameter is None else parameter.device.type
-        told = tuple(facts(leaf) if isinstance(leaf, torch.Tensor) else repr(leaf) for leaf in leaves)
-        return str(spec), told, self.module.training, device, autocast_state(device)
+        told = tuple((leaf.dtype, leaf.dim(), leaf.requires_grad) if isinstance(leaf, torch.Tensor) else repr(leaf)
+                     for leaf in leaves)  # fmt: skip
+        key = str(spec), told, self.module.training, device, autocast_state(device)
+        shapes = tuple(tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else () for leaf in leaves)
+        return self.forms.setdefault(key, Form()), shapes
 
-    def pick(self, kinds: list[Planned], args: tuple, kwargs: dict[str, Any]) -> tuple[Planned, list[Any], list[Any]] | None:
+    def pick(
+        self, kinds: Sequence[OneShape | EverySize], args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[OneShape | EverySize, list[Any], list[Any]] | None:
         """The kind that a call is of, with the call's leaves and the arguments of what runs."""
         for kind in kinds:
-            checks = next(iter(kind.runners.values())).checks
-            try:
-                leaves = checks.check_call(args, kwargs)
-                return kind, leaves, checks.fetched(leaves)
-            except PlanMismatch:
-                continue
+            found = kind.pick(args, kwargs)
+            if found is not None:
+                return kind, *found
         return None
 
-    def runner(self, kind: Planned) -> Runner:
-        """What runs, given what lies beside the step now.
+    def make(self, form: Form, shapes: tuple[tuple[int, ...], ...], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Capture a call, of every size if it is like one that is known, and plan it as if it came alone.
 
         Raises:
             BudgetError: no schedule fits.
-        """
-        runners = [runner for kinds in self.kinds.values() for each in kinds or () for runner in each.runners.values()]
-        pending = sum(len(runner.witness.marks) for runner in runners)
-        gradients = sum(value.grad.nbytes for value in self.module.parameters() if value.grad is not None)
-        if pending >= self.calls:
-            self.calls = pending + 1
-            if self.told.isdisjoint({"calls"}):
-                self.told.add("calls")
-                held = sum(len(runner.witness.marks) * runner.witness.held for runner in runners)
-                self.say(f"a call begins while {pending} before it wait for their backward pass and hold {show_bytes(held)} "
-                         f"({held} bytes): those were planned as if alone, so this step may pass the budget of "
-                         f"{show_bytes(self.budget)}; from the next step on there is room for all", BudgetWarning)  # fmt: skip
-        wanted = (self.calls, gradients > 0 or self.calls > 1)
-        alone = kind.runners.get((1, False))
-        if wanted == (1, True) and alone is not None and kind.peak + gradients <= self.budget - self.reserved:
-            return alone
-        if wanted not in kind.runners:
-            self.add(kind, *wanted)
-        return kind.runners[wanted]
-
-    def make(self, key: Any, args: tuple, kwargs: dict[str, Any]) -> Planned | None:
-        """Capture a call, and plan it as it comes first: with no gradients there.
-
-        Raises:
-            BudgetError: no schedule fits.
+            CaptureError: it cannot be traced.
         """
         vars(self.model).update((name, value) for name, value in vars(self.module).items() if name != "forward")
-        first = not self.kinds
-        try:
-            session = self.session_of(self.model, args, kwargs, first)
-        except CaptureError as error:
-            self.give_up(key, str(error))
-            return None
-        kind = Planned(session, [*args, *kwargs.values()])
-        self.add(kind, 1, False)
-        known = self.kinds.setdefault(key, [])
-        assert known is not None
-        known.append(kind)
-        while sum(len(kinds or ()) for kinds in self.kinds.values()) > KEPT:
-            self.kinds.popitem(last=False)
+        every = self.every(form, shapes, args, kwargs)
+        if every is not None:
+            form.every.append(every)
+            return every
+        first = not any(form.kinds for form in self.forms.values())
+        kind = OneShape(self.whose, self.session_of(self.model, args, kwargs, first, None))
+        form.one.setdefault(shapes, []).append(kind)
+        form.seen.append(shapes)
+        crowded = [other for other in self.forms.values() if other.one]
+        if sum(len(kinds) for other in crowded for kinds in other.one.values()) > KEPT:
+            crowded[0].one.popitem(last=False)
         return kind
 
-    def add(self, kind: Planned, calls: int, there: bool) -> None:
-        """Plan a kind of call for what lies beside it.
-
-        Raises:
-            BudgetError: no schedule fits.
-        """
-        session = kind.session
-        if there:
-            if kind.adding is None:
-                kind.adding = session.accumulating()
-            session = kind.adding
+    def every(self, form: Form, shapes: tuple[tuple[int, ...], ...], args: tuple, kwargs: dict[str, Any]) -> EverySize | None:
+        """A call captured with symbols for its sizes; None where it cannot be, or is not what others of its form are."""
+        dynamic = form.varying(shapes) if form.failures < TRIES else None
+        if dynamic is None:
+            return None
+        tensors = [leaf for leaf in flatten_call(self.module, args, kwargs)[0] if isinstance(leaf, torch.Tensor)]
+        places = [(int(leaf), dim) for leaf, dims in dynamic.items() for dim in dims]
+        large = [kind for other, kinds in form.one.items() for kind in kinds
+                 if other != shapes and all(other[leaf][dim] >= SMALLEST for leaf, dim in places)]  # fmt: skip
+        known = next((kind for kind in large if kind.asks_alike(tensors)), None)
+        if known is None:
+            return None
         try:
-            plan = session.plan(self.budget, calls=calls, reserved=self.reserved)
-        except BudgetError as error:
-            if calls == 1:
-                raise larger(error, kind, self.budget - self.reserved) from None
-            plan = session.plan(self.budget, reserved=self.reserved)
-            self.say(f"{error}; each call is planned as if alone", BudgetWarning)
-        kind.runners[calls, there] = self.applied(plan)
-        kind.peak = plan.peak if (calls, there) == (1, False) else kind.peak
+            return EverySize(self.whose, self.session_of(self.model, args, kwargs, False, dynamic), known.captured)
+        except CaptureError:
+            form.failures += 1
+            return None
 
-    def applied(self, plan: Plan) -> Runner:
-        """What runs a plan's step for this module."""
-        assert plan.captured is not None
-        code = coded(plan, plan.captured, self.model)
-        runner = Runner(self.module, self.original, plan.captured, code, Beside(plan, self.witness))
+    def gradients(self) -> int:
+        """Bytes of gradients that are there."""
+        return sum(value.grad.nbytes for value in self.module.parameters() if value.grad is not None)
+
+    def beside(self) -> int:
+        """How many calls before one backward pass a plan has to leave room for: as many as have been seen."""
+        runners = [runner for form in self.forms.values() for kind in form.kinds for runner in kind.runners.values()]
+        marks = [mark for runner in runners for mark in runner.witness.marks]
+        if len(marks) >= self.calls:
+            self.calls = len(marks) + 1
+            held = sum(mark.held for mark in marks)
+            if "calls" not in self.told:
+                self.told.add("calls")
+                self.warn(f"a call begins while {len(marks)} before it wait for their backward pass and hold "
+                          f"{show_bytes(held)} ({held} bytes): those were planned as if alone, so this step may pass the "
+                          f"budget of {show_bytes(self.budget)}; from the next step on there is room for all")  # fmt: skip
+        return self.calls
+
+    def watch(self, runner: Runner) -> None:
+        """Have one parameter looked at, once: does its gradient come from planned steps?"""
         if not self.watched and runner.named:
             self.watched = True
             name = runner.named[0]
             self.witness.watch(self, name, self.module.get_parameter(name))
-        return runner
 
-    def give_up(self, key: Any, reason: str, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        """Let calls of a kind run unplanned, and say why, once. Returns the call's result if there is one."""
-        self.kinds[key] = None
-        if reason not in self.told:
-            self.told.add(reason)
-            self.say(f"calls of {type(self.module).__name__} like this one run unplanned, and no budget is kept: {reason}",
-                     UnplannedWarning)  # fmt: skip
-        return self.original(*args, **(kwargs or {})) if args or kwargs else None
+    def warn(self, message: str) -> None:
+        """Say what is with the budget."""
+        self.say(message, BudgetWarning)
 
     def say(self, message: str, category: Any) -> None:
         """Warn at the user's line."""

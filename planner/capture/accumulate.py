@@ -15,6 +15,7 @@ from ..ir.plan import Kept
 from ..ir.program import Buffer, Kind, Phase
 from .graph import Traced
 from .optimizers import make_op, rows_of
+from .sized import family_of
 
 if TYPE_CHECKING:
     from .capture import Captured
@@ -73,8 +74,10 @@ def accumulating(traced: Traced) -> Traced:
 
 def added_up(captured: "Captured") -> "Captured":
     """What was captured, with a step that adds to the gradients that are there."""
-    traced = accumulating(captured.traced)
-    return replace(captured, traced=traced, program=traced.program)
+    traced, sized = accumulating(captured.traced), captured.sized
+    if sized is not None:
+        sized = replace(sized, family=family_of(traced, sized.symbols, sized.loss))
+    return replace(captured, traced=traced, program=traced.program, sized=sized)
 
 
 def handed_over(traced: Traced) -> frozenset[str]:

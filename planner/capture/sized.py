@@ -40,11 +40,13 @@ class Sized:
         symbols: the sizes, and where a call has them.
         holds: whether the trace serves given sizes.
         family: its program at any.
+        loss: the caller's own loss, if there is one.
     """
 
     symbols: Symbols
     holds: Holds
     family: Family
+    loss: fx.GraphModule | None = None
     known: dict[tuple[int, ...], Signature] = field(default_factory=dict)
 
     @property
@@ -103,7 +105,7 @@ def sized_capture(
         if source.kind == "constant" and node.meta[SIZED] is not None and has_symbols(node.meta[SIZED]):
             raise CaptureError(f"the model holds {source.name}, whose size varies with dynamic=: make it in forward")
     family = family_of(traced, symbols, loss)
-    return Sized(symbols, Holds(symbols, mode.questions.different), family)
+    return Sized(symbols, Holds(symbols, mode.questions.different), family, loss)
 
 
 def with_numbers(graph: fx.GraphModule, symbols: Symbols) -> None:
@@ -196,14 +198,8 @@ class _Gathering:
             target = next(place for place, known in self.traced.sources.items() if known == source)
             text = self.key(structure_of("aten.copy_.default", (target, made), {}, SIZED), (", ", ": "))
             return Row(text, self.slot(0), self.slot(2 * span(target.meta[SIZED])), self.slot(0))
-        if op.phase is Phase.LOSS and loss is not None:
-            flops, traffic, peaks = graph_costs(loss, SIZED)
-            exprs = {self.numbers.name(peak): None for peak in peaks} or {"0": None}
-            peak = f"max({', '.join(exprs)})" if len(exprs) > 1 else next(iter(exprs))
-            whole, moved = self.numbers.name(flops), self.numbers.name(traffic)
-            head, tail = json.dumps({"op": "loss", "args": ["A", "B"], "kwargs": {}}).split('"A", "B"')
-            text = f"{head!r} + repr(float({whole})) + ', ' + repr({moved}) + {tail!r}"
-            return Row(self.keys.setdefault(text, len(self.keys)), self.slot(flops), self.slot(traffic), self.slot_of(peak))
+        if op.phase is Phase.LOSS and (loss is not None or op.workspace):
+            return self.loss_row(loss)
         if node is None:
             key = self.keys.setdefault(repr(op.key), len(self.keys))
             return Row(key, self.slot(op.flops), self.slot(op.traffic), self.slot(op.workspace))
@@ -213,6 +209,20 @@ class _Gathering:
         given = pytree.tree_map(symbolic, (tuple(node.args), dict(node.kwargs)))
         key = self.key(structure_of(node.target, given[0], given[1], SIZED), (",", ":"))
         return Row(key, self.slot(operations(node, SIZED)), self.slot(traffic), self.slot(unpicked(node, parts, SIZED)))
+
+    def loss_row(self, loss: fx.GraphModule | None) -> Row:
+        """The figures of the caller's loss; None for one of which nothing is known (`_Lowering.add_loss`)."""
+        if loss is None:
+            size = sum(span(node.meta[SIZED]) for node, source in self.traced.sources.items() if source.kind == "tangent")
+            flops, traffic, peaks = size, 4 * size, [size]
+        else:
+            flops, traffic, peaks = graph_costs(loss, SIZED)
+        exprs = {self.numbers.name(peak): None for peak in peaks} or {"0": None}
+        peak = f"max({', '.join(exprs)})" if len(exprs) > 1 else next(iter(exprs))
+        whole, moved = self.numbers.name(flops), self.numbers.name(traffic)
+        head, tail = json.dumps({"op": "loss", "args": ["A", "B"], "kwargs": {}}).split('"A", "B"')
+        text = f"{head!r} + repr(float({whole})) + ', ' + repr({moved}) + {tail!r}"
+        return Row(self.keys.setdefault(text, len(self.keys)), self.slot(flops), self.slot(traffic), self.slot_of(peak))
 
     def key(self, structure: dict[str, Any], separators: tuple[str, str]) -> int:
         """The index of a key: Python that makes its text."""

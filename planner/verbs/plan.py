@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from ..capture.capture import Captured
     from ..capture.symbols import Dynamic
+    from .sizes import SizedPlans
 
 SEEDS = 2**31  # random generators take no larger ones, and some count on from the seed
 SOME = 2**40  # bytes that a percentage is of while the peak is not known
@@ -297,6 +298,12 @@ class Session:
     def program(self) -> Program:
         """What was captured, with its costs."""
         return self.planner.program
+
+    def ways(self) -> "SizedPlans":
+        """Schedules for every size, where it was captured with sizes that vary."""
+        from .sizes import SizedPlans
+
+        return SizedPlans(self)
 
     def accumulating(self) -> "Session":
         """The same with a step that adds to the gradients that are there (`planner/capture/accumulate.py`)."""

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 Sizes = tuple[int, ...]
 WAYS = 8  # schedules that are found at the sizes of the example
+START = 10.0  # seconds for the first two, at most
 KNOWN = 64  # sizes whose program is kept
 
 
@@ -152,6 +153,10 @@ class SizedPlans:
         self.session.measure_program(program, self.machine, self.session.table)
         self.costs.add(apply_costs(program, self.machine, self.session.table))
         self.known = {self.sized.family.base: self.program}
+
+    def start(self) -> None:
+        """Find the schedule that keeps everything, and the smallest known."""
+        self.prepare(2, START)
 
     def prepare(self, count: int = WAYS, time_limit: float | None = None) -> list[Way]:
         """Find schedules from the one that keeps everything down to the smallest known, with budgets evenly spaced between.

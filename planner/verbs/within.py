@@ -16,6 +16,8 @@ from .plan import Progress, Session, check_model, check_numbers
 if TYPE_CHECKING:
     from torch import nn
 
+    from ..capture.symbols import Dynamic
+
 LATER = 10.0  # seconds of planning, at most, for a kind of call that is not the first
 
 
@@ -69,11 +71,11 @@ def within(
     spare = 0 if reserved == 0 else parse_bytes(reserved, what="number of bytes reserved")
     from ...backends.eager.within import Within
 
-    def session_of(model: "nn.Module", args: tuple, kwargs: dict[str, Any], first: bool) -> Session:
+    def session_of(model: "nn.Module", args: tuple, kwargs: dict[str, Any], first: bool, dynamic: "Dynamic | None") -> Session:
         """A call captured, the first one's ops measured."""
         return Session(
             model, args, kwargs, loss=loss, optimizer=optimizer, machine=machine, allow=allow, seed=seed, progress=progress,
-            time_limit=time_limit if first else min(time_limit, LATER), outside=True, measured=first,
+            time_limit=time_limit if first else min(time_limit, LATER), outside=True, measured=first, dynamic=dynamic,
         )  # fmt: skip
 
     module = copy.copy(model)

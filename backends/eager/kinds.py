@@ -1,0 +1,334 @@
+"""Kinds of calls that a module within a budget has met: one shape, or every size of some; and what runs each.
+
+A kind was captured once. It has a plan for a call by itself, for one beside gradients that are there, and for one of several
+before one backward pass; one of every size has some schedules, of which each size takes the fastest that fits there.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ...passes.liveness import held_bytes
+from ...planner.capture.capture import Captured
+from ...planner.capture.inputs import TensorFacts
+from ...planner.capture.questions import Call
+from ...planner.ir.errors import BudgetError, InvalidSchedule, MemplanError, PlanMismatch
+from ...planner.ir.plan import Plan, Side
+from ...planner.ir.program import Kind, Program
+from .codegen import Generated
+from .module import Runner, coded
+from .stepwitness import Beside, StepWitness
+
+WAYS = 8  # schedules of a kind of every size
+WORTH = 0.03  # a size is planned for where the schedules that are known take so much longer than keeping everything
+KNOWN = 512  # sizes whose choice is kept
+
+
+class Ways(Protocol):
+    """Schedules for every size of a capture: see `planner.verbs.sizes.SizedPlans`."""
+
+    ways: list[Any]
+    captured: Captured
+
+    def at(self, sizes: tuple[int, ...]) -> Program:
+        """The program at these sizes."""
+        ...
+
+    def side(self, way: Any, sizes: tuple[int, ...], budget: int | None = None) -> Side:
+        """A schedule at these sizes, if the referee accepts it."""
+        ...
+
+    def solve(self, sizes: tuple[int, ...], budget: int, time_limit: float = 10.0) -> Any:
+        """One more schedule, for these sizes."""
+        ...
+
+    def start(self) -> None:
+        """Find the first schedules."""
+        ...
+
+    def check_against(self, other: Captured) -> tuple[int, ...]:
+        """Compare the capture with another one of a single shape."""
+        ...
+
+
+class Session(Protocol):
+    """A call that has been captured, to be planned for one budget or many: see `planner.verbs.plan.Session`."""
+
+    captured: Captured
+
+    @property
+    def program(self) -> Program:
+        """What was captured, with its costs."""
+        ...
+
+    def accumulating(self) -> "Session":
+        """The same with a step that adds to the gradients that are there."""
+        ...
+
+    def plan(self, budget: int, *, calls: int = 1, reserved: int = 0) -> Plan:
+        """The fastest that fits."""
+        ...
+
+    def ways(self) -> Ways:
+        """Schedules for every size, where it was captured with sizes that vary."""
+        ...
+
+
+@dataclass(frozen=True)
+class Whose:
+    """The module that runs, and what it is held to.
+
+    Attributes:
+        module: whose calls these are.
+        model: the same with the model's own forward, which was captured.
+        original: that forward.
+        room: bytes that a step may take.
+        witness: looks whether planned steps run at all.
+        say: tells the user something, given a message.
+    """
+
+    module: nn.Module
+    model: nn.Module
+    original: Callable[..., Any]
+    room: int
+    witness: StepWitness
+    say: Callable[[str], None]
+
+    def runner(self, captured: Captured, code: Generated, peak: int, held: int) -> Runner:
+        """What runs some code."""
+        return Runner(self.module, self.original, captured, code, Beside(self.room, held, peak, self.witness))
+
+
+class OneShape:
+    """A kind of calls of one shape.
+
+    Attributes:
+        whose: module.
+        session: that captured it.
+        runners: for (calls before one backward pass, whether gradients are there) what runs.
+    """
+
+    def __init__(self, whose: Whose, session: Session):
+        self.whose, self.session = whose, session
+        self.adding: Session | None = None
+        self.runners: dict[tuple[int, bool], Runner] = {}
+        self.add(1, False)
+
+    @property
+    def captured(self) -> Captured:
+        """The call."""
+        return self.session.captured
+
+    def pick(self, args: tuple, kwargs: dict[str, Any]) -> tuple[list[Any], list[Any]] | None:
+        """The leaves of a call and the arguments of what runs, if the call is of this kind."""
+        return picked(next(iter(self.runners.values())), args, kwargs)
+
+    def asks_alike(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether what the model asked of its inputs has the same answers in a call of another shape, as far as can be told."""
+        call, known = Call(tensors), {}
+        try:
+            return all(question.same(call, known) for question in self.captured.questions)
+        except Exception:  # whatever an operator says of another shape than the one that was traced
+            return False
+
+    def runner(self, leaves: list[Any], calls: int, gradients: int) -> Runner:
+        """What runs a call beside others, and beside so many bytes of gradients.
+
+        Raises:
+            BudgetError: no schedule fits.
+        """
+        wanted = (calls, gradients > 0 or calls > 1)
+        alone = self.runners[1, False]
+        if wanted == (1, True) and alone.witness.peak + gradients <= self.whose.room:
+            return alone
+        if wanted not in self.runners:
+            self.add(*wanted)
+        return self.runners[wanted]
+
+    def add(self, calls: int, there: bool) -> None:
+        """Plan for what lies beside a call.
+
+        Raises:
+            BudgetError: no schedule fits.
+        """
+        session, room = self.session, self.whose.room
+        if there:
+            session = self.adding = self.adding or session.accumulating()
+        try:
+            plan = session.plan(room, calls=calls)
+        except BudgetError as error:
+            if calls == 1:
+                raise larger(error, self.session.program, self.captured.signature.inputs, room) from None
+            plan = session.plan(room)
+            self.whose.say(f"{error}; each call is planned as if alone")
+        assert plan.captured is not None
+        code = coded(plan, plan.captured, self.whose.model)
+        held = held_bytes(plan.program, plan.schedule)
+        self.runners[calls, there] = self.whose.runner(plan.captured, code, plan.peak, held)
+
+
+class EverySize:
+    """A kind of calls whose sizes vary.
+
+    Attributes:
+        whose: module.
+        session: that captured it.
+        plans: for whether gradients are there, schedules.
+        runners: for each schedule what runs it.
+        chosen: for sizes, calls before one backward pass and whether gradients are there: what runs, and its bytes at the peak
+            and between the passes.
+    """
+
+    def __init__(self, whose: Whose, session: Session, known: Captured):
+        """Take a capture whose sizes vary.
+
+        Args:
+            whose: module.
+            session: with the capture.
+            known: another capture, of one shape, with which it is compared.
+
+        Raises:
+            CaptureError: they differ.
+        """
+        self.whose, self.session = whose, session
+        self.plans = {False: session.ways()}
+        self.plans[False].check_against(known)
+        self.plans[False].start()
+        self.runners: dict[int, Runner] = {}
+        self.chosen: dict[tuple[tuple[int, ...], int, bool], tuple[Runner, int, int]] = {}
+        self.first = self.of(False, self.plans[False].ways[0])
+
+    @property
+    def captured(self) -> Captured:
+        """The call of the example."""
+        return self.session.captured
+
+    def pick(self, args: tuple, kwargs: dict[str, Any]) -> tuple[list[Any], list[Any]] | None:
+        """The leaves of a call and the arguments of what runs, if the call is of this kind."""
+        return picked(self.first, args, kwargs)
+
+    def runner(self, leaves: list[Any], calls: int, gradients: int) -> Runner:
+        """What runs a call beside others, and beside so many bytes of gradients.
+
+        Raises:
+            BudgetError: no schedule fits.
+        """
+        assert self.captured.sized is not None
+        sizes = self.captured.sized.of(leaves)
+        assert sizes is not None
+        there = gradients > 0 or calls > 1
+        alone = self.chosen.get((sizes, 1, False))
+        if calls == 1 and there and alone is not None and alone[1] + gradients <= self.whose.room:
+            return self.set(alone)
+        key = sizes, calls, there
+        if key not in self.chosen:
+            while len(self.chosen) >= KNOWN:
+                self.chosen.pop(next(iter(self.chosen)))
+            self.chosen[key] = self.choose(sizes, calls, there)
+        return self.set(self.chosen[key])
+
+    def set(self, chosen: tuple[Runner, int, int]) -> Runner:
+        """A choice, whose witness knows what it takes."""
+        runner, peak, held = chosen
+        runner.witness.peak, runner.witness.held = peak, held
+        return runner
+
+    def choose(self, sizes: tuple[int, ...], calls: int, there: bool) -> tuple[Runner, int, int]:
+        """The fastest schedule that fits at some sizes.
+
+        Raises:
+            BudgetError: none does.
+        """
+        if there not in self.plans:
+            self.plans[there] = self.session.accumulating().ways()
+            self.plans[there].start()
+        plans, room = self.plans[there], self.whose.room
+        program = plans.at(sizes)
+        kept = sum(op.seconds for op in program.ops)
+        found = self.fitting(plans, sizes, calls)
+        if (found is None or found[0] > kept * (1 + WORTH)) and len(plans.ways) < WAYS:
+            found = self.solved(plans, sizes, calls) or found
+        if found is None:
+            try:
+                side = plans.solve(sizes, room).side
+                if calls == 1:
+                    found = self.fitting(plans, sizes, calls)
+            except BudgetError as error:
+                raise larger(error, program, resized(self.captured, sizes), room) from None
+            if found is None:
+                self.whose.say(f"{calls} calls before one backward pass do not fit together; each is planned as if alone")
+                found = next((side.time, way, side) for way in reversed(plans.ways) if accepted(plans, way, sizes))
+        _, way, side = found
+        return self.of(there, way), side.peak, held_bytes(side.program, side.schedule)
+
+    def solved(self, plans: Ways, sizes: tuple[int, ...], calls: int) -> tuple[float, Any, Side] | None:
+        """What fits once one more schedule has been looked for."""
+        room, target = self.whose.room, self.whose.room
+        for _ in range(3 if calls > 1 else 1):
+            try:
+                side = plans.solve(sizes, target).side
+            except BudgetError:
+                break
+            short = side.peak + (calls - 1) * held_bytes(side.program, side.schedule) - room
+            if short <= 0:
+                break
+            target = min(target, side.peak) - max(short // calls, room // 100)
+        return self.fitting(plans, sizes, calls)
+
+    def fitting(self, plans: Ways, sizes: tuple[int, ...], calls: int) -> tuple[float, Any, Side] | None:
+        """The fastest of the schedules that are known that fits, with its seconds and what the referee says of it."""
+        best: tuple[float, Any, Side] | None = None
+        for way in plans.ways:
+            seconds = way.seconds(plans.at(sizes))
+            if best is not None and seconds >= best[0]:
+                continue
+            side = accepted(plans, way, sizes)
+            if side is not None and side.peak + (calls - 1) * held_bytes(side.program, side.schedule) <= self.whose.room:
+                best = seconds, way, side
+        return best
+
+    def of(self, there: bool, way: Any) -> Runner:
+        """What runs a schedule."""
+        if id(way) not in self.runners:
+            self.runners[id(way)] = self.whose.runner(self.plans[there].captured, way.code, 0, 0)
+        return self.runners[id(way)]
+
+
+def accepted(plans: Ways, way: Any, sizes: tuple[int, ...]) -> Side | None:
+    """A schedule at some sizes; None where the referee refuses it."""
+    try:
+        return plans.side(way, sizes)
+    except InvalidSchedule:
+        return None
+
+
+def picked(runner: Runner, args: tuple, kwargs: dict[str, Any]) -> tuple[list[Any], list[Any]] | None:
+    """The leaves of a call and the arguments of what runs, if the call is the one planned for."""
+    try:
+        leaves = runner.checks.check_call(args, kwargs)
+        return leaves, runner.checks.fetched(leaves)
+    except PlanMismatch:
+        return None
+
+
+def resized(captured: Captured, sizes: tuple[int, ...]) -> Sequence[Any]:
+    """The facts of a call's inputs at other sizes."""
+    assert captured.sized is not None
+    return captured.sized.signature(captured.signature, sizes).inputs
+
+
+def larger(error: BudgetError, program: Program, inputs: Sequence[Any], room: int) -> BudgetError:
+    """The error of a batch that does not fit, with how much of it would."""
+    rows = next((known.shape[0] for known in inputs if isinstance(known, TensorFacts) and len(known.shape) > 1), 0)
+    fixed = program.resident_bytes - sum(buffer.bytes for buffer in program.buffers if buffer.kind is Kind.INPUT)
+    if error.minimum is None or rows < 2 or room <= fixed:
+        return error
+    fitting = int(rows * (room - fixed) / (error.minimum - fixed))
+    told = f"about {fitting} of the {rows} rows of this batch would fit" if fitting else "not one row of this batch would fit"
+    return BudgetError(f"{error}; {told}", error.minimum)
+
+
+__all__ = ["EverySize", "MemplanError", "OneShape", "Session", "Whose"]
