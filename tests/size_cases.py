@@ -150,13 +150,16 @@ REFUSED = {
 
 
 def step(call: Callable[..., Any], model: nn.Module, inputs: dict[str, Any]) -> list[torch.Tensor | None]:
-    """The loss and all gradients of one call, with the same random numbers each time."""
+    """Loss, gradients and buffers of one call from the same random numbers and buffers each time, and the number drawn next."""
     model.zero_grad()
+    for value in model.buffers():
+        value.data.fill_(1)
     torch.manual_seed(7)
     loss = call(**inputs)
     loss = loss if isinstance(loss, torch.Tensor) else loss.loss
     loss.backward()
-    return [loss.detach(), *(None if value.grad is None else value.grad.clone() for value in model.parameters())]
+    grads = [None if value.grad is None else value.grad.clone() for value in model.parameters()]
+    return [loss.detach(), *grads, *(value.clone() for value in model.buffers()), torch.rand(1)]
 
 
 def equal(one: list[torch.Tensor | None], other: list[torch.Tensor | None]) -> bool:
