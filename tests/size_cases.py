@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -114,6 +115,7 @@ SERVED = {
     ),
     "sums": Case(lambda m, x: m.a(x).cumsum(1).sort(1)[0].var(1).sum() + m.a(x).logsumexp(1).sum()),
     "joined": Case(lambda m, x: torch.cat([m.a(x), x], 1).flip(1).roll(1, 1).square().sum()),
+    "stride": Case(lambda m, x: (m.a(x) * x.stride(0) * max(x.shape[0], 2)).square().sum()),
     "convolution": Case(lambda m, x: m.b(F.relu(m.a(x))).square().mean(), convolutions(), True),
     "strided": Case(lambda m, x: m.b(F.relu(m.a(x))).square().mean(), convolutions(stride=2), True),
     "batch norm": Case(
@@ -132,6 +134,7 @@ FIXED = {
     "steps": Case(lambda m, x: sum(m.a(x[:, at]) for at in range(x.shape[1])).square().sum()),
     "share": Case(lambda m, x: m.a(x)[:, int(x.shape[1] * 0.15) :].square().sum()),
     "rounded question": Case(lambda m, x: (m.a(x) if x.shape[1] * 0.1 * 0.3 > 0.3 else m.a(x) * 2).square().sum()),
+    "numpy": Case(lambda m, x: (m.a(x) * torch.from_numpy(np.arange(x.shape[1], dtype=np.float32))[:, None]).square().sum()),
     "resized": Case(lambda m, x: F.interpolate(m.a(x), scale_factor=2).square().mean(), convolutions(), True),
 }
 
@@ -144,19 +147,23 @@ def storing(model, x):
 REFUSED = {
     "tenth": (Case(lambda m, x: (m.a(x) * (0.1 * x.shape[1])).square().sum()), "the last bit"),
     "stored": (Case(storing), "stores a SymInt in last"),
+    "table": (Case(lambda m, x: (m.a(x) * {12: 2.0}.get(x.shape[1], 1.0)).sum()), "unhashable type"),
     "data": (Case(lambda m, x: (m.a(x) * x.sum().item()).square().sum()), "takes a number out of a tensor"),
     "nonzero": (Case(lambda m, x: m.a(x)[x > 0].square().sum()), "the data decide a shape"),
 }
 
 
 def step(call: Callable[..., Any], model: nn.Module, inputs: dict[str, Any]) -> list[torch.Tensor | None]:
-    """The loss and all gradients of one call, with the same random numbers each time."""
+    """Loss, gradients and buffers of one call from the same random numbers and buffers each time, and the number drawn next."""
     model.zero_grad()
+    for value in model.buffers():
+        value.data.fill_(1)
     torch.manual_seed(7)
     loss = call(**inputs)
     loss = loss if isinstance(loss, torch.Tensor) else loss.loss
     loss.backward()
-    return [loss.detach(), *(None if value.grad is None else value.grad.clone() for value in model.parameters())]
+    grads = [None if value.grad is None else value.grad.clone() for value in model.parameters()]
+    return [loss.detach(), *grads, *(value.clone() for value in model.buffers()), torch.rand(1)]
 
 
 def equal(one: list[torch.Tensor | None], other: list[torch.Tensor | None]) -> bool:

@@ -14,6 +14,7 @@ from torch import nn
 from ...planner.capture.calls import Signature, autocast_state, flatten_call, leaf_names
 from ...planner.capture.capture import Captured
 from ...planner.capture.graph import Source
+from ...planner.capture.guards import KNOWN
 from ...planner.capture.hooks import hook_tables, is_traced_hook
 from ...planner.capture.inputs import TensorFacts, check_places, distance, facts, places_of, same
 from ...planner.capture.questions import Call, inputs_of
@@ -163,6 +164,8 @@ class Checks:
             if self.admit is not None and not self.admit(sizes):
                 raise PlanMismatch(f"the plan's schedule does not fit its budget with {told}: plan for it, or call the model "
                                    "itself")  # fmt: skip
+            if len(self.admitted) >= KNOWN:
+                self.admitted.clear()
             self.admitted.add(sizes)
         return sized.signature(known, sizes)
 

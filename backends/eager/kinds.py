@@ -126,14 +126,6 @@ class OneShape:
         """The leaves of a call and the arguments of what runs, if the call is of this kind."""
         return picked(next(iter(self.runners.values())), args, kwargs)
 
-    def asks_alike(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether what the model asked of its inputs has the same answers in a call of another shape, as far as can be told."""
-        call, known = Call(tensors), {}
-        try:
-            return all(question.same(call, known) for question in self.captured.questions)
-        except Exception:  # whatever an operator says of another shape than the one that was traced
-            return False
-
     def runner(self, leaves: list[Any], calls: int, gradients: int) -> Runner:
         """What runs a call beside others, and beside so many bytes of gradients.
 
@@ -182,23 +174,50 @@ class EverySize:
             and between the passes.
     """
 
-    def __init__(self, whose: Whose, session: Session, known: Captured):
-        """Take a capture whose sizes vary.
+    def __init__(self, whose: Whose, session: Session):
+        self.whose, self.session = whose, session
+        self.plans = {False: session.ways()}
+        self.runners: dict[int, Runner] = {}
+        self.chosen: dict[tuple[tuple[int, ...], int, bool], tuple[Runner, int, int]] = {}
 
-        Args:
-            whose: module.
-            session: with the capture.
-            known: another capture, of one shape, with which it is compared.
+    def serves(self, leaves: Sequence[Any]) -> bool:
+        """Whether the trace serves a call of this form: its sizes, and what the model asks of it."""
+        assert self.captured.sized is not None
+        sizes = self.captured.sized.of(leaves)
+        return self.answers(sizes, [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
+
+    def is_like(self, known: Captured) -> bool:
+        """Whether a call of one shape that was captured is one that the trace serves."""
+        inputs = [known.values.get(index) for index in range(len(known.signature.inputs))]
+        return self.answers(self.sizes_of(known), inputs)
+
+    def answers(self, sizes: tuple[int, ...] | None, inputs: Sequence[torch.Tensor | None]) -> bool:
+        """Whether the model's questions have the answers of the example in another call, as far as can be told."""
+        sized = self.captured.sized
+        assert sized is not None
+        if sizes is None or not sized.holds(sizes):
+            return False
+        call, known = Call(inputs, sized.holds.by_symbol(sizes)), {}
+        try:
+            return all(question.same(call, known) for question in self.captured.questions)
+        except Exception:  # an input that was not kept, or whatever an operator says of other sizes
+            return False
+
+    def sizes_of(self, known: Captured) -> tuple[int, ...] | None:
+        """The sizes of a call of one shape."""
+        assert self.captured.sized is not None
+        made = [torch.empty(facts.shape, device="meta") if isinstance(facts, TensorFacts) else facts
+                for facts in known.signature.inputs]  # fmt: skip
+        return self.captured.sized.of(made)
+
+    def confirm(self, known: Captured) -> None:
+        """Compare the trace with one of a single shape, and find the first schedules.
 
         Raises:
             CaptureError: they differ.
         """
-        self.whose, self.session = whose, session
-        self.plans = {False: session.ways()}
         self.plans[False].check_against(known)
         self.plans[False].start()
-        self.runners: dict[int, Runner] = {}
-        self.chosen: dict[tuple[tuple[int, ...], int, bool], tuple[Runner, int, int]] = {}
         self.first = self.of(False, self.plans[False].ways[0])
 
     @property

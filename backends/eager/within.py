@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from ...planner.capture.calls import autocast_state, flatten_call
+from ...planner.capture.capture import Captured
 from ...planner.capture.symbols import SMALLEST
 from ...planner.ir.errors import BudgetWarning, CaptureError, MemplanError, UnplannedWarning
 from ...planner.ir.units import show_bytes
@@ -28,6 +29,7 @@ from .stepwitness import StepWitness
 from .witness import users_level
 
 KEPT = 32  # kinds of calls of one shape whose plans are kept
+WAITING = 4  # traces with sizes that vary that wait for one of a single shape to be compared with
 TRIES = 2  # traces with sizes that vary that may turn out not to be the model's
 
 Dynamic = dict[int | str, dict[int, str]]
@@ -40,6 +42,7 @@ class Form:
         seen: the shapes that were captured, each a tuple with one for each leaf; () for a leaf that is no tensor.
         one: for shapes the kinds of calls of them alone.
         every: kinds of calls whose sizes vary.
+        waiting: such kinds that have not been compared with a trace of one shape yet.
         failures: traces with sizes that vary that were not the model's.
         unplanned: these calls run as they are.
     """
@@ -48,6 +51,7 @@ class Form:
         self.seen: list[tuple[tuple[int, ...], ...]] = []
         self.one: OrderedDict[tuple[tuple[int, ...], ...], list[OneShape]] = OrderedDict()
         self.every: list[EverySize] = []
+        self.waiting: list[EverySize] = []
         self.failures = 0
         self.unplanned = False
 
@@ -166,36 +170,53 @@ class Within:
             CaptureError: it cannot be traced.
         """
         vars(self.model).update((name, value) for name, value in vars(self.module).items() if name != "forward")
-        every = self.every(form, shapes, args, kwargs)
+        leaves, _ = flatten_call(self.module, args, kwargs)
+        awaited = next((kind for kind in form.waiting if kind.serves(leaves)), None)
+        every = None if awaited is not None else self.every(form, shapes, args, kwargs)
         if every is not None:
-            form.every.append(every)
             return every
         first = not any(form.kinds for form in self.forms.values())
         kind = OneShape(self.whose, self.session_of(self.model, args, kwargs, first, None))
         form.one.setdefault(shapes, []).append(kind)
         form.seen.append(shapes)
+        if awaited is not None:
+            form.waiting.remove(awaited)
+            self.confirm(form, awaited, kind.captured)
         crowded = [other for other in self.forms.values() if other.one]
         if sum(len(kinds) for other in crowded for kinds in other.one.values()) > KEPT:
             crowded[0].one.popitem(last=False)
         return kind
 
     def every(self, form: Form, shapes: tuple[tuple[int, ...], ...], args: tuple, kwargs: dict[str, Any]) -> EverySize | None:
-        """A call captured with symbols for its sizes; None where it cannot be, or is not what others of its form are."""
-        dynamic = form.varying(shapes) if form.failures < TRIES else None
+        """A call captured with symbols for its sizes, and found to be what another one of its form is.
+
+        Returns:
+            None where sizes cannot vary; where no other call is known to compare it with, it waits for one.
+        """
+        dynamic = form.varying(shapes) if form.failures < TRIES and len(form.waiting) < WAITING else None
         if dynamic is None:
             return None
-        tensors = [leaf for leaf in flatten_call(self.module, args, kwargs)[0] if isinstance(leaf, torch.Tensor)]
-        places = [(int(leaf), dim) for leaf, dims in dynamic.items() for dim in dims]
-        large = [kind for other, kinds in form.one.items() for kind in kinds
-                 if other != shapes and all(other[leaf][dim] >= SMALLEST for leaf, dim in places)]  # fmt: skip
-        known = next((kind for kind in large if kind.asks_alike(tensors)), None)
-        if known is None:
-            return None
         try:
-            return EverySize(self.whose, self.session_of(self.model, args, kwargs, False, dynamic), known.captured)
+            kind = EverySize(self.whose, self.session_of(self.model, args, kwargs, False, dynamic))
         except CaptureError:
             form.failures += 1
             return None
+        others = [each.captured for other, kinds in form.one.items() for each in kinds if other != shapes]
+        known = next((other for other in others if kind.is_like(other)), None)
+        if known is None:
+            form.waiting.append(kind)
+            return None
+        return kind if self.confirm(form, kind, known) else None
+
+    def confirm(self, form: Form, kind: EverySize, known: Captured) -> bool:
+        """Compare a trace with symbols with another of one shape. Returns whether it is used from now on."""
+        try:
+            kind.confirm(known)
+        except CaptureError:
+            form.failures += 1
+            return False
+        form.every.append(kind)
+        return True
 
     def gradients(self) -> int:
         """Bytes of gradients that are there."""

@@ -11,6 +11,8 @@ from .expressions import compiled, is_exact, text
 from .questions import Call, Question, inputs_of
 from .symbols import SMALLEST, Symbols
 
+KNOWN = 4096  # sizes whose answer is kept
+
 
 def named(names: dict[str, str], condition: str) -> str:
     """A condition with the names of sizes in it."""
@@ -53,6 +55,8 @@ class Holds:
     def __call__(self, sizes: tuple[int, ...]) -> bool:
         """Whether the trace serves these sizes."""
         if sizes not in self.known:
+            if len(self.known) >= KNOWN:
+                self.known.clear()
             self.known[sizes] = self.ask(sizes)
         return self.known[sizes]
 

@@ -105,6 +105,7 @@ def sized_capture(
         if source.kind == "constant" and node.meta[SIZED] is not None and has_symbols(node.meta[SIZED]):
             raise CaptureError(f"the model holds {source.name}, whose size varies with dynamic=: make it in forward")
     family = family_of(traced, symbols, loss)
+    symbols.let_go()
     return Sized(symbols, Holds(symbols, mode.questions.different), family, loss)
 
 

@@ -30,6 +30,7 @@ class Symbols:
         env: torch's own book of symbols and guards.
         symbols: for each name its symbol.
         sizes: for each name the symbolic number.
+        known: fake tensors by the identity of the example's tensors, which are held until `let_go`.
     """
 
     def __init__(self, dynamic: Dynamic, leaves: Sequence[Any], leaf_names: Sequence[str]):
@@ -108,6 +109,11 @@ class Symbols:
         self.known[id(value)] = made
         self.held.append(value)
         return made
+
+    def let_go(self) -> None:
+        """Forget the example's tensors, which are the caller's."""
+        self.known.clear()
+        self.held.clear()
 
     def shape(self, value: torch.Tensor, named: dict[int, str]) -> list[Any]:
         """A tensor's shape with symbols in it."""

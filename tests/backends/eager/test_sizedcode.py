@@ -55,7 +55,7 @@ def test_each_backward_pass_has_the_sizes_of_its_forward_pass():
     """Two calls of different sizes, differentiated in the other order."""
     case, (model, _, modules) = SERVED["attention"], planned("attention")
     inputs = [case.inputs((2, 5)), case.inputs((3, 9))]
-    expected = [step(model, model, each) for each in inputs]
+    expected = [step(model, model, each)[:-1] for each in inputs]
 
     losses = [modules[-1](**each) for each in inputs]
     for loss, known in reversed(list(zip(losses, expected, strict=True))):
@@ -143,7 +143,7 @@ def test_a_copy_runs_at_other_sizes_too():
     loss.backward()
 
     found = [loss.detach(), *(value.grad for value in module.parameters())]
-    assert equal(step(model, model, inputs), found)
+    assert equal(step(model, model, inputs)[:-1], found)
 
 
 def test_a_schedule_that_does_not_fit_is_not_run():

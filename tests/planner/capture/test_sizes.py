@@ -118,7 +118,6 @@ def test_sizes_of_0_and_1_are_never_served(sizes: tuple[int, ...]):
 def test_a_lost_expression_is_found(monkeypatch: pytest.MonkeyPatch):
     """A pass that forgets that a number depends on a size: the comparison with another capture tells."""
     monkeypatch.setattr(sized_room, "symbolic", lambda leaf: leaf)
-    case = SERVED["half"]
     case = Case(lambda m, x: m.a(x).sum(1).unsqueeze(1).expand(-1, x.shape[1], -1).contiguous().div(x.shape[1]).sum())
     model = case.model()
     captured = capture(model, (), case.inputs(case.base), dynamic=case.dynamic)

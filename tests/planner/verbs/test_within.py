@@ -325,3 +325,107 @@ def test_a_call_that_does_not_fit_forward_is_forwards_to_refuse():
     """With Python's own words."""
     with pytest.raises(TypeError, match="nonsense"):
         within(net())(batch(0), nonsense=1)
+
+
+def traces(module) -> list:
+    """Notes each trace that a module within a budget makes: whether its sizes vary."""
+    made, forward = [], forward_of(module)
+    session_of = forward.session_of
+
+    def noted(model, args, kwargs, first, dynamic):
+        made.append(dynamic is not None)
+        return session_of(model, args, kwargs, first, dynamic)
+
+    forward.session_of = noted
+    return made
+
+
+def shapes_of(seed: int, count: int, rows: int = 5, length: int = 24) -> list[tuple[int, int]]:
+    """Random sizes, none of them 1."""
+    draw = torch.Generator().manual_seed(seed)
+    return [tuple(torch.randint(2, most, (1,), generator=draw).item() for most in (rows, length)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_one_trace_serves_every_length(kind):
+    """Of batches with all-ones and padded masks: two traces a pattern, and three while there is nothing to compare with."""
+    if kind == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=64, n_positions=32, use_cache=False))
+    else:
+        model = BertForSequenceClassification(
+            BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=64)
+        )
+    model.train()
+    twin, kept = copy.deepcopy(model), memplan.within(model, "64MiB", machine=QUICK)
+    made = traces(kept)
+    for number, (rows, length) in enumerate(shapes_of(1, 12)):
+        ids = torch.randint(64, (rows, length))
+        mask = torch.ones(rows, length, dtype=torch.long)
+        mask[0, length - (number % 2) * (length // 2) :] = 0
+        call = dict(input_ids=ids, attention_mask=mask, labels=ids if kind == "gpt2" else torch.arange(rows) % 2)
+        losses = []
+        for each in (kept, twin):
+            torch.manual_seed(number)
+            each.zero_grad()
+            losses.append(each(**call).loss)
+            losses[-1].backward()
+        assert torch.equal(*losses)
+        assert same(gradients(model), gradients(twin))
+    assert len(made) <= 6
+    assert [type(each).__name__ for each in kinds_of(kept)].count("EverySize") == 2
+
+
+def test_every_size_keeps_the_budget_beside_gradients_and_calls():
+    """Accumulation over batches of all sizes, then three calls before one backward pass."""
+    model = net()
+    alone = memplan.plan(model, None, (batch(0, 64),), loss=total, machine=QUICK)
+    budget = (2 * alone.peak + alone.minimum) // 3
+    twin, kept = copy.deepcopy(model), within(model, budget)
+    for seed, rows in enumerate((64, 48, 33, 50, 64, 20)):
+        step(kept, batch(seed, rows), seed)
+        step(twin, batch(seed, rows), seed)
+        assert same(gradients(model), gradients(twin))
+    every = next(kind for kind in kinds_of(kept) if type(kind).__name__ == "EverySize")
+    assert set(every.plans) == {False, True}
+    for _, peak, _ in every.chosen.values():
+        assert peak <= budget
+    model.zero_grad()
+    twin.zero_grad()
+    for each in (kept, twin):
+        for number in range(2):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore" if number == 0 else "error", BudgetWarning)
+                torch.manual_seed(1)
+                sum(total(each(batch(seed, 9 + seed))) for seed in range(3)).backward()
+            each.zero_grad()
+    for (_, calls, _), (_, peak, held) in every.chosen.items():
+        assert peak + (calls - 1) * held <= budget
+
+
+def test_a_model_that_goes_another_way_at_some_sizes():
+    """Is traced for these as well."""
+
+    class Long(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x):
+            return self.one(x) if x.shape[0] > 16 else self.two(x)
+
+    model = Long()
+    twin, kept = copy.deepcopy(model), within(model)
+    for seed, rows in enumerate((20, 30, 40, 8, 50, 4, 9, 17)):
+        assert torch.equal(step(kept, batch(seed, rows)), step(twin, batch(seed, rows)))
+        assert same(gradients(model), gradients(twin))
+
+
+def test_a_size_that_no_schedule_fits_is_refused_with_how_much_would():
+    """Also where sizes vary."""
+    model = net()
+    kept = within(model, memplan.plan(model, "99%", (batch(0),), loss=total, machine=QUICK).minimum * 2)
+    for seed, rows in enumerate((32, 24, 40)):
+        step(kept, batch(seed, rows))
+    with pytest.raises(BudgetError, match=r"about \d+ of the 4096 rows of this batch would fit"):
+        kept(batch(0, 4096))
+    step(kept, batch(0, 30))
