@@ -183,13 +183,17 @@ class EverySize:
     def serves(self, leaves: Sequence[Any]) -> bool:
         """Whether the trace serves a call of this form: its sizes, and what the model asks of it."""
         assert self.captured.sized is not None
-        sizes = self.captured.sized.of(leaves)
+        shapes = [tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
+        sizes = self.sizes_of(shapes)
         return self.answers(sizes, [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
 
     def is_like(self, known: Captured) -> bool:
-        """Whether a call of one shape that was captured is one that the trace serves."""
-        inputs = [known.values.get(index) for index in range(len(known.signature.inputs))]
-        return self.answers(self.sizes_of(known), inputs)
+        """Whether a call of one shape that was captured is one that the trace serves, of a model that was as it is now."""
+        if [write.name for write in known.writes] != [write.name for write in self.captured.writes]:
+            return False  # what a first call sets, for one
+        given = known.signature.inputs
+        shapes = [facts.shape if isinstance(facts, TensorFacts) else None for facts in given]
+        return self.answers(self.sizes_of(shapes), [known.values.get(index) for index in range(len(given))])
 
     def answers(self, sizes: tuple[int, ...] | None, inputs: Sequence[torch.Tensor | None]) -> bool:
         """Whether the model's questions have the answers of the example in another call, as far as can be told."""
@@ -203,12 +207,16 @@ class EverySize:
         except Exception:  # an input that was not kept, or whatever an operator says of other sizes
             return False
 
-    def sizes_of(self, known: Captured) -> tuple[int, ...] | None:
-        """The sizes of a call of one shape."""
-        assert self.captured.sized is not None
-        made = [torch.empty(facts.shape, device="meta") if isinstance(facts, TensorFacts) else facts
-                for facts in known.signature.inputs]  # fmt: skip
-        return self.captured.sized.of(made)
+    def sizes_of(self, shapes: Sequence[tuple[int, ...] | None]) -> tuple[int, ...] | None:
+        """The sizes of a call whose leaves have these shapes; None where what does not vary is another."""
+        sized = self.captured.sized
+        assert sized is not None
+        sizes = sized.of([None if shape is None else torch.empty(shape, device="meta") for shape in shapes])
+        if sizes is None:
+            return None
+        wanted = sized.signature(self.captured.signature, sizes).inputs
+        alike = all(shape == known.shape for shape, known in zip(shapes, wanted, strict=True) if isinstance(known, TensorFacts))
+        return sizes if alike else None
 
     def confirm(self, known: Captured) -> None:
         """Compare the trace with one of a single shape, and find the first schedules.

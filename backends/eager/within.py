@@ -64,16 +64,14 @@ class Form:
         """The dimensions in which calls have differed, this one among them, with a name for those that were always equal.
 
         Returns:
-            None where there are none, or one of them is too small now to stand for others.
+            None where there are none. A size that is too small now to stand for others does not vary.
         """
         names: dict[tuple[int, ...], str] = {}
         found: Dynamic = {}
         for leaf, shape in enumerate(shapes):
             for dim, size in enumerate(shape):
                 history = (*(known[leaf][dim] for known in self.seen), size)
-                if len(set(history)) > 1:
-                    if size < SMALLEST:
-                        return None
+                if len(set(history)) > 1 and size >= SMALLEST:
                     found.setdefault(leaf, {})[dim] = names.setdefault(history, f"size{len(names)}")
         return found or None
 

@@ -128,10 +128,10 @@ def size_at(leaves: Sequence[Any], leaf: int, dim: int) -> int | None:
 
 def dense_strides(known: TensorFacts, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides of a dense tensor of another shape whose dimensions lie in memory in the same order."""
-    made, step = [0] * len(shape), 1
+    made, step, dense = [0] * len(shape), 1, 1
     for dim in sorted(range(len(shape)), key=lambda dim: (known.stride[dim], -dim)):
-        made[dim] = known.stride[dim] if known.shape[dim] == 1 else step
-        step *= shape[dim]
+        made[dim] = step if known.stride[dim] == dense else known.stride[dim]
+        step, dense = step * shape[dim], dense * known.shape[dim]
     return tuple(made)
 
 

@@ -151,7 +151,7 @@ def strides_like(value: torch.Tensor, shape: Sequence[Any]) -> list[Any] | None:
     for dim in order:
         if value.shape[dim] != 1 and value.stride(dim) != dense:
             return None
-        made[dim] = step if value.shape[dim] != 1 else int(value.stride(dim))
+        made[dim] = step if value.stride(dim) == dense else int(value.stride(dim))  # of one element it may be anything
         step, dense = step * shape[dim], dense * value.shape[dim]
     return made
 

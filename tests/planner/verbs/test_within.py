@@ -371,7 +371,7 @@ def test_one_trace_serves_every_length(kind):
             losses[-1].backward()
         assert torch.equal(*losses)
         assert same(gradients(model), gradients(twin))
-    assert len(made) <= 6
+    assert len(made) <= 8  # BERT's first call sets its configuration's problem_type, and is like no other
     assert [type(each).__name__ for each in kinds_of(kept)].count("EverySize") == 2
 
 

@@ -1,0 +1,305 @@
+"""Training whose batches and calls differ, within a budget: its peak at every step, its time, and eager's bits.
+
+    python -m memplan.benchmarks.calls
+    python -m memplan.benchmarks.calls --models bert --situations lengths --batches 50
+
+Each situation runs in a fresh process as eager PyTorch, as `memplan.within` and with the model's own gradient checkpointing.
+The budget is a share of eager's peak. `lengths`: batches of random sizes and lengths, masks all ones and padded in turn.
+`accumulation`: four micro-batches. `triplet`: three calls before one backward pass. `preference`: DPO's two models, a frozen
+one beside. `losses`: two backward passes over one forward pass.
+"""
+
+import argparse
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from .command import Command
+from .record import MIB, Results, Row, ask, header, markdown, mib, paragraph, percent, ratio, say, verdict
+
+SLACK = 0.03, 16 * MIB  # of a budget that a measured peak may pass it by
+KINDS = ("eager", "within", "checkpointing")
+SITUATIONS = ("lengths", "accumulation", "triplet", "preference", "losses")
+VOCABULARY, POSITIONS, SMALL = 4096, 512, 256
+MODELS = ("gpt2", "bert")
+
+
+# The models and their batches
+
+
+def model_of(name: str) -> Any:
+    """A model with random weights."""
+    import transformers
+
+    if name.startswith("gpt2"):
+        layers, width = (2, 64) if name.endswith("tiny") else (12, 256)
+        config = transformers.GPT2Config(
+            n_layer=layers, n_embd=width, n_head=4, vocab_size=VOCABULARY, n_positions=POSITIONS, use_cache=False,
+            bos_token_id=0, eos_token_id=0,
+        )  # fmt: skip
+        model = transformers.GPT2LMHeadModel(config)
+        model.loss_type = "ForCausalLM"
+        return model.train()
+    layers, width = (2, 64) if name.endswith("tiny") else (8, 256)
+    config = transformers.BertConfig(
+        num_hidden_layers=layers, hidden_size=width, num_attention_heads=4, intermediate_size=4 * width,
+        vocab_size=VOCABULARY, max_position_embeddings=POSITIONS,
+    )  # fmt: skip
+    return transformers.BertForMaskedLM(config).train()
+
+
+def batch_of(number: int, rows: int, length: int) -> dict[str, Any]:
+    """Tokens, their labels, and a mask that is all ones for even numbers."""
+    import torch
+
+    draw = torch.Generator().manual_seed(number)
+    ids = torch.randint(VOCABULARY, (rows, length), generator=draw)
+    mask = torch.ones(rows, length, dtype=torch.long)
+    if number % 2 and rows > 1:
+        mask[0, length - length // 2 :] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids}
+
+
+def sizes_of(count: int, most: int) -> list[tuple[int, int]]:
+    """Random sizes 1 to 8 and lengths 1 to `most`."""
+    import random
+
+    draw = random.Random(0)
+    return [(draw.randint(1, 8), draw.randint(1, most)) for _ in range(count)]
+
+
+# The situations: what one step does
+
+
+def lengths(request: Row) -> Callable[[Any, int], Any]:
+    sizes = sizes_of(request["batches"], request["length"])
+
+    def step(model: Any, number: int) -> Any:
+        loss = model(**batch_of(number, *sizes[number])).loss
+        loss.backward()
+        return loss
+
+    return step
+
+
+def accumulation(request: Row) -> Callable[[Any, int], Any]:
+    def step(model: Any, number: int) -> Any:
+        loss = model(**batch_of(number, 4, request["length"] // 2)).loss / 4
+        loss.backward()
+        return loss
+
+    return step
+
+
+def triplet(request: Row) -> Callable[[Any, int], Any]:
+    def step(model: Any, number: int) -> Any:
+        calls = [model(**batch_of(10 * number + 2 * call, 2, request["length"] // 2)).loss for call in range(3)]
+        loss = (calls[0] - calls[1]).relu() + calls[2]
+        loss.backward()
+        return loss
+
+    return step
+
+
+def preference(request: Row) -> Callable[[Any, int], Any]:
+    import copy
+
+    import torch
+
+    held: dict[str, Any] = {}
+
+    def step(model: Any, number: int) -> Any:
+        if not held:
+            held["reference"] = copy.deepcopy(request["plain"]).eval().requires_grad_(False)
+        pair = [batch_of(10 * number + 2 * call, 2, request["length"] // 2) for call in range(2)]
+        with torch.no_grad():
+            known = [held["reference"](**each).loss for each in pair]
+        ours = [model(**each).loss for each in pair]
+        loss = -torch.nn.functional.logsigmoid((ours[1] - known[1]) - (ours[0] - known[0]))
+        loss.backward()
+        return loss
+
+    return step
+
+
+def losses(request: Row) -> Callable[[Any, int], Any]:
+    def step(model: Any, number: int) -> Any:
+        import torch
+
+        given = batch_of(2 * number, 4, request["length"] // 2)
+        labels = given.pop("labels")
+        logits = model(**given).logits
+        first = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        first.backward(retain_graph=True)
+        second = logits.float().square().mean() * 1e-3
+        second.backward()
+        return first + second
+
+    return step
+
+
+STEPS: dict[str, Callable[[Row], Callable[[Any, int], Any]]] = {
+    "lengths": lengths, "accumulation": accumulation, "triplet": triplet, "preference": preference, "losses": losses,
+}  # fmt: skip
+
+
+# One process
+
+
+def serve(request: Row) -> Iterator[Row]:
+    """Run a situation, and measure every step."""
+    import memplan
+    import torch
+
+    from ..backends.measure.meters import resident
+    from ..backends.measure.training import Meter, checksum, keep_freed_memory
+    from .models import checkpointing
+
+    torch.manual_seed(0)
+    model = request["plain"] = model_of(request["model"])
+    step = STEPS[request["situation"]](request)
+    called: Any = model
+    if request["kind"] == "within":
+        reserved = sum(value.nbytes for value in model.parameters()) if request["situation"] == "preference" else 0
+        options = {"reserved": reserved} if reserved else {}
+        called = memplan.within(model, request["budget"], time_limit=request["time_limit"], **options)
+    elif request["kind"] == "checkpointing":
+        checkpointing(model, True)
+    if request["situation"] == "preference":
+        step(called, 0)  # the frozen model is made
+        model.zero_grad(set_to_none=True)
+    meter, count = Meter("cpu"), request["batches"] if request["situation"] == "lengths" else request["steps"]
+    sha, peaks, took, kept = hashlib.sha256(), [], [], []
+    again = 4 if request["situation"] == "accumulation" else 1
+    forward = vars(called).get("forward")
+    for number in range(count):
+        there = sum(value.grad.nbytes for value in model.parameters() if value.grad is not None)
+        fixed = sum(value.nbytes for value in model.parameters()) * (1 + (request["situation"] == "preference")) + there
+        meter.reset()
+        torch.manual_seed(number)
+        began = time.perf_counter()
+        loss = step(called, number).item()
+        took.append(time.perf_counter() - began)
+        peak = meter.peak(fixed)
+        peaks.append(peak)
+        sha.update(float(loss).hex().encode())
+        if (number + 1) % again == 0:
+            sha.update(checksum(model).encode())
+            model.zero_grad(set_to_none=True)
+        kept.append(resident())
+    keep_freed_memory()
+    yield {"peaks": peaks, "seconds": took, "bits": sha.hexdigest(), "resident": kept, **kinds_of(forward)}
+
+
+def kinds_of(forward: Any) -> Row:
+    """What a module within a budget has planned."""
+    if not hasattr(forward, "forms"):
+        return {}
+    kinds = [kind for form in forward.forms.values() for kind in form.kinds]
+    every = [kind for kind in kinds if hasattr(kind, "plans")]
+    return {
+        "shapes": len(kinds) - len(every), "every": len(every),
+        "schedules": sum(len(plans.ways) for kind in every for plans in kind.plans.values()),
+        "unplanned": sum(form.unplanned for form in forward.forms.values()),
+    }  # fmt: skip
+
+
+def measure(results: Results, name: str, situation: str, options: argparse.Namespace) -> None:
+    """What is missing of one situation."""
+    keys = {"model": name, "situation": situation}
+    request = keys | {
+        "batches": options.batches, "steps": options.steps, "length": options.length, "time_limit": options.time_limit,
+    }  # fmt: skip
+    for kind in KINDS:
+        if results.last(kind=kind, **keys):
+            continue
+        eager = results.last(kind="eager", **keys)
+        if kind == "within":
+            if eager is None:
+                return
+            request["budget"] = int(max(eager["peaks"]) * options.share)
+        say(f"{name}, {situation}: {kind}")
+        for row in ask("calls", request | {"kind": kind}, malloc="returning", timeout=options.timeout):
+            results.add(keys | {"kind": kind, "budget": request.get("budget")} | row)
+            if "failed" in row:
+                say(f"{name}, {situation}, {kind} failed: {row['failed']}")
+
+
+def render(results: Results, path: Path) -> None:
+    """Write the markdown file."""
+    heads = ("model, situation", "steps", "eager's peak, MiB", "budget, MiB", "peak, MiB", "steps over", "checkpointing's",
+             "eager's bits", "time / eager's", "checkpointing's / eager's", "new / all", "traced", "schedules")  # fmt: skip
+    rows = []
+    for situation in SITUATIONS:
+        for name in MODELS + tuple(f"{each}:tiny" for each in MODELS):
+            keys = {"model": name, "situation": situation}
+            eager, ours, other = (results.last(kind=kind, **keys) for kind in KINDS)
+            if eager is None or ours is None:
+                continue
+            allowed = ours["budget"] * (1 + SLACK[0]) + SLACK[1]
+            over = sum(peak > allowed for peak in ours["peaks"])
+            base = sum(eager["seconds"])
+            late = steady(ours["seconds"], eager["seconds"])
+            rows.append((
+                f"{name}, {situation}", str(len(ours["peaks"])), mib(max(eager["peaks"])), mib(ours["budget"]),
+                mib(max(ours["peaks"])), str(over), mib(max(other["peaks"])) if other else "-",
+                verdict(ours["bits"] == eager["bits"]), ratio(late),
+                ratio(sum(other["seconds"]) / base) if other else "-",
+                percent(1 - late * base / sum(ours["seconds"])), f"{ours['shapes']} + {ours['every']}",
+                str(ours["schedules"]),
+            ))  # fmt: skip
+    lines = header("Batches and calls that differ", results)
+    lines += paragraph(
+        "Written by `python -m memplan.benchmarks.calls`. Peaks are of whole steps, everything counted, the largest of all "
+        "steps; a step is over where it passes the budget by more than 3 % and 16 MiB. Time is the median over steps of a "
+        "step's ratio to the same step in eager PyTorch; `new / all` is the share of the run that tracing and planning took, "
+        "which is what is left of its time once each step is counted with that ratio. `traced`: shapes traced alone, and "
+        "traces for every size; `schedules`: of the latter. Times are taken with an allocator that gives memory back."
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join([*lines, *markdown(heads, rows)]).rstrip() + "\n")
+
+
+def steady(ours: list[float], eager: list[float]) -> float:
+    """The median of the steps' ratios to eager's."""
+    ratios = sorted(one / other for one, other in zip(ours, eager, strict=True))
+    return ratios[len(ratios) // 2]
+
+
+def run(results: Results, options: argparse.Namespace) -> Iterator[None]:
+    """Each situation of each model."""
+    for situation in options.situations:
+        for name in options.models:
+            measure(results, name, situation, options)
+            yield
+
+
+def quick(options: argparse.Namespace) -> None:
+    """What a smoke test takes."""
+    options.models, options.batches, options.steps, options.length = ["gpt2:tiny"], 6, 4, 32
+
+
+def forget(results: Results, options: argparse.Namespace) -> None:
+    """Drop what was measured of the same."""
+    for situation in options.situations:
+        for name in options.models:
+            results.drop(model=name, situation=situation)
+
+
+def main() -> None:
+    """The command line."""
+    command = Command("calls", __doc__, run, render, serve, quick=quick, forget=forget)
+    command.add_models(MODELS, [*MODELS, *(f"{each}:tiny" for each in MODELS)])
+    command.add("--situations", nargs="+", choices=SITUATIONS, default=list(SITUATIONS))
+    command.add("--batches", type=int, default=200, help="of random sizes")
+    command.add("--steps", type=int, default=8, help="of the other situations")
+    command.add("--length", type=int, default=POSITIONS, help="the longest")
+    command.add("--share", type=float, default=0.6, help="of eager's peak that is the budget")
+    command.add_limits(planning=30.0, process=3600.0)
+    command()
+
+
+if __name__ == "__main__":
+    main()
