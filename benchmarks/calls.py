@@ -151,8 +151,9 @@ STEPS: dict[str, Callable[[Row], Callable[[Any, int], Any]]] = {
 
 def serve(request: Row) -> Iterator[Row]:
     """Run a situation, and measure every step."""
-    import memplan
     import torch
+
+    import memplan
 
     from ..backends.measure.meters import resident
     from ..backends.measure.training import Meter, checksum, keep_freed_memory
@@ -235,7 +236,8 @@ def measure(results: Results, name: str, situation: str, options: argparse.Names
 def render(results: Results, path: Path) -> None:
     """Write the markdown file."""
     heads = ("model, situation", "steps", "eager's peak, MiB", "budget, MiB", "peak, MiB", "steps over", "checkpointing's",
-             "eager's bits", "time / eager's", "checkpointing's / eager's", "planning / run", "traced", "schedules", "grown, MiB")  # fmt: skip
+             "eager's bits", "time / eager's", "checkpointing's / eager's", "planning / run", "traced", "schedules",
+             "grown, MiB")  # fmt: skip
     rows = []
     for situation in SITUATIONS:
         for name in MODELS + tuple(f"{each}:tiny" for each in MODELS):

@@ -28,7 +28,9 @@ class Promptly:
             op = program.ops[index]
             waits = [made[buffer] for buffer in op.reads if buffer in made]
             waits += [read[buffer] for buffer in op.mutates if buffer in read]
-            behind.setdefault(max(waits, default=program.boundary), []).append(index)
+            at = max(waits, default=program.boundary)
+            made |= dict.fromkeys(op.writes, at)  # what says in which order several change the same
+            behind.setdefault(at, []).append(index)
         return [index for at, first in enumerate(rest) for index in (first, *behind.get(at, ()))]
 
 

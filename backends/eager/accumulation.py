@@ -7,6 +7,7 @@ gradient goes to autograd as it always did.
 """
 
 import threading
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from ...planner.capture.accumulate import handed_over
 from ...planner.capture.graph import Traced
 from ...planner.ir.errors import MemplanError
-from .witness import active_wrapper
+from .witness import active_wrapper, backward_number
 
 
 class Pass(threading.local):
@@ -26,6 +27,9 @@ class Pass(threading.local):
         added: of them, those whose gradients are added here.
         absent: those that no gradient reaches.
         returned: gradients that autograd is to have.
+        number: which of autograd's passes it is part of.
+        earlier: parameters that had a gradient before that began.
+        sums: terms added up so far of gradients that are to be whole before they are added or returned, and how many.
     """
 
     def __init__(self) -> None:
@@ -33,6 +37,9 @@ class Pass(threading.local):
         self.added: frozenset[str] = frozenset()
         self.absent: frozenset[str] = frozenset()
         self.returned: dict[str, torch.Tensor] = {}
+        self.number = -1
+        self.earlier: frozenset[str] = frozenset()
+        self.sums: dict[str, tuple[torch.Tensor, int]] = {}
 
 
 class Accumulation:
@@ -40,6 +47,7 @@ class Accumulation:
 
     Attributes:
         rows: for each op the parameters, by name, whose gradients it adds.
+        terms: how many terms each gradient has.
         owned: those whose gradients may be kept as they are made.
         now: the backward pass under way in this thread.
         done: always 0: a step that fails leaves gradients half added, as eager's does.
@@ -50,6 +58,7 @@ class Accumulation:
 
     def __init__(self, traced: Traced):
         self.rows = {op: [name for name, _ in pairs] for op, pairs in traced.updates.items()}
+        self.terms = Counter(name for row in self.rows.values() for name in row)
         self.owned = handed_over(traced)
         self.now = Pass()
 
@@ -66,13 +75,16 @@ class Accumulation:
         """
         now, wrapped = self.now, active_wrapper() is not None
         now.values, now.absent, now.returned = values, frozenset(absent), {}
-        every = [name for row in self.rows.values() for name in row]
-        now.added = frozenset(name for name in every if not wrapped and not is_heard(values[name]) and runs(nodes[name]))
+        now.added = frozenset(name for name in self.terms if not wrapped and not is_heard(values[name]) and runs(nodes[name]))
+        number, now.sums = backward_number(), {}
+        if number < 0 or number != now.number:
+            now.earlier = frozenset(name for name in now.added if values[name].grad is not None)
+        now.number = number
 
     @property
     def there(self) -> bool:
-        """Whether any gradient is there already."""
-        return any(self.now.values[name].grad is not None for name in self.now.added)
+        """Whether any gradient was there before autograd's pass began."""
+        return bool(self.now.earlier)
 
     def taken(self) -> dict[str, torch.Tensor]:
         """The gradients that autograd is to have. What the pass needed is given up."""
@@ -84,10 +96,26 @@ class Accumulation:
         """Add some gradients."""
         now = self.now
         for name, gradient in zip(self.rows[op], gradients, strict=True):
-            if name in now.added and name not in now.absent:
-                self.add(name, now.values[name], gradient)
-            elif name not in now.absent:
-                now.returned[name] = gradient
+            if name in now.absent:
+                continue
+            whole = name not in now.added or name in now.earlier
+            total = self.summed(name, gradient) if whole and self.terms[name] > 1 else gradient
+            if total is None:
+                continue
+            if name in now.added:
+                self.add(name, now.values[name], total)
+            else:
+                now.returned[name] = total
+
+    def summed(self, name: str, term: torch.Tensor) -> torch.Tensor | None:
+        """The sum of a gradient's terms once the last one is there."""
+        known, count = self.now.sums.pop(name, (None, 0))
+        with torch.no_grad():
+            total = term.clone() if known is None else known.add_(term)
+        if count + 1 == self.terms[name]:
+            return total
+        self.now.sums[name] = total, count + 1
+        return None
 
     def add(self, name: str, value: torch.Tensor, gradient: torch.Tensor) -> None:
         """Add one, as `AccumulateGrad` does: kept as it is where there is none and nothing else lies in its memory."""

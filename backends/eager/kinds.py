@@ -24,6 +24,7 @@ from .stepwitness import Beside, StepWitness
 
 WAYS = 8  # schedules of a kind of every size
 WORTH = 0.03  # a size is planned for where the schedules that are known take so much longer than keeping everything
+ALONE = False, False  # no gradients are there, and no other calls
 KNOWN = 512  # sizes whose choice is kept
 
 
@@ -64,8 +65,8 @@ class Session(Protocol):
         """What was captured, with its costs."""
         ...
 
-    def accumulating(self) -> "Session":
-        """The same with a step that adds to the gradients that are there."""
+    def accumulating(self, calls: int = 1) -> "Session":
+        """The same with a step that adds to the gradients that are there, of other calls among them."""
         ...
 
     def plan(self, budget: int, *, calls: int = 1, reserved: int = 0) -> Plan:
@@ -113,7 +114,7 @@ class OneShape:
 
     def __init__(self, whose: Whose, session: Session):
         self.whose, self.session = whose, session
-        self.adding: Session | None = None
+        self.adding: dict[bool, Session] = {}  # for whether there are other calls
         self.runners: dict[tuple[int, bool], Runner] = {}
         self.add(1, False)
 
@@ -148,7 +149,9 @@ class OneShape:
         """
         session, room = self.session, self.whose.room
         if there:
-            session = self.adding = self.adding or session.accumulating()
+            if (calls > 1) not in self.adding:
+                self.adding[calls > 1] = session.accumulating(calls)
+            session = self.adding[calls > 1]
         try:
             plan = session.plan(room, calls=calls)
         except BudgetError as error:
@@ -168,7 +171,7 @@ class EverySize:
     Attributes:
         whose: module.
         session: that captured it.
-        plans: for whether gradients are there, schedules.
+        plans: for whether gradients are there, and other calls, schedules.
         runners: for each schedule what runs it.
         chosen: for sizes, calls before one backward pass and whether gradients are there: what runs, and its bytes at the peak
             and between the passes.
@@ -176,7 +179,7 @@ class EverySize:
 
     def __init__(self, whose: Whose, session: Session):
         self.whose, self.session = whose, session
-        self.plans = {False: session.ways()}
+        self.plans: dict[tuple[bool, bool], Ways] = {ALONE: session.ways()}
         self.runners: dict[int, Runner] = {}
         self.chosen: dict[tuple[tuple[int, ...], int, bool], tuple[Runner, int, int]] = {}
 
@@ -224,9 +227,9 @@ class EverySize:
         Raises:
             CaptureError: they differ.
         """
-        self.plans[False].check_against(known)
-        self.plans[False].start()
-        self.first = self.of(False, self.plans[False].ways[0])
+        self.plans[ALONE].check_against(known)
+        self.plans[ALONE].start()
+        self.first = self.of(ALONE, self.plans[ALONE].ways[0])
 
     @property
     def captured(self) -> Captured:
@@ -269,10 +272,11 @@ class EverySize:
         Raises:
             BudgetError: none does.
         """
-        if there not in self.plans:
-            self.plans[there] = self.session.accumulating().ways()
-            self.plans[there].start()
-        plans, room = self.plans[there], self.whose.room
+        beside = there, calls > 1
+        if beside not in self.plans:
+            self.plans[beside] = self.session.accumulating(calls).ways()
+            self.plans[beside].start()
+        plans, room = self.plans[beside], self.whose.room
         program = plans.at(sizes)
         kept = sum(op.seconds for op in program.ops)
         found = self.fitting(plans, sizes, calls)
@@ -289,7 +293,7 @@ class EverySize:
                 self.whose.say(f"{calls} calls before one backward pass do not fit together; each is planned as if alone")
                 found = next((side.time, way, side) for way in reversed(plans.ways) if accepted(plans, way, sizes))
         _, way, side = found
-        return self.of(there, way), side.peak, held_bytes(side.program, side.schedule)
+        return self.of(beside, way), side.peak, held_bytes(side.program, side.schedule)
 
     def solved(self, plans: Ways, sizes: tuple[int, ...], calls: int) -> tuple[float, Any, Side] | None:
         """What fits once one more schedule has been looked for."""
@@ -317,10 +321,10 @@ class EverySize:
                 best = seconds, way, side
         return best
 
-    def of(self, there: bool, way: Any) -> Runner:
+    def of(self, beside: tuple[bool, bool], way: Any) -> Runner:
         """What runs a schedule."""
         if id(way) not in self.runners:
-            self.runners[id(way)] = self.whose.runner(self.plans[there].captured, way.code, 0, 0)
+            self.runners[id(way)] = self.whose.runner(self.plans[beside].captured, way.code, 0, 0)
         return self.runners[id(way)]
 
 

@@ -118,7 +118,7 @@ def recapture(plan: "Plan", model: nn.Module, loss: Any, optimizer: Any = None) 
         )  # fmt: skip
     except CaptureError as error:
         raise PlanMismatch(f"this {type(model).__name__} is not the model that the plan was made for: {error}") from error
-    captured = added_up(captured) if recipe.accumulate else captured
+    captured = added_up(captured, recipe.calls > 1) if recipe.accumulate else captured
     if apply_costs(captured.program, plan.machine).digest != plan.program.digest:
         raise PlanMismatch(f"this {type(model).__name__} does not trace to the program that the plan was made for "
                            "(other layers, shapes, modes or versions): plan it again")  # fmt: skip
@@ -243,7 +243,7 @@ class Runner:
     def named(self) -> list[str]:
         """The parameters whose gradients the step makes."""
         updates = self.code.updates
-        added = [name for row in updates.rows.values() for name in row] if isinstance(updates, Accumulation) else []
+        added = list(updates.terms) if isinstance(updates, Accumulation) else []
         return [self.code.arguments[place].name for place in self.trained] + added
 
     def look_at_gradients(self) -> None:

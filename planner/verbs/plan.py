@@ -137,7 +137,7 @@ def plan(
         time_limit=time_limit, seed=seed, lend_gradients=lend_gradients, host_budget=host_budget,
         optimizer_in_backward=optimizer_in_backward, solver=solver, progress=progress,
     )  # fmt: skip
-    session = session.accumulating() if accumulate or calls > 1 else session
+    session = session.accumulating(calls) if accumulate or calls > 1 else session
     return session.plan(budget, arena, strategy, calls=calls, reserved=spare)
 
 
@@ -305,14 +305,15 @@ class Session:
 
         return SizedPlans(self)
 
-    def accumulating(self) -> "Session":
-        """The same with a step that adds to the gradients that are there (`planner/capture/accumulate.py`)."""
+    def accumulating(self, calls: int = 1) -> "Session":
+        """The same with a step that adds to the gradients that are there, those of other calls before the same backward pass
+        among them (`planner/capture/accumulate.py`)."""
         from ..capture.accumulate import added_up
 
         made = copy.copy(self)
         for name in ("static_planner", "lent"):
             vars(made).pop(name, None)
-        made.captured, made.recipe = added_up(self.captured), msgspec.structs.replace(self.recipe, accumulate=True)
+        made.captured, made.recipe = added_up(self.captured, calls > 1), msgspec.structs.replace(self.recipe, accumulate=True)
         made.smallest, made.placed = {}, None
         made.prepare()
         return made

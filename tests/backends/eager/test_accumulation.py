@@ -283,3 +283,72 @@ def test_calls_that_share_a_pass_and_earlier_gradients_are_told_of():
     total(planned(batch(0))).backward()
     with pytest.warns(UserWarning, match="gradients of an earlier one are there"):
         (total(planned(batch(0))) + total(planned(batch(1)))).backward()
+
+
+class Tied(nn.Module):
+    """Parameters that are used several times in a call, under one name and under two."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(2)
+        self.embed = nn.Embedding(20, 16)
+        self.layer, self.head = nn.Linear(16, 16), nn.Linear(16, 20, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x):
+        y = self.embed(x)
+        for _ in range(3):
+            y = torch.tanh(self.layer(y))
+        return self.head(y)
+
+
+@pytest.mark.parametrize("tight", [False, True])
+def test_calls_in_which_a_parameter_is_used_several_times_have_eagers_bits(tight):
+    """Term by term, as autograd adds them; of gradients that were there before, which is told, the last bits may differ."""
+    model, x = Tied(), torch.randint(20, (4, 6))
+    twin = copy.deepcopy(model)
+    made = plan(model, args=(x,), calls=3)
+    if tight:
+        made = plan(model, made.minimum * 2, args=(x,), calls=3)
+    planned = made.apply(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for each in (planned, twin):
+            sum(total(each((x + call) % 20)) * (call + 1) for call in range(3)).backward()
+    assert same(gradients(model), gradients(twin))
+
+
+def test_one_call_beside_earlier_gradients_adds_its_sum():
+    """Also where it was planned to be one of several."""
+    model, x = Tied(), torch.randint(20, (4, 6))
+    twin = copy.deepcopy(model)
+    planned = plan(model, args=(x,), calls=2).apply(model)
+    for each in (planned, twin):
+        for call in range(3):
+            total(each((x + call) % 20)).backward()
+    assert same(gradients(model), gradients(twin))
+
+
+def test_terms_that_autograd_is_to_have_are_summed_up():
+    """Where somebody listens, or asks for gradients."""
+    model, x = Tied(), torch.randint(20, (4, 6))
+    twin = copy.deepcopy(model)
+    planned = plan(model, args=(x,), calls=2).apply(model)
+    found = torch.autograd.grad(total(planned(x)), list(model.parameters()))
+    assert all(map(torch.equal, found, torch.autograd.grad(total(twin(x)), list(twin.parameters()))))
+    for each in (model, twin):
+        each.embed.weight.register_hook(lambda value: value * 2)
+    for each in (planned, twin):
+        total(each(x)).backward()
+    assert same(gradients(model), gradients(twin))
+
+
+def test_the_sums_of_terms_are_no_ops_any_more():
+    """They would keep terms alive until the last one is there."""
+    model, x = Tied(), torch.randint(20, (4, 6))
+    one, several = plan(model, args=(x,)), plan(model, args=(x,), calls=2)
+    added = [op for op in several.program.ops if op.target == "accumulate"]
+    assert len(several.program.ops) - len(one.program.ops) < len(added)
+    assert sum(op.target == "aten.add.Tensor" for op in several.program.ops) < sum(
+        op.target == "aten.add.Tensor" for op in one.program.ops
+    )

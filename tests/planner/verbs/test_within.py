@@ -123,7 +123,7 @@ def test_accumulation_stays_within_the_budget():
     assert same(gradients(model), gradients(twin))
     (kind,) = kinds_of(kept)
     assert set(kind.runners) == {(1, False), (1, True)}
-    assert kind.adding.program.resident_bytes > kind.session.program.resident_bytes
+    assert kind.adding[False].program.resident_bytes > kind.session.program.resident_bytes
 
 
 def test_gradients_that_fit_beside_a_plan_need_no_other():
@@ -386,7 +386,7 @@ def test_every_size_keeps_the_budget_beside_gradients_and_calls():
         step(twin, batch(seed, rows), seed)
         assert same(gradients(model), gradients(twin))
     every = next(kind for kind in kinds_of(kept) if type(kind).__name__ == "EverySize")
-    assert set(every.plans) == {False, True}
+    assert set(every.plans) == {(False, False), (True, False)}
     for _, peak, _ in every.chosen.values():
         assert peak <= budget
     model.zero_grad()
