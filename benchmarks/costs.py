@@ -26,7 +26,7 @@ import torch
 from ..planner.cost.gauge import Reference, read_pace
 from ..planner.cost.local import device_key
 from ..planner.cost.watch import is_quiet
-from ..planner.verbs.plan import Session
+from ..planner.verbs.session import Session
 from ..solvers.jit.compiled import code_directory
 from .command import Command, Options, each_model
 from .models import TINY, Made, gpt2, resnet50

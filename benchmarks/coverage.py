@@ -91,7 +91,7 @@ def attempt(name: str) -> Row:
     from ..planner.ir.errors import BudgetError, CaptureError
     from ..planner.ir.machine import load_machine
     from ..planner.models.byname import load_model
-    from ..planner.verbs.plan import Session
+    from ..planner.verbs.session import Session
 
     try:
         small = specification(name)

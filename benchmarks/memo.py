@@ -21,7 +21,7 @@ from ..planner.ir.errors import InvalidSchedule, MemplanError
 from ..planner.ir.machine import load_machine
 from ..planner.ir.plan import Side
 from ..planner.pipeline.planner import Planner
-from ..planner.verbs.plan import Session
+from ..planner.verbs.session import Session
 from ..solvers.remat.memo_rule import find_layers
 from ..solvers.remat.problem import EAGER, HOLD, SINCE
 from .command import Command

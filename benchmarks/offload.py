@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from ..planner.ir.plan import load
-from ..planner.verbs.plan import Session
+from ..planner.verbs.session import Session
 from .command import Command, each_model
 from .models import FIVE, build
 from .planning import attempt

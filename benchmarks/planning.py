@@ -14,7 +14,7 @@ import torch
 
 from ..planner.ir.errors import BudgetError
 from ..planner.ir.plan import Plan
-from ..planner.verbs.plan import Session
+from ..planner.verbs.session import Session
 from .models import build
 from .record import Row, answer
 

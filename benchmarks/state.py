@@ -20,7 +20,7 @@ import torch
 
 from ..backends.measure.training import LEARNING_RATE, Request, train
 from ..planner.ir.plan import load
-from ..planner.verbs.plan import Session
+from ..planner.verbs.session import Session
 from .command import Command, each_model
 from .models import FIVE, build
 from .offload import SLACK

@@ -38,7 +38,7 @@ def serve(request: Row) -> Iterator[Row]:
 def steps(made: tuple, kind: str, wanted: list[str]) -> Iterator[Row]:
     """Rows of the steps that there are plans for."""
     from ..planner.ir.errors import BudgetError
-    from ..planner.verbs.plan import Session
+    from ..planner.verbs.session import Session
 
     model, args = made
     session = Session(model, args, train=kind == "train", machine=MACHINE, time_limit=60.0)

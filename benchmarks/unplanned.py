@@ -28,7 +28,7 @@ def made(name: str) -> Made:
 def serve(request: Row) -> Iterator[Row]:
     """Measure eager's step, or predict it."""
     from ..backends.measure.training import Request, train
-    from ..planner.verbs.plan import Session
+    from ..planner.verbs.session import Session
 
     model, args = made(request["model"])
     if request["task"] == "eager":

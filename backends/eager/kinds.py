@@ -56,7 +56,7 @@ class Ways(Protocol):
 
 
 class Session(Protocol):
-    """A call that has been captured, to be planned for one budget or many: see `planner.verbs.plan.Session`."""
+    """A call that has been captured, to be planned for one budget or many: see `planner.verbs.session.Session`."""
 
     captured: Captured
 

@@ -2,9 +2,9 @@
 
 A planned step is one node of autograd, which returns one gradient for each parameter. Where a parameter is used several times
 in a step, eager mode adds each of its terms to what the later calls have left, ((b2 + b1) + a2) + a1; of two planned steps
-autograd adds the sums, (b2 + b1) + (a2 + a1). And under autocast eager mode keeps one cast of a parameter for all calls in the
-same region, and adds up their gradients in 16 bits; planned steps cast theirs back first. To return the terms as they are made,
-every one of them would have to be kept until the step's end: that is memory, which was planned for something else.
+autograd adds the sums, (b2 + b1) + (a2 + a1). A step that is planned for several calls adds term by term itself
+(`planner/capture/accumulate.py`). And under autocast eager mode keeps one cast of a parameter for all calls in the same region,
+and adds up their gradients in 16 bits; planned steps cast theirs back first.
 """
 
 import warnings
@@ -16,7 +16,7 @@ from ...planner.capture.graph import Traced
 HALF = (torch.float16, torch.bfloat16)
 EARLIER = ("gradients of an earlier one are there, to which each call adds its own, where eager mode adds the calls' first: "
            "last bits differ")  # fmt: skip
-ADVICE = "call backward() after each call for eager's very bits"
+ADVICE = "call backward() after each call, or plan for them (calls=), for eager's very bits"
 
 
 class Together:

@@ -22,7 +22,7 @@ from ..ir.program import Program
 from ..ir.referee import referee
 from ..ir.schedule import Run, Schedule
 from ..pipeline.planner import Planner
-from .plan import Session
+from .session import Session
 
 if TYPE_CHECKING:
     from torch import nn

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..ir.machine import Machine
 from ..ir.units import parse_bytes
-from .plan import Progress, Session, check_model, check_numbers
+from .arguments import Progress, check_model, check_numbers
+from .session import Session
 
 if TYPE_CHECKING:
     from torch import nn

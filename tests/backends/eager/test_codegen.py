@@ -2,7 +2,7 @@
 
 import torch
 from memplan.backends.eager.codegen import generate
-from memplan.planner.verbs.plan import Session
+from memplan.planner.verbs.session import Session
 from torch import nn
 
 

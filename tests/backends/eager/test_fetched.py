@@ -17,7 +17,7 @@ from memplan.backends.tiers import spacefile
 from memplan.passes.homes import Homes
 from memplan.planner.ir.machine import Link, Machine, Tier, Unit
 from memplan.planner.ir.program import Kind
-from memplan.planner.verbs.plan import Session
+from memplan.planner.verbs.session import Session
 from torch import nn
 
 WIDTH = 160  # a weight of 100 KiB: what is smaller stays

@@ -14,7 +14,7 @@ from memplan.backends.eager.codegen import drawing_from, get_state
 from memplan.planner.capture.nodes import is_view
 from memplan.planner.ir.errors import BudgetError, MemplanError, PlanMismatch
 from memplan.planner.ir.machine import load_machine
-from memplan.planner.verbs.plan import Session
+from memplan.planner.verbs.session import Session
 from torch import nn
 from torch.nn import functional as F
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from memplan.planner.ir.errors import BudgetError
 from memplan.planner.ir.machine import load_machine
-from memplan.planner.verbs.plan import Session
+from memplan.planner.verbs.session import Session
 from torch import nn
 
 QUICK = msgspec.structs.replace(load_machine("h100-80gb"), name="quick", device="cpu")  # where nothing needs measuring

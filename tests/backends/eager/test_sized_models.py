@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from memplan.planner.capture.capture import capture
-from memplan.planner.verbs.plan import Session
+from memplan.planner.verbs.session import Session
 from memplan.planner.verbs.sizes import SizedPlans
 from size_cases import equal, step
 

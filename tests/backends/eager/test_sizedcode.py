@@ -11,7 +11,7 @@ from memplan.backends.eager.sizedcode import generate_sized
 from memplan.planner.capture.capture import capture
 from memplan.planner.ir.errors import InvalidSchedule, MemplanError, PlanMismatch
 from memplan.planner.ir.schedule import Placement
-from memplan.planner.verbs.plan import Session
+from memplan.planner.verbs.session import Session
 from memplan.planner.verbs.sizes import SizedPlans
 from msgspec.structs import replace
 from size_cases import NAMES, SERVED, equal, step

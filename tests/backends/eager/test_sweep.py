@@ -14,7 +14,7 @@ import sweep_modules
 import torch
 from memplan.planner.ir.errors import BudgetError, CaptureError
 from memplan.planner.ir.machine import load_machine
-from memplan.planner.verbs.plan import Session
+from memplan.planner.verbs.session import Session
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("hasty")

@@ -9,7 +9,7 @@ import torch
 from memplan.planner.ir.errors import PlanMismatch
 from memplan.planner.ir.machine import load_machine
 from memplan.planner.ir.plan import Plan
-from memplan.planner.verbs.plan import Session
+from memplan.planner.verbs.session import Session
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("hasty")

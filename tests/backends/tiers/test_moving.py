@@ -15,7 +15,7 @@ from memplan.backends.tiers import filetier, spacefile
 from memplan.backends.tiers.moving import blank, places_of
 from memplan.planner.ir.errors import MemplanError
 from memplan.planner.ir.machine import Link, Machine, Tier, Unit
-from memplan.planner.verbs.plan import Session
+from memplan.planner.verbs.session import Session
 from torch import nn
 from torch.nn import functional
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.utils.prune
 from memplan.planner.ir.errors import BudgetError, CaptureError, MemplanError, PlanMismatch
 from memplan.planner.ir.machine import load_machine
-from memplan.planner.verbs.plan import Session
+from memplan.planner.verbs.session import Session
 from torch import nn
 from torch.autograd.graph import disable_saved_tensors_hooks, save_on_cpu, saved_tensors_hooks
 from torch.distributed._composable import checkpoint as composable_checkpoint

@@ -10,7 +10,8 @@ import torch
 from memplan.planner.capture.capture import capture
 from memplan.planner.ir.errors import BudgetError, CaptureError, MachineError, MemplanError, PlanMismatch
 from memplan.planner.ir.program import Kind, Phase
-from memplan.planner.verbs.plan import Session, sweep
+from memplan.planner.verbs.plan import sweep
+from memplan.planner.verbs.session import Session
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 

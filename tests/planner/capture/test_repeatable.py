@@ -11,7 +11,7 @@ from memplan.planner.capture.capture import capture
 from memplan.planner.ir.errors import BudgetError, CaptureError
 from memplan.planner.ir.machine import load_machine
 from memplan.planner.ir.program import Buffer, Kind, Op, Phase, Program
-from memplan.planner.verbs.plan import Session
+from memplan.planner.verbs.session import Session
 from torch import nn
 
 WIDTH = 32

@@ -10,7 +10,7 @@ import torch
 from memplan.backends.measure.training import Request, in_fresh_process
 from memplan.passes.defer import Defer
 from memplan.planner.ir.program import Phase
-from memplan.planner.verbs.plan import Session
+from memplan.planner.verbs.session import Session
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 

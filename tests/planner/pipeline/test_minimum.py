@@ -16,7 +16,7 @@ from memplan.planner.ir.errors import BudgetError
 from memplan.planner.ir.machine import Link, Machine, Tier, Unit
 from memplan.planner.models.byname import load_model
 from memplan.planner.pipeline.planner import SMALL, WORTH, Planner
-from memplan.planner.verbs.plan import Session
+from memplan.planner.verbs.session import Session
 from strategies import programs
 from torch import nn
 

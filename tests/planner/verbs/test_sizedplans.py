@@ -8,7 +8,7 @@ from memplan.planner.capture.capture import capture
 from memplan.planner.ir.errors import BudgetError, CaptureError, InvalidSchedule, MemplanError
 from memplan.planner.ir.family import rebound
 from memplan.planner.ir.referee import referee
-from memplan.planner.verbs.plan import Session
+from memplan.planner.verbs.session import Session
 from memplan.planner.verbs.sizes import SizedPlans
 from size_cases import equal, step
 from torch import nn

@@ -89,7 +89,7 @@ def test_compiling_is_told_and_takes_nothing_from_the_time_limit(monkeypatch: py
         progress(warm.STAGE, 0.0)
         return 1000.0
 
-    monkeypatch.setattr("memplan.planner.verbs.plan.compile_planning", slow)
+    monkeypatch.setattr("memplan.planner.verbs.session.compile_planning", slow)
     plan = memplan.plan(
         nn.Linear(4, 4), None, (torch.randn(2, 4),), loss=torch.sum, machine="h100-80gb", time_limit=5.0,
         progress=lambda stage, done: told.append(stage),
@@ -102,10 +102,10 @@ def test_compiling_is_told_and_takes_nothing_from_the_time_limit(monkeypatch: py
 
 def test_the_planners_deadline_is_later_by_what_compiling_took(monkeypatch: pytest.MonkeyPatch):
     """Of a limit of 5 seconds nothing is gone though compiling took far longer."""
-    from memplan.planner.verbs.plan import Session
+    from memplan.planner.verbs.session import Session
 
     session = Session(nn.Linear(4, 4), (torch.randn(2, 4),), loss=torch.sum, machine="h100-80gb", time_limit=500.0)
-    monkeypatch.setattr("memplan.planner.verbs.plan.compile_planning", lambda progress: 1000.0)
+    monkeypatch.setattr("memplan.planner.verbs.session.compile_planning", lambda progress: 1000.0)
     session.began -= 1000.0
     session.begin()
     assert 0 < session.left() <= 500.0

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from memplan.planner.pipeline.planner import Planner
-from memplan.planner.verbs.plan import Session
+from memplan.planner.verbs.session import Session
 from memplan.solvers.remat.memo_rule import LAST, find_layers
 from memplan.solvers.remat.problem import MOVE, SINCE
 from transformers import GPT2Config, GPT2LMHeadModel
