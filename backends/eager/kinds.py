@@ -73,10 +73,6 @@ class Session(Protocol):
         """The fastest that fits."""
         ...
 
-    def ways(self) -> Ways:
-        """Schedules for every size, where it was captured with sizes that vary."""
-        ...
-
 
 @dataclass(frozen=True)
 class Whose:
@@ -89,6 +85,7 @@ class Whose:
         room: bytes that a step may take.
         witness: looks whether planned steps run at all.
         say: tells the user something, given a message.
+        ways_of: from a session whose sizes vary to its schedules.
     """
 
     module: nn.Module
@@ -97,6 +94,7 @@ class Whose:
     room: int
     witness: StepWitness
     say: Callable[[str], None]
+    ways_of: Callable[[Session], Ways]
 
     def runner(self, captured: Captured, code: Generated, peak: int, held: int) -> Runner:
         """What runs some code."""
@@ -179,7 +177,7 @@ class EverySize:
 
     def __init__(self, whose: Whose, session: Session):
         self.whose, self.session = whose, session
-        self.plans: dict[tuple[bool, bool], Ways] = {ALONE: session.ways()}
+        self.plans: dict[tuple[bool, bool], Ways] = {ALONE: whose.ways_of(session)}
         self.runners: dict[int, Runner] = {}
         self.chosen: dict[tuple[tuple[int, ...], int, bool], tuple[Runner, int, int]] = {}
 
@@ -274,7 +272,7 @@ class EverySize:
         """
         beside = there, calls > 1
         if beside not in self.plans:
-            self.plans[beside] = self.session.accumulating(calls).ways()
+            self.plans[beside] = self.whose.ways_of(self.session.accumulating(calls))
             self.plans[beside].start()
         plans, room = self.plans[beside], self.whose.room
         program = plans.at(sizes)

@@ -21,13 +21,15 @@ from torch.utils import _pytree as pytree
 from ...planner.capture.calls import autocast_state, flatten_call
 from ...planner.capture.capture import Captured
 from ...planner.capture.symbols import SMALLEST
-from ...planner.ir.errors import BudgetWarning, CaptureError, MemplanError, UnplannedWarning
+from ...planner.ir.errors import BudgetWarning, CaptureError, MemplanError, MemplanWarning, UnplannedWarning
 from ...planner.ir.units import show_bytes
-from .kinds import EverySize, OneShape, Session, Whose
+from .kinds import EverySize, OneShape, Session, Ways, Whose
 from .module import Runner
 from .stepwitness import StepWitness
 from .witness import users_level
 
+MOST = 48  # calls of one form that are traced, and
+FORMS = 16  # forms: the next ones run unplanned
 KEPT = 32  # kinds of calls of one shape whose plans are kept
 WAITING = 4  # traces with sizes that vary that wait for one of a single shape to be compared with
 TRIES = 2  # traces with sizes that vary that may turn out not to be the model's
@@ -44,6 +46,7 @@ class Form:
         every: kinds of calls whose sizes vary.
         waiting: such kinds that have not been compared with a trace of one shape yet.
         failures: traces with sizes that vary that were not the model's.
+        traced: how many calls were captured, or tried.
         unplanned: these calls run as they are.
     """
 
@@ -52,7 +55,7 @@ class Form:
         self.one: OrderedDict[tuple[tuple[int, ...], ...], list[OneShape]] = OrderedDict()
         self.every: list[EverySize] = []
         self.waiting: list[EverySize] = []
-        self.failures = 0
+        self.failures = self.traced = 0
         self.unplanned = False
 
     @property
@@ -85,6 +88,7 @@ class Within:
         budget: bytes.
         reserved: of these, what is left to others.
         session_of: captures a call of a model, given its arguments, whether it is the first, and which sizes vary.
+        ways_of: from a session whose sizes vary to its schedules.
         forms: what is planned, by what a call looks like.
         calls: the most calls that have come before one backward pass.
         witness: looks whether planned steps run at all.
@@ -94,9 +98,10 @@ class Within:
     def __init__(
         self, module: nn.Module, model: nn.Module, budget: int, reserved: int,
         session_of: Callable[[nn.Module, tuple, dict[str, Any], bool, Dynamic | None], Session],
+        ways_of: Callable[[Session], Ways],
     ):  # fmt: skip
         self.module, self.model = module, model
-        self.budget, self.reserved, self.session_of = budget, reserved, session_of
+        self.budget, self.reserved, self.session_of, self.ways_of = budget, reserved, session_of, ways_of
         self.original = vars(model).get("forward") or MethodType(type(module).forward, module)
         self.__signature__ = inspect.signature(self.original)  # transformers' Trainer passes the arguments found there
         self.forms: dict[Any, Form] = {}
@@ -104,8 +109,9 @@ class Within:
         self.witness = StepWitness(budget, 0, True, [])
         self.told: set[str] = set()
         self.watched = False
-        self.whose = Whose(module, model, self.original, budget - reserved, self.witness, self.warn)
+        self.whose = Whose(module, model, self.original, budget - reserved, self.witness, self.warn, ways_of)
 
+    @torch.compiler.disable(reason="memplan has planned it")
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         found = self.form(args, kwargs) if self.plans(args, kwargs) else None
         if found is None or found[0].unplanned:
@@ -118,14 +124,18 @@ class Within:
                 if picked is None:
                     raise CaptureError("its next call would not be the one that was planned")
             except CaptureError as error:
-                form.unplanned = True
-                self.say(f"calls of {type(self.module).__name__} like this one run unplanned, and no budget is kept: {error}",
-                         UnplannedWarning)  # fmt: skip
+                form.unplanned = form.traced < MOST  # what is planned of many stays so
+                self.once(f"calls of {type(self.module).__name__} like this one run unplanned, and no budget is kept: {error}")
                 return self.original(*args, **kwargs)
         kind, leaves, inputs = picked
         runner = kind.runner(leaves, self.beside(), self.gradients())
         self.watch(runner)
         return runner.run(leaves, inputs)
+
+    @property
+    def __code__(self) -> Any:
+        """The code of the model's own forward, which `torch.export` looks at."""
+        return self.original.__code__  # type: ignore[attr-defined]
 
     def plans(self, args: tuple, kwargs: dict[str, Any]) -> bool:
         """Whether a call is one of training, for which there is something to plan."""
@@ -167,6 +177,10 @@ class Within:
             BudgetError: no schedule fits.
             CaptureError: it cannot be traced.
         """
+        if form.traced >= MOST or sum(other.traced > 0 for other in self.forms.values()) > FORMS:
+            raise CaptureError(f"there are too many kinds of them (more than {MOST} shapes and answers, or {FORMS} plain "
+                               "arguments): pad batches to fewer lengths, and pass numbers that change as tensors")  # fmt: skip
+        form.traced += 1
         vars(self.model).update((name, value) for name, value in vars(self.module).items() if name != "forward")
         leaves, _ = flatten_call(self.module, args, kwargs)
         awaited = next((kind for kind in form.waiting if kind.serves(leaves)), None)
@@ -196,8 +210,8 @@ class Within:
             return None
         try:
             kind = EverySize(self.whose, self.session_of(self.model, args, kwargs, False, dynamic))
-        except CaptureError:
-            form.failures += 1
+        except CaptureError as error:
+            self.failed(form, error)
             return None
         others = [each.captured for other, kinds in form.one.items() for each in kinds if other != shapes]
         known = next((other for other in others if kind.is_like(other)), None)
@@ -210,11 +224,18 @@ class Within:
         """Compare a trace with symbols with another of one shape. Returns whether it is used from now on."""
         try:
             kind.confirm(known)
-        except CaptureError:
-            form.failures += 1
+        except CaptureError as error:
+            self.failed(form, error)
             return False
         form.every.append(kind)
         return True
+
+    def failed(self, form: Form, error: CaptureError) -> None:
+        """Note that a trace with sizes that vary cannot be used, and say so where no other will be tried."""
+        form.failures += 1
+        if form.failures == TRIES:
+            self.once(f"each shape of {type(self.module).__name__}'s calls is traced and planned by itself, which takes "
+                      f"seconds: {error}", MemplanWarning)  # fmt: skip
 
     def gradients(self) -> int:
         """Bytes of gradients that are there."""
@@ -241,6 +262,12 @@ class Within:
             name = runner.named[0]
             self.witness.watch(self, name, self.module.get_parameter(name))
 
+    def once(self, message: str, category: Any = UnplannedWarning) -> None:
+        """Say something that has not been said."""
+        if message not in self.told:
+            self.told.add(message)
+            self.say(message, category)
+
     def warn(self, message: str) -> None:
         """Say what is with the budget."""
         self.say(message, BudgetWarning)
@@ -257,4 +284,4 @@ class Within:
         module = memo[id(self.module)]
         model = object.__new__(type(module))
         vars(model).update(vars(module) | {key: value for key, value in vars(self.model).items() if key == "forward"})
-        return Within(module, model, self.budget, self.reserved, self.session_of)
+        return Within(module, model, self.budget, self.reserved, self.session_of, self.ways_of)

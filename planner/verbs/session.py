@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
     from ..capture.capture import Captured
     from ..capture.symbols import Dynamic
-    from .sizes import SizedPlans
 
 PLACINGS = 8  # plans made to find one that fits with its arena
 
@@ -145,12 +144,6 @@ class Session:
     def program(self) -> Program:
         """What was captured, with its costs."""
         return self.planner.program
-
-    def ways(self) -> "SizedPlans":
-        """Schedules for every size, where it was captured with sizes that vary."""
-        from .sizes import SizedPlans
-
-        return SizedPlans(self)
 
     def accumulating(self, calls: int = 1) -> "Session":
         """The same with a step that adds to the gradients that are there, those of other calls before the same backward pass

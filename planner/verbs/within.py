@@ -13,6 +13,7 @@ from ..ir.machine import Machine
 from ..ir.units import parse_bytes
 from .arguments import Progress, check_model, check_numbers
 from .session import Session
+from .sizes import SizedPlans
 
 if TYPE_CHECKING:
     from torch import nn
@@ -80,5 +81,5 @@ def within(
         )  # fmt: skip
 
     module = copy.copy(model)
-    module.forward = Within(module, copy.copy(model), allowed, spare, session_of)  # type: ignore[method-assign]
+    module.forward = Within(module, copy.copy(model), allowed, spare, session_of, SizedPlans)  # type: ignore[method-assign]
     return module

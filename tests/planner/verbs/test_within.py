@@ -429,3 +429,96 @@ def test_a_size_that_no_schedule_fits_is_refused_with_how_much_would():
     with pytest.raises(BudgetError, match=r"about \d+ of the 4096 rows of this batch would fit"):
         kept(batch(0, 4096))
     step(kept, batch(0, 30))
+
+
+def test_it_is_planned_inside_torch_compile_and_plain_inside_torch_export():
+    """Compiled, the rest of the script is; exported, the model itself is."""
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU())
+    twin, kept = copy.deepcopy(model), within(model)
+    x = batch(0)
+    compiled = torch.compile(lambda x: total(kept(x)), backend="eager")
+    compiled(x).backward()
+    total(twin(x)).backward()
+    assert same(gradients(model), gradients(twin))
+    assert len(kinds_of(kept)) == 1
+    program = torch.export.export(kept, (x,)).module()
+    assert torch.equal(program(x), model(x))
+    assert len(kinds_of(kept)) == 1
+
+
+def test_numbers_that_are_others_at_every_call_are_not_planned_for_ever(monkeypatch):
+    """It is told what to do; calls that are known stay planned."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x, scale: float):
+            return self.layer(x) * scale
+
+    monkeypatch.setattr("memplan.backends.eager.within.FORMS", 2)
+    model = Scaled()
+    twin, kept = copy.deepcopy(model), within(model)
+
+    def train():
+        for scale in (0.1, 0.2, 0.3, 0.4, 0.5, 0.1):
+            for each in (kept, twin):
+                total(each(batch(0), scale)).backward()
+
+    with pytest.warns(UnplannedWarning, match="too many kinds of them .* pass numbers that change as tensors"):
+        train()
+    assert same(gradients(model), gradients(twin))
+    assert len(kinds_of(kept)) == 3
+
+
+def test_answers_that_are_others_at_every_call_are_not_planned_for_ever(monkeypatch):
+    """As of a model that takes a number out of a mask."""
+
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x, mask):
+            return self.layer(x) / int(mask.sum())
+
+    monkeypatch.setattr("memplan.backends.eager.within.MOST", 3)
+    model = Counts()
+    twin, kept = copy.deepcopy(model), within(model)
+
+    def train():
+        for count in (1, 2, 3, 4, 5, 1):
+            mask = torch.arange(6) < count
+            for each in (kept, twin):
+                total(each(batch(0), mask)).backward()
+
+    with pytest.warns(UnplannedWarning, match="too many kinds of them"):
+        train()
+    assert same(gradients(model), gradients(twin))
+    assert len(kinds_of(kept)) == 3
+
+
+def test_sizes_that_cannot_vary_are_told_of():
+    """Each shape is traced then."""
+
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x):
+            return self.layer(x) * (0.1 * x.shape[0])
+
+    model = Root()
+    twin, kept = copy.deepcopy(model), within(model)
+
+    def train():
+        for seed, rows in enumerate((8, 12, 9, 8)):
+            step(kept, batch(seed, rows))
+            step(twin, batch(seed, rows))
+
+    with pytest.warns(memplan.MemplanWarning, match="each shape of Root's calls is traced and planned by itself"):
+        train()
+    assert same(gradients(model), gradients(twin))
+    assert len(kinds_of(kept)) == 3
