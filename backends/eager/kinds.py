@@ -24,6 +24,7 @@ from .stepwitness import Beside, StepWitness
 
 WAYS = 8  # schedules of a kind of every size
 WORTH = 0.03  # a size is planned for where the schedules that are known take so much longer than keeping everything
+ALIKE = 0.1  # memory that is as short as where a schedule has been looked for, but for this share, needs no other
 ALONE = False, False  # no gradients are there, and no other calls
 KNOWN = 512  # sizes whose choice is kept
 
@@ -173,6 +174,8 @@ class EverySize:
         runners: for each schedule what runs it.
         chosen: for sizes, calls before one backward pass and whether gradients are there: what runs, and its bytes at the peak
             and between the passes.
+        tried: how short memory was where schedules have been looked for: what a step may take of its own, as a share of what it
+            takes where everything is kept.
     """
 
     def __init__(self, whose: Whose, session: Session):
@@ -180,6 +183,7 @@ class EverySize:
         self.plans: dict[tuple[bool, bool], Ways] = {ALONE: whose.ways_of(session)}
         self.runners: dict[int, Runner] = {}
         self.chosen: dict[tuple[tuple[int, ...], int, bool], tuple[Runner, int, int]] = {}
+        self.tried: dict[tuple[bool, bool], list[float]] = {}
 
     def serves(self, leaves: Sequence[Any]) -> bool:
         """Whether the trace serves a call of this form: its sizes, and what the model asks of it."""
@@ -278,7 +282,7 @@ class EverySize:
         program = plans.at(sizes)
         kept = sum(op.seconds for op in program.ops)
         found = self.fitting(plans, sizes, calls)
-        if (found is None or found[0] > kept * (1 + WORTH)) and len(plans.ways) < WAYS:
+        if (found is None or found[0] > kept * (1 + WORTH)) and self.is_new(beside, sizes):
             found = self.solved(plans, sizes, calls) or found
         if found is None:
             try:
@@ -292,6 +296,17 @@ class EverySize:
                 found = next((side.time, way, side) for way in reversed(plans.ways) if accepted(plans, way, sizes))
         _, way, side = found
         return self.of(beside, way), side.peak, held_bytes(side.program, side.schedule)
+
+    def is_new(self, beside: tuple[bool, bool], sizes: tuple[int, ...]) -> bool:
+        """Whether no schedule has been looked for where memory was about as short; then one is, up to `WAYS` of them."""
+        plans, tried = self.plans[beside], self.tried.setdefault(beside, [])
+        side = accepted(plans, plans.ways[0], sizes)  # what keeps everything
+        resident = plans.at(sizes).resident_bytes
+        short = 1.0 if side is None else max(self.whose.room - resident, 1) / max(side.peak - resident, 1)
+        if len(tried) >= WAYS or any(abs(short - known) < ALIKE * known for known in tried):
+            return False
+        tried.append(short)
+        return True
 
     def solved(self, plans: Ways, sizes: tuple[int, ...], calls: int) -> tuple[float, Any, Side] | None:
         """What fits once one more schedule has been looked for."""
