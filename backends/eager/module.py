@@ -25,7 +25,9 @@ from ...planner.capture.structure import Structure
 from ...planner.capture.writes import Made
 from ...planner.cost.table import apply_costs
 from ...planner.ir.errors import CaptureError, MemplanError, PlanMismatch
+from ...planner.ir.plan import dynamic_of
 from .accumulation import Accumulation
+from .admission import Admission
 from .arena import generate_static
 from .checks import Checks
 from .codegen import Generated, generate
@@ -34,6 +36,7 @@ from .fetched import Homes, bring_back
 from .graphs import recorded
 from .node import PlannedStep, device_of
 from .recast import Backward
+from .sizedcode import generate_sized
 from .stepwitness import StepWitness
 from .together import Together
 from .updates import Updates
@@ -59,7 +62,8 @@ def apply(plan: "Plan", model: nn.Module, loss: Any = None, optimizer: Any = Non
     captured = captured_of(plan, model, loss, optimizer)
     check_parameters(model, captured)
     code = coded(plan, captured, model, optimizer)
-    return planned_module(model, captured, recorded(code) if cuda_graphs else code, StepWitness.of(plan))
+    admit = Admission(plan, captured.sized) if plan.recipe.sizes and captured.sized is not None else None
+    return planned_module(model, captured, recorded(code) if cuda_graphs else code, StepWitness.of(plan), admit)
 
 
 def coded(plan: "Plan", captured: Captured, model: nn.Module, optimizer: Any = None) -> Generated:
@@ -68,6 +72,8 @@ def coded(plan: "Plan", captured: Captured, model: nn.Module, optimizer: Any = N
     if captured.traced.adds:
         updates = Accumulation(captured.traced)
     traced, schedule, machine = captured.traced, plan.schedule, plan.machine
+    if plan.recipe.sizes:
+        return generate_sized(captured, schedule)
     with device_of(model.parameters()):
         if schedule.placements:
             return generate_static(traced, schedule, machine, updates)
@@ -115,6 +121,7 @@ def recapture(plan: "Plan", model: nn.Module, loss: Any, optimizer: Any = None) 
         captured = capture(
             model, args, kwargs, train=recipe.train, loss=loss, optimizer=optimizer or recipe.counted or recipe.optimizer,
             in_backward=recipe.in_backward, device=plan.program.device, runs_on=plan.machine.device,
+            dynamic=dynamic_of(recipe.sizes),
         )  # fmt: skip
     except CaptureError as error:
         raise PlanMismatch(f"this {type(model).__name__} is not the model that the plan was made for: {error}") from error

@@ -104,6 +104,32 @@ class Counted(msgspec.Struct, frozen=True):
     trainable: tuple[str, ...]
 
 
+class Varying(msgspec.Struct, frozen=True):
+    """A size of a call's tensors that varies.
+
+    Attributes:
+        leaf: the argument.
+        dim: which of its dimensions.
+        name: of the size; equal names are equal sizes.
+        least: it may be.
+        most: it may be; None for no bound.
+    """
+
+    leaf: str
+    dim: int
+    name: str
+    least: int = 0
+    most: int | None = None
+
+
+def dynamic_of(sizes: Iterable[Varying]) -> dict[int | str, dict[int, str]] | None:
+    """Sizes that vary, as `planner.capture.capture.capture` takes them; None for none."""
+    found: dict[int | str, dict[int, str]] = {}
+    for size in sizes:
+        found.setdefault(size.leaf, {})[size.dim] = size.name
+    return found or None
+
+
 class Recipe(msgspec.Struct, frozen=True):
     """How the program was captured, so that a loaded plan can be applied: see `planner.capture.capture.recapture`.
 
@@ -119,6 +145,7 @@ class Recipe(msgspec.Struct, frozen=True):
         accumulate: gradients are added to those that are there, one at a time.
         calls: how many calls come before one backward pass.
         reserved: bytes of the budget that are left to others.
+        sizes: that vary from call to call.
     """
 
     inputs: str
@@ -132,6 +159,7 @@ class Recipe(msgspec.Struct, frozen=True):
     accumulate: bool = False
     calls: int = 1
     reserved: int = 0
+    sizes: tuple[Varying, ...] = ()
 
     @property
     def missing(self) -> str:

@@ -1,5 +1,6 @@
 """The arguments of `plan` and its kin, checked before anything is traced."""
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
@@ -71,6 +72,24 @@ def check_dynamic(levers: Iterable[str], lend_gradients: bool, optimizer_in_back
     for name, asked in given.items():
         if asked:
             raise MemplanError(f"{name} holds for one shape alone, and dynamic= is for many: leave one of them out")
+
+
+def check_sizes(arena: bool, strategy: str | None, accumulate: bool, calls: int, reserved: int) -> None:
+    """Refuse what does not go with sizes that vary.
+
+    Raises:
+        MemplanError: which.
+    """
+    for name, given in (("arena=True", arena), (f"strategy={strategy!r}", strategy), ("accumulate=True", accumulate),
+                        (f"calls={calls}", calls > 1), ("reserved=", reserved)):  # fmt: skip
+        if given:
+            raise MemplanError(f"dynamic_shapes does not go with {name}: leave one out, or use memplan.within")
+
+
+def arguments_of(model: Any, args: tuple, kwargs: Mapping[str, Any] | None) -> list[str]:
+    """The names of a call's arguments, in their order: those given by position, then by name."""
+    names = [name for name in inspect.signature(type(model).forward).parameters][1:]
+    return [*names[: len(args)], *(kwargs or {})]
 
 
 def check_numbers(time_limit: Any, seed: Any) -> None:

@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import BudgetError
 from ..ir.machine import Machine
-from ..ir.plan import Plan
+from ..ir.plan import Plan, dynamic_of
 from ..ir.units import parse_bytes
-from .arguments import Progress, check_asked, check_calls, levers_of
+from .arguments import Progress, arguments_of, check_asked, check_calls, check_sizes, levers_of
+from .dynamicshapes import varying
 from .session import Session
+from .sizes import plan_sizes
 from .solver import check_strategy, solving
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ def plan(
     accumulate: bool = False,
     calls: int = 1,
     reserved: int | str = 0,
+    dynamic_shapes: Any = None,
     progress: Progress | None = None,
 ) -> Plan:
     """The fastest step of a model that provably fits a number of bytes, with the same numbers as before.
@@ -78,6 +81,9 @@ def plan(
             one the step accumulates, and the budget holds for all of them together.
         reserved: bytes of the budget that are left to others, as 17179869184 or "2GiB": a second model, an EMA copy,
             DistributedDataParallel's buckets.
+        dynamic_shapes: sizes of inputs that vary, as `torch.export` has them: {"input_ids": {0: Dim("batch", max=8)}}. One
+            plan then serves every size up to the bounds (the example's size, where there is none): its schedule is the
+            fastest that fits at the largest, and the referee judges it again at each size that comes.
         progress: is told (stage, fraction of it).
 
     Returns:
@@ -101,11 +107,17 @@ def plan(
     check_strategy(solver, strategy)
     check_calls(calls, accumulate, train, arena, strategy, optimizer_in_backward)
     spare = 0 if reserved == 0 else parse_bytes(reserved, what="number of bytes reserved")
+    sizes = () if dynamic_shapes is None else varying(dynamic_shapes, arguments_of(model, args, kwargs))
+    if sizes:
+        check_sizes(arena, strategy, accumulate, calls, spare)
     session = Session(
         model, args, kwargs, train=train, loss=loss, optimizer=optimizer, machine=machine, allow=levers_of(allow, strategy),
         time_limit=time_limit, seed=seed, lend_gradients=lend_gradients, host_budget=host_budget,
         optimizer_in_backward=optimizer_in_backward, solver=solver, progress=progress,
+        dynamic=dynamic_of(sizes),
     )  # fmt: skip
+    if sizes:
+        return plan_sizes(session, budget, sizes)
     session = session.accumulating(calls) if accumulate or calls > 1 else session
     return session.plan(budget, arena, strategy, calls=calls, reserved=spare)
 

@@ -320,9 +320,8 @@ class Session:
         check_asked(budget, None, arena, self.lend_gradients, strategy)
         planner, self.began = self.begin(arena), None
         began = time.monotonic()
-        unplanned = planner.unplanned
         capacity = self.machine.tiers[0].capacity
-        asked = None if budget is None else parse_bytes(budget, of=unplanned.peak)
+        asked = None if budget is None else parse_bytes(budget, of=planner.unplanned.peak)
         limit = min(asked if asked is not None else capacity, capacity) - reserved
         typed = f"the budget {shorten(budget)}, " if isinstance(budget, str) else ""
         planner.asked = typed if limit == asked else f"{self.machine.name}, " if limit == capacity else ""
@@ -340,19 +339,33 @@ class Session:
             if strategy is None:
                 self.note(self.static_floor if arena else planner.floor, arena)
             raise with_levers(error, limit, self.levers(arena, strategy)) from None
+        recipe = msgspec.structs.replace(self.recipe, calls=calls, reserved=reserved)
+        return self.made(answer.found, answer.bound, asked, minimum, began, recipe)
+
+    def made(self, side: Side, bound: float, asked: int | None, minimum: int, began: float, recipe: Recipe) -> Plan:
+        """The plan of a schedule.
+
+        Args:
+            side: the schedule.
+            bound: seconds that none is faster than.
+            asked: the budget.
+            minimum: the smallest budget known to work.
+            began: when planning did.
+            recipe: of the capture.
+        """
         body = PlanBody(
-            program=answer.found.program,
+            program=side.program,
             machine=self.machine,
-            recipe=msgspec.structs.replace(self.recipe, calls=calls, reserved=reserved),
+            recipe=recipe,
             budget=asked,
-            planned=answer.found.schedule,
-            unplanned=unplanned.schedule,
-            bound=answer.bound,
+            planned=side.schedule,
+            unplanned=self.planner.unplanned.schedule,
+            bound=bound,
             minimum=minimum,
             capture_seconds=self.capture_seconds,
             solve_seconds=time.monotonic() - began + self.solve_began,
             compile_seconds=self.compile_seconds,
-            coverage=self.covered(answer.found),
+            coverage=self.covered(side),
             eager_peak=self.eager_peak,
         )
-        return assemble(body, answer.found, unplanned, self.captured)
+        return assemble(body, side, self.planner.unplanned, self.captured)

@@ -12,15 +12,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from ...passes.liveness import held_bytes
 from ..cost.resized import Resized
 from ..cost.table import apply_costs
 from ..ir.errors import BudgetError, InvalidSchedule, MemplanError
 from ..ir.family import rebound
-from ..ir.plan import Side, unlimited
+from ..ir.plan import Plan, Side, Varying, unlimited
 from ..ir.program import Program
 from ..ir.referee import referee
 from ..ir.schedule import Run, Schedule
+from ..ir.units import parse_bytes
 from ..pipeline.planner import Planner
 from .session import Session
 
@@ -35,6 +38,43 @@ Sizes = tuple[int, ...]
 WAYS = 8  # schedules that are found at the sizes of the example
 START = 10.0  # seconds for the first two, at most
 KNOWN = 64  # sizes whose program is kept
+
+
+def plan_sizes(session: Session, budget: int | str | None, sizes: tuple[Varying, ...]) -> Plan:
+    """A plan that holds at every size up to the bounds, or the example's size where there is none.
+
+    The schedule is the fastest for the largest sizes; the plan's figures are those of the example.
+
+    Args:
+        session: captured with these sizes varying.
+        budget: as for `plan`.
+        sizes: that vary.
+
+    Raises:
+        BudgetError: no schedule fits at the largest sizes.
+        MemplanError: the model does something else at these than in the example.
+    """
+    plans, began = SizedPlans(session), time.monotonic()
+    bounds = {size.name: size.most for size in sizes if size.most is not None}
+    base = plans.sized.family.base
+    largest = tuple(bounds.get(name, known) for name, known in zip(plans.names, base, strict=True))
+    told = ", ".join(f"{name}={size}" for name, size in zip(plans.names, largest, strict=True))
+    if not plans.holds(largest):
+        asked_of_sizes = ", ".join(plans.sized.holds.told)
+        raise MemplanError(f"at {told} the model, or torch, does something else than in the example: plan with an example of "
+                           f"about these sizes, or smaller bounds; what was asked: {asked_of_sizes}")  # fmt: skip
+    planner = session.begin()
+    ends, session.began = planner.deadline, None
+    capacity = session.machine.tiers[0].capacity
+    asked = None if budget is None else parse_bytes(budget, of=planner.unplanned.peak)
+    room = min(capacity if asked is None else asked, capacity)
+    try:
+        choice = plans.solve(largest, room, max(0.0, ends - time.monotonic()))
+    except BudgetError as error:
+        raise BudgetError(f"at {told}: {error}", error.minimum) from None
+    recipe = msgspec.structs.replace(session.recipe, sizes=sizes)
+    side = plans.side(choice.way, base)
+    return session.made(side, min(planner.base_seconds, side.time), asked, side.peak, began, recipe)
 
 
 class Way:
