@@ -115,7 +115,7 @@ class Within:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         found = self.form(args, kwargs) if self.plans(args, kwargs) else None
         if found is None or found[0].unplanned:
-            return self.original(*args, **kwargs)
+            return self.unplanned(args, kwargs)
         form, shapes = found
         picked = self.pick([*form.one.get(shapes, ()), *form.every], args, kwargs)
         if picked is None:
@@ -126,11 +126,16 @@ class Within:
             except CaptureError as error:
                 form.unplanned = form.traced < MOST  # what is planned of many stays so
                 self.once(f"calls of {type(self.module).__name__} like this one run unplanned, and no budget is kept: {error}")
-                return self.original(*args, **kwargs)
+                return self.unplanned(args, kwargs)
         kind, leaves, inputs = picked
         runner = kind.runner(leaves, self.beside(), self.gradients())
         self.watch(runner)
         return runner.run(leaves, inputs)
+
+    def unplanned(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The model's own forward, whose gradients are no sign of a replaced one."""
+        self.witness.came = True
+        return self.original(*args, **kwargs)
 
     @property
     def __code__(self) -> Any:

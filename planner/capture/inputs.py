@@ -12,6 +12,7 @@ import torch
 import torch.utils._pytree as pytree
 
 from ..ir.errors import CaptureError
+from .own import own_of
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 FIXED = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)
@@ -121,7 +122,7 @@ def parts_of(value: Any) -> list[tuple[Any, Any]] | None:
         parts = list(enumerate(value))
     elif isinstance(value, AbstractSet):
         parts = [("elements", _Itself(each)) if not is_plain(each) else ("elements", each) for each in sorted(value, key=repr)]
-    own = vars(value) if hasattr(value, "__dict__") else None
+    own = own_of(value)
     slots = [name for kind in type(value).__mro__ for name in vars(kind).get("__slots__", ()) if hasattr(value, name)]
     if own or slots or (own is not None and parts is None):
         parts = [*(parts or []), *(own or {}).items(), *((name, getattr(value, name)) for name in slots)]

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .own import own_of
+
 ATOMS = (
     bool, int, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.layout, torch.memory_format,
     enum.Enum, type, types.ModuleType, weakref.ref, logging.Logger, io.IOBase, torch.Tensor, torch.UntypedStorage,
@@ -117,7 +119,7 @@ def is_object(thing: Any) -> bool:
         return True
     if is_atom(thing) or isinstance(thing, FUNCTIONS) or type(thing).__module__.partition(".")[0] in NOT_FOLLOWED - ENTERED:
         return isinstance(thing, collections.UserDict | collections.UserList)
-    return hasattr(thing, "__dict__") or bool(slots_of(type(thing)))
+    return own_of(thing) is not None or bool(slots_of(type(thing)))
 
 
 def slots_of(kind: type) -> list[str]:
@@ -165,7 +167,7 @@ def inside(held: Held) -> Iterator[tuple[Step, Any, str]]:
 
 def inside_object(thing: Any, held: Held) -> Iterator[tuple[Step, Any, str]]:
     """Attributes, slots, and the class with what it holds. A module's tables keep the module's name."""
-    for key, value in list(vars(thing).items()) if hasattr(thing, "__dict__") else ():
+    for key, value in list((own_of(thing) or {}).items()):
         own = isinstance(thing, nn.Module) and key in TABLES
         if own and isinstance(value, dict):
             yield Step("vars", key), value, held.name

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from ..ir.errors import PlanMismatch
+from .own import own_of
 from .reach import LARGE, TABLES, Held, Step, globals_of, is_object, slots_of, take
 
 MODULE = "/torch/nn/modules/module.py"
@@ -44,7 +45,8 @@ class Log:
         self.seen: dict[tuple[int, str], Any] = {}
         self.whole: set[int] = set()
         kinds = {type(held.thing) for held in found if is_object(held.thing) and not isinstance(held.thing, nn.Module)}
-        self.logged = {kind for kind in kinds if kind.__flags__ & HEAP and not issubclass(kind, dict | list)}
+        open_to = {kind for kind in kinds if kind.__flags__ & HEAP and not kind.__flags__ & IMMUTABLE}
+        self.logged = {kind for kind in open_to if not issubclass(kind, dict | list)}
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -87,6 +89,7 @@ class Log:
 INSTALLED = {"site-packages", "dist-packages"}  # code that lies there keeps no settings in its globals
 CALL: Any = operator.call
 HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class made by Python code, whose attributes can be set
+IMMUTABLE = 1 << 8  # Py_TPFLAGS_IMMUTABLETYPE: but not where a compiler of C extensions forbids it
 
 
 @dataclass(frozen=True)
@@ -236,7 +239,7 @@ def globals_read(run: list[Any], holders: dict[int, Held], written: set[tuple[in
 
 def attributes_of(thing: Any) -> dict[str, Any]:
     """An object's own attributes, those in slots among them."""
-    own = vars(thing) if hasattr(thing, "__dict__") else {}
+    own = own_of(thing) or {}
     slots = slots_of(type(thing))
     return own | {key: getattr(thing, key) for key in slots if hasattr(thing, key)} if slots else own
 
@@ -309,7 +312,7 @@ class Watch:
         objects: dict[int, Any] = {}
         classes: set[tuple[type, str]] = set()
         for fact, thing, value in self.rows:
-            own = thing if isinstance(thing, dict) else getattr(thing, "__dict__", None)
+            own = thing if isinstance(thing, dict) else own_of(thing)
             if fact.kind in ("attribute", "item") and isinstance(own, dict):
                 if isinstance(value, Same):
                     now = own.get(fact.key, ABSENT)
@@ -385,8 +388,8 @@ def found_in(fact: Fact, thing: Any) -> Any:
                 return own[fact.key]
             value = getattr(type(thing), fact.key, ABSENT)
             return value if is_plain(value) or isinstance(value, list | dict) else ABSENT
-    return thing.__dict__.get(fact.key, ABSENT) if hasattr(thing, "__dict__") and fact.key in thing.__dict__ else getattr(
-        thing, fact.key, ABSENT)  # fmt: skip
+    own = own_of(thing) or {}
+    return own[fact.key] if fact.key in own else getattr(thing, fact.key, ABSENT)
 
 
 def now_there(fact: Fact, thing: Any) -> Any:

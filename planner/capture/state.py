@@ -23,6 +23,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..ir.errors import CaptureError
+from .own import own_of
 from .reach import FUNCTIONS, Held, cached_by, generators, globals_of, inside, is_object, reach, slots_of
 
 MISSING = type("Missing", (), {"__repr__": lambda self: "absent"})()
@@ -68,7 +69,7 @@ def contents(thing: Any) -> Any:
     if isinstance(thing, list | set | collections.deque):
         return list(thing)
     if is_object(thing):
-        own = dict(vars(thing)) if hasattr(thing, "__dict__") else {}
+        own = dict(own_of(thing) or {})
         return own | {key: getattr(thing, key) for key in slots_of(type(thing)) if hasattr(thing, key)}
     return None
 
@@ -113,7 +114,8 @@ def put_back(thing: Any, was: Any) -> None:
 def put_back_attributes(thing: Any, was: dict[str, Any]) -> None:
     """Give an object or a class its former attributes."""
     owner: Any = type if isinstance(thing, type) else object
-    own: Any = vars(thing) if hasattr(thing, "__dict__") and owner is object else {}
+    found = own_of(thing) if owner is object else None
+    own: Any = {} if found is None else found
     slots = set(slots_of(type(thing))) if owner is object else set(contents(thing)) | set(was)
     own.clear()
     own.update({key: value for key, value in was.items() if key not in slots})

@@ -3,12 +3,14 @@
 import argparse
 import copy
 import dataclasses
+import re
 import types
 
 import memplan
 import msgspec
 import pytest
 import torch
+from memplan.planner.capture.capture import capture
 from memplan.planner.ir.errors import PlanMismatch
 from memplan.planner.ir.machine import load_machine
 from torch import nn
@@ -226,3 +228,27 @@ def test_reading_is_noted_while_tracing_alone():
     with pytest.raises(memplan.CaptureError):
         memplan.plan(model, None, (torch.randn(2, 4),), machine=QUICK)
     assert "__getattribute__" not in vars(nn.Module) | vars(Config) | vars(Fields)
+
+
+class Odd:
+    """Has something else where its attributes should be, as a library of C functions does."""
+
+    @property
+    def __dict__(self):
+        return print
+
+
+def test_what_cannot_be_looked_into_is_left_alone():
+    """Objects whose `__dict__` is none, and those of compiled classes that let nothing be set."""
+    import itertools
+
+    class Holds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.odd, self.compiled = nn.Linear(4, 4), Odd(), re.compile("a")
+            self.tables = itertools.count()
+
+        def forward(self, x):
+            return self.layer(x) * len(self.compiled.pattern)
+
+    assert capture(Holds(), (torch.randn(2, 4),), loss=lambda out: out.sum()).train
