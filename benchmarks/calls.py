@@ -157,7 +157,6 @@ def serve(request: Row) -> Iterator[Row]:
 
     from ..backends.measure.meters import resident
     from ..backends.measure.training import Meter, checksum, keep_freed_memory
-    from .models import checkpointing
 
     torch.manual_seed(0)
     model = request["plain"] = model_of(request["model"])
@@ -168,7 +167,7 @@ def serve(request: Row) -> Iterator[Row]:
         options = {"reserved": reserved} if reserved else {}
         called = memplan.within(model, request["budget"], time_limit=request["time_limit"], **options)
     elif request["kind"] == "checkpointing":
-        checkpointing(model, True)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if request["situation"] == "preference":
         step(called, 0)  # the frozen model is made
         model.zero_grad(set_to_none=True)
