@@ -163,6 +163,8 @@ class Within:
                      for leaf in leaves)  # fmt: skip
         key = str(spec), told, self.module.training, device, autocast_state(device)
         shapes = tuple(tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else () for leaf in leaves)
+        if len(self.forms) > 4 * FORMS:  # plain arguments that are others at every call
+            self.forms = {known: form for known, form in self.forms.items() if form.traced}
         return self.forms.setdefault(key, Form()), shapes
 
     def pick(
