@@ -151,9 +151,8 @@ STEPS: dict[str, Callable[[Row], Callable[[Any, int], Any]]] = {
 
 def serve(request: Row) -> Iterator[Row]:
     """Run a situation, and measure every step."""
-    import torch
-
     import memplan
+    import torch
 
     from ..backends.measure.meters import resident
     from ..backends.measure.training import Meter, checksum, keep_freed_memory

@@ -47,6 +47,7 @@ class StepWitness(Witness):
         outside: the caller computes the loss.
         calls: how many calls before one backward pass were planned for.
         peak: bytes of the step at its peak, where that is asked for.
+        retains: a backward pass was asked to keep its graph.
         marks: forward passes whose backward pass is to come.
         came: a planned step has run backward, and the watched parameter's gradient has not been accumulated since.
     """
@@ -55,6 +56,7 @@ class StepWitness(Witness):
         super().__init__(budget, seen)
         self.calls = calls
         self.peak = 0
+        self.retains = False
         self.held = held
         self.outside = outside
         self.marks: weakref.WeakSet[Mark] = weakref.WeakSet()
@@ -145,6 +147,7 @@ class Beside(StepWitness):
         """A planned backward pass begins."""
         super().backward(mark, retained)
         self.main.came = True
+        self.main.retains |= retained
 
 
 def told(function: Any) -> str:

@@ -249,7 +249,10 @@ class Within:
         return sum(value.grad.nbytes for value in self.module.parameters() if value.grad is not None)
 
     def beside(self) -> int:
-        """How many calls before one backward pass a plan has to leave room for: as many as have been seen."""
+        """How many calls before one backward pass a plan has to leave room for: as many as have been seen.
+
+        A graph that is kept for another backward pass holds as much as one call more.
+        """
         runners = [runner for form in self.forms.values() for kind in form.kinds for runner in kind.runners.values()]
         marks = [mark for runner in runners for mark in runner.witness.marks]
         if len(marks) >= self.calls:
@@ -260,7 +263,7 @@ class Within:
                 self.warn(f"a call begins while {len(marks)} before it wait for their backward pass and hold "
                           f"{show_bytes(held)} ({held} bytes): those were planned as if alone, so this step may pass the "
                           f"budget of {show_bytes(self.budget)}; from the next step on there is room for all")  # fmt: skip
-        return self.calls
+        return self.calls + self.witness.retains
 
     def watch(self, runner: Runner) -> None:
         """Have one parameter looked at, once: does its gradient come from planned steps?"""

@@ -522,3 +522,26 @@ def test_sizes_that_cannot_vary_are_told_of():
         train()
     assert same(gradients(model), gradients(twin))
     assert len(kinds_of(kept)) == 3
+
+
+def test_a_graph_that_is_kept_has_room_from_the_second_step_on():
+    """Two backward passes over one forward pass."""
+    model = net()
+    twin, kept = copy.deepcopy(model), within(model)
+
+    def twice(each):
+        torch.manual_seed(1)
+        output = each(batch(0))
+        total(output).backward(retain_graph=True)
+        output.square().mean().backward()
+
+    with pytest.warns(BudgetWarning, match="retain_graph=True"):
+        twice(kept)
+    twice(twin)
+    model.zero_grad()
+    twin.zero_grad()
+    twice(kept)
+    twice(twin)
+    assert same(gradients(model), gradients(twin))
+    (kind,) = kinds_of(kept)
+    assert set(kind.runners) == {(1, False), (2, True)}
