@@ -247,6 +247,7 @@ def render(results: Results, path: Path) -> None:
             planned = [index for index, new in enumerate(ours["new"]) if not new]
             peaks = [ours["peaks"][index] for index in planned]
             over = sum(peak > allowed for peak in peaks)
+            disturbed = ours.get("disturbed", False)
             seconds = [ours["seconds"][index] for index in planned]
             late = steady(seconds, [eager["seconds"][index] for index in planned])
             spent = sum(took - late * usual for took, usual, new in
@@ -254,9 +255,9 @@ def render(results: Results, path: Path) -> None:
             rows.append((
                 f"{name}, {situation}", f"{len(planned)} of {len(ours['new'])}", mib(max(eager["peaks"])), mib(ours["budget"]),
                 mib(max(peaks, default=None)), str(over), mib(max(other["peaks"])) if other else "-",
-                verdict(ours["bits"] == eager["bits"]), ratio(late),
+                verdict(ours["bits"] == eager["bits"]), "-" if disturbed else ratio(late),
                 ratio(steady(other["seconds"], eager["seconds"])) if other else "-",
-                percent(spent / sum(ours["seconds"])), f"{ours['shapes']} + {ours['every']}", str(ours["schedules"]),
+                "-" if disturbed else percent(spent / sum(ours["seconds"])), f"{ours['shapes']} + {ours['every']}", str(ours["schedules"]),
                 growth(ours["resident"]),
             ))  # fmt: skip
     lines = header("Batches and calls that differ", results)
@@ -267,7 +268,7 @@ def render(results: Results, path: Path) -> None:
         "these steps of a step's ratio to the same step in eager PyTorch. `planning / run` is what the other steps took beyond "
         "that, as a share of the run. `traced`: shapes traced alone + traces for every size; `schedules`: of the latter. "
         "`grown`: the resident set, from the middle of the run to its end. Times are taken with an allocator that gives "
-        "memory back."
+        "memory back; a dash stands for those of a run that had other work beside it."
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join([*lines, *markdown(heads, rows)]).rstrip() + "\n")
