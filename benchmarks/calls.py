@@ -257,8 +257,8 @@ def render(results: Results, path: Path) -> None:
                 mib(max(peaks, default=None)), str(over), mib(max(other["peaks"])) if other else "-",
                 verdict(ours["bits"] == eager["bits"]), "-" if disturbed else ratio(late),
                 ratio(steady(other["seconds"], eager["seconds"])) if other else "-",
-                "-" if disturbed else percent(spent / sum(ours["seconds"])), f"{ours['shapes']} + {ours['every']}", str(ours["schedules"]),
-                growth(ours["resident"]),
+                "-" if disturbed else percent(spent / sum(ours["seconds"])), f"{ours['shapes']} + {ours['every']}",
+                str(ours["schedules"]), growth(ours["resident"]),
             ))  # fmt: skip
     lines = header("Batches and calls that differ", results)
     lines += paragraph(
