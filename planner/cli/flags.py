@@ -22,7 +22,15 @@ PHRASES = (
     (r"\btrain=False\b", "--infer"),
     (r"\btrain=True\b", "no --infer"),
 )
-ELSEWHERE = ("cuda_graphs", "plan.apply(", "kwargs=", "calls=", "accumulate=", "dynamic", "retain_graph")  # messages with these words belong to what no command does
+ELSEWHERE = (
+    "cuda_graphs",
+    "plan.apply(",
+    "kwargs=",
+    "calls=",
+    "accumulate=",
+    "dynamic",
+    "retain_graph",
+)  # messages with these words belong to what no command does
 
 
 def in_flags(message: str) -> str:
