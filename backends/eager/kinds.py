@@ -15,7 +15,7 @@ from ...passes.liveness import held_bytes
 from ...planner.capture.capture import Captured
 from ...planner.capture.inputs import TensorFacts
 from ...planner.capture.questions import Call
-from ...planner.ir.errors import BudgetError, InvalidSchedule, MemplanError, PlanMismatch
+from ...planner.ir.errors import BudgetError, InvalidSchedule, PlanMismatch
 from ...planner.ir.plan import Plan, Side
 from ...planner.ir.program import Kind, Program
 from .codegen import Generated
@@ -375,4 +375,4 @@ def larger(error: BudgetError, program: Program, inputs: Sequence[Any], room: in
     return BudgetError(f"{error}; {told}", error.minimum)
 
 
-__all__ = ["EverySize", "MemplanError", "OneShape", "Session", "Whose"]
+__all__ = ["EverySize", "OneShape", "Session", "Ways", "Whose"]

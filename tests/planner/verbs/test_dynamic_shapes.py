@@ -98,7 +98,7 @@ def test_the_budget_holds_at_the_largest_sizes():
     top = memplan.plan(model, None, kwargs=call(6, 24), machine=QUICK)
     budget = (top.peak + top.minimum) // 2
     made = memplan.plan(model, budget, kwargs=call(3, 8), machine=QUICK, dynamic_shapes=SHAPES)
-    assert made.minimum <= budget
+    assert made.peak < budget  # the example is smaller than what was planned for
     planned = made.apply(model)
     twin = gpt2()
     assert all(map(torch.equal, step(planned, call(6, 24)), step(twin, call(6, 24))))
