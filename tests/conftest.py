@@ -1,6 +1,7 @@
 """What all tests share: golden files, one cache directory per test, two threads."""
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,11 +29,30 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test reads or writes the user's measurements. What numba has compiled is kept, for processes that tests start."""
+def own_cache(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No test reads or writes the user's measurements. What numba has compiled is kept, for processes that tests start, and
+    how fast this machine is has been asked once; a test marked `cold` asks anew."""
     if os.environ.get("NUMBA_CACHE_DIR") is None and (folder := code_directory()) is not None:
         monkeypatch.setenv("NUMBA_CACHE_DIR", folder)
-    monkeypatch.setenv("MEMPLAN_CACHE", str(tmp_path_factory.mktemp("cache")))
+    cache = tmp_path_factory.mktemp("cache")
+    if request.node.get_closest_marker("cold") is None:
+        for path in request.getfixturevalue("probed").glob("*.json"):
+            shutil.copy(path, cache)
+    monkeypatch.setenv("MEMPLAN_CACHE", str(cache))
+
+
+@pytest.fixture(scope="session")
+def probed(two_threads: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with this machine's rates."""
+    from memplan.planner.cost.local import local_machine
+
+    folder = tmp_path_factory.mktemp("probed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEMPLAN_CACHE", str(folder))
+        local_machine("cpu")
+    return folder
 
 
 @pytest.fixture(scope="module", name="hasty")

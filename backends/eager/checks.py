@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import torch
 from torch import nn
+from torch.utils._pytree import TreeSpec
 
 from ...planner.capture.calls import Signature, autocast_state, flatten_call, leaf_names
 from ...planner.capture.capture import Captured
@@ -93,11 +94,19 @@ class Checks:
         Raises:
             PlanMismatch: what differs.
         """
-        signature = self.captured.signature
         try:
             leaves, spec = flatten_call(self.module, args, kwargs)
         except TypeError as error:
             raise PlanMismatch(f"the arguments do not fit the model's forward: {error}") from None
+        return self.check_leaves(leaves, spec)
+
+    def check_leaves(self, leaves: list[Any], spec: TreeSpec) -> list[Any]:
+        """The same for a call that has been flattened. What lies in memory otherwise than planned is replaced by a copy.
+
+        Raises:
+            PlanMismatch: what differs.
+        """
+        signature = self.captured.signature
         if spec != signature.spec:
             was, now = (", ".join(leaf_names(self.module, each)) or "nothing" for each in (signature.spec, spec))
             now += ", nested otherwise" * (was == now)

@@ -4,12 +4,14 @@ A kind was captured once. It has a plan for a call by itself, for one beside gra
 before one backward pass; one of every size has some schedules, of which each size takes the fastest that fits there.
 """
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.utils._pytree import TreeSpec
 
 from ...passes.liveness import held_bytes
 from ...planner.capture.capture import Captured
@@ -23,7 +25,7 @@ from .module import Runner, coded
 from .stepwitness import Beside, StepWitness
 
 WAYS = 8  # schedules of a kind of every size
-WORTH = 0.03  # a size is planned for where the schedules that are known take so much longer than keeping everything
+WORTH = 0.03  # a schedule is good enough where it takes no more beyond what keeping everything takes
 ALIKE = 0.1  # memory that is as short as where a schedule has been looked for, but for this share, needs no other
 ALONE = False, False  # no gradients are there, and no other calls
 KNOWN = 512  # sizes whose choice is kept
@@ -122,9 +124,29 @@ class OneShape:
         """The call."""
         return self.session.captured
 
-    def pick(self, args: tuple, kwargs: dict[str, Any]) -> tuple[list[Any], list[Any]] | None:
+    def pick(self, leaves: Sequence[Any], spec: TreeSpec) -> tuple[list[Any], list[Any]] | None:
         """The leaves of a call and the arguments of what runs, if the call is of this kind."""
-        return picked(next(iter(self.runners.values())), args, kwargs)
+        return picked(next(iter(self.runners.values())), leaves, spec)
+
+    def is_like(
+        self, shapes: Sequence[tuple[int, ...]], leaves: Sequence[Any], dynamic: Mapping[Any, Mapping[int, str]]
+    ) -> bool:
+        """Whether another call may differ from this one in the sizes that vary alone, as far as is known before it is traced.
+
+        Args:
+            shapes: of its leaves.
+            leaves: themselves.
+            dynamic: the dimensions that vary, for each leaf.
+        """
+        for leaf, (shape, known) in enumerate(zip(shapes, self.captured.signature.inputs, strict=True)):
+            fixed = [dim for dim in range(len(shape)) if dim not in dynamic.get(leaf, ())]
+            if isinstance(known, TensorFacts) and any(shape[dim] != known.shape[dim] for dim in fixed):
+                return False
+        call, known = Call([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]), {}
+        try:
+            return all(question.same(call, known) for question in self.captured.questions)
+        except Exception:  # an operator with this shape's own sizes in it
+            return True
 
     def runner(self, leaves: list[Any], calls: int, gradients: int) -> Runner:
         """What runs a call beside others, and beside so many bytes of gradients.
@@ -164,6 +186,28 @@ class OneShape:
         self.runners[calls, there] = self.whose.runner(plan.captured, code, plan.peak, held)
 
 
+@dataclass
+class Chosen:
+    """What runs at some sizes.
+
+    Attributes:
+        runner: of the schedule.
+        peak: its bytes at these sizes, and
+        held: those of them that it holds between the passes.
+        lost: seconds by which it is slower than keeping everything, as far as that may be worth another search.
+    """
+
+    runner: Runner
+    peak: int
+    held: int
+    lost: float
+
+    def ready(self) -> Runner:
+        """What runs, whose witness knows what it takes."""
+        self.runner.witness.peak, self.runner.witness.held = self.peak, self.held
+        return self.runner
+
+
 class EverySize:
     """A kind of calls whose sizes vary.
 
@@ -172,8 +216,10 @@ class EverySize:
         session: that captured it.
         plans: for whether gradients are there, and other calls, schedules.
         runners: for each schedule what runs it.
-        chosen: for sizes, calls before one backward pass and whether gradients are there: what runs, and its bytes at the peak
-            and between the passes.
+        chosen: for sizes, calls before one backward pass and whether gradients are there: what runs.
+        lost: for whether gradients are there, and other calls, seconds that calls took beyond what keeping everything takes,
+            since a schedule was last looked for; and
+        price: how many that took.
         tried: how short memory was where schedules have been looked for: what a step may take of its own, as a share of what it
             takes where everything is kept.
     """
@@ -182,7 +228,9 @@ class EverySize:
         self.whose, self.session = whose, session
         self.plans: dict[tuple[bool, bool], Ways] = {ALONE: whose.ways_of(session)}
         self.runners: dict[int, Runner] = {}
-        self.chosen: dict[tuple[tuple[int, ...], int, bool], tuple[Runner, int, int]] = {}
+        self.chosen: dict[tuple[tuple[int, ...], int, bool], Chosen] = {}
+        self.lost: dict[tuple[bool, bool], float] = {}
+        self.price: dict[tuple[bool, bool], float] = {}
         self.tried: dict[tuple[bool, bool], list[float]] = {}
 
     def serves(self, leaves: Sequence[Any]) -> bool:
@@ -230,7 +278,7 @@ class EverySize:
             CaptureError: they differ.
         """
         self.plans[ALONE].check_against(known)
-        self.plans[ALONE].start()
+        self.start(ALONE)
         self.first = self.of(ALONE, self.plans[ALONE].ways[0])
 
     @property
@@ -238,9 +286,9 @@ class EverySize:
         """The call of the example."""
         return self.session.captured
 
-    def pick(self, args: tuple, kwargs: dict[str, Any]) -> tuple[list[Any], list[Any]] | None:
+    def pick(self, leaves: Sequence[Any], spec: TreeSpec) -> tuple[list[Any], list[Any]] | None:
         """The leaves of a call and the arguments of what runs, if the call is of this kind."""
-        return picked(self.first, args, kwargs)
+        return picked(self.first, leaves, spec)
 
     def runner(self, leaves: list[Any], calls: int, gradients: int) -> Runner:
         """What runs a call beside others, and beside so many bytes of gradients.
@@ -253,22 +301,44 @@ class EverySize:
         assert sizes is not None
         there = gradients > 0 or calls > 1
         alone = self.chosen.get((sizes, 1, False))
-        if calls == 1 and there and alone is not None and alone[1] + gradients <= self.whose.room:
-            return self.set(alone)
+        if calls == 1 and there and alone is not None and alone.peak + gradients <= self.whose.room:
+            return alone.ready()
         key = sizes, calls, there
         if key not in self.chosen:
             while len(self.chosen) >= KNOWN:
                 self.chosen.pop(next(iter(self.chosen)))
             self.chosen[key] = self.choose(sizes, calls, there)
-        return self.set(self.chosen[key])
+        if self.chosen[key].lost and self.is_worth_a_search(key):
+            self.chosen[key] = self.choose(sizes, calls, there)
+        return self.chosen[key].ready()
 
-    def set(self, chosen: tuple[Runner, int, int]) -> Runner:
-        """A choice, whose witness knows what it takes."""
-        runner, peak, held = chosen
-        runner.witness.peak, runner.witness.held = peak, held
-        return runner
+    def is_worth_a_search(self, key: tuple[tuple[int, ...], int, bool]) -> bool:
+        """Look for another schedule once as many seconds have been lost for want of one as looking takes.
 
-    def choose(self, sizes: tuple[int, ...], calls: int, there: bool) -> tuple[Runner, int, int]:
+        Whoever rents until the rent has come to the price, and buys then, pays at most twice what would have been best with
+        the future known (Karlin, Manasse, Rudolph and Sleator, Competitive snoopy caching, Algorithmica 3, 1988).
+        """
+        sizes, calls, there = key
+        beside, chosen = (there, calls > 1), self.chosen[key]
+        self.lost[beside] = self.lost.get(beside, 0.0) + chosen.lost
+        if self.lost[beside] < self.price[beside]:
+            return False
+        if not self.is_new(beside, sizes):
+            chosen.lost = 0.0
+            return False
+        began = time.monotonic()
+        self.solved(self.plans[beside], sizes, calls)
+        self.lost[beside], self.price[beside] = 0.0, time.monotonic() - began
+        self.chosen = {known: each for known, each in self.chosen.items() if (known[2], known[1] > 1) != beside} | {key: chosen}
+        return True
+
+    def start(self, beside: tuple[bool, bool]) -> None:
+        """Find the first schedules of those for whether gradients are there, and other calls."""
+        began = time.monotonic()
+        self.plans[beside].start()
+        self.price[beside] = time.monotonic() - began
+
+    def choose(self, sizes: tuple[int, ...], calls: int, there: bool) -> "Chosen":
         """The fastest schedule that fits at some sizes.
 
         Raises:
@@ -277,13 +347,13 @@ class EverySize:
         beside = there, calls > 1
         if beside not in self.plans:
             self.plans[beside] = self.whose.ways_of(self.session.accumulating(calls))
-            self.plans[beside].start()
+            self.start(beside)
         plans, room = self.plans[beside], self.whose.room
         program = plans.at(sizes)
         kept = sum(op.seconds for op in program.ops)
         found = self.fitting(plans, sizes, calls)
-        if (found is None or found[0] > kept * (1 + WORTH)) and self.is_new(beside, sizes):
-            found = self.solved(plans, sizes, calls) or found
+        if found is None and self.is_new(beside, sizes):
+            found = self.solved(plans, sizes, calls)
         if found is None:
             try:
                 side = plans.solve(sizes, room).side
@@ -294,8 +364,9 @@ class EverySize:
             if found is None:
                 self.whose.say(f"{calls} calls before one backward pass do not fit together; each is planned as if alone")
                 found = next((side.time, way, side) for way in reversed(plans.ways) if accepted(plans, way, sizes))
-        _, way, side = found
-        return self.of(beside, way), side.peak, held_bytes(side.program, side.schedule)
+        seconds, way, side = found
+        lost = seconds - kept if seconds > kept * (1 + WORTH) else 0.0
+        return Chosen(self.of(beside, way), side.peak, held_bytes(side.program, side.schedule), lost)
 
     def is_new(self, beside: tuple[bool, bool], sizes: tuple[int, ...]) -> bool:
         """Whether no schedule has been looked for where memory was about as short; then one is, up to `WAYS` of them."""
@@ -349,11 +420,11 @@ def accepted(plans: Ways, way: Any, sizes: tuple[int, ...]) -> Side | None:
         return None
 
 
-def picked(runner: Runner, args: tuple, kwargs: dict[str, Any]) -> tuple[list[Any], list[Any]] | None:
+def picked(runner: Runner, leaves: Sequence[Any], spec: TreeSpec) -> tuple[list[Any], list[Any]] | None:
     """The leaves of a call and the arguments of what runs, if the call is the one planned for."""
     try:
-        leaves = runner.checks.check_call(args, kwargs)
-        return leaves, runner.checks.fetched(leaves)
+        checked = runner.checks.check_leaves(list(leaves), spec)
+        return checked, runner.checks.fetched(checked)
     except PlanMismatch:
         return None
 

@@ -3,13 +3,15 @@
 The first call is captured and planned as it is. When another shape of the same call comes, it is captured with symbols for the
 sizes in which the two differ; that trace is compared with the first, op for op, and serves every size from then on. Where it
 does not (a size of 1, a model that does something else at some sizes), and where sizes cannot vary at all, each shape is of its
-own kind.
+own kind. A call is traced with symbols only where another is known that it can be compared with, so that each kind of call is
+traced twice, and one that comes once is traced once.
 """
 
 import inspect
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from itertools import chain
 from types import MethodType
 from typing import Any
 
@@ -32,9 +34,11 @@ MOST = 48  # calls of one form that are traced, and
 FORMS = 16  # forms: the next ones run unplanned
 KEPT = 32  # kinds of calls of one shape whose plans are kept
 WAITING = 4  # traces with sizes that vary that wait for one of a single shape to be compared with
+SEVERAL = 4  # kinds of one shape, after which a trace with sizes that vary is tried though none looks like the call
 TRIES = 2  # traces with sizes that vary that may turn out not to be the model's
 
 Dynamic = dict[int | str, dict[int, str]]
+Shapes = tuple[tuple[int, ...], ...]
 
 
 class Form:
@@ -51,8 +55,8 @@ class Form:
     """
 
     def __init__(self) -> None:
-        self.seen: list[tuple[tuple[int, ...], ...]] = []
-        self.one: OrderedDict[tuple[tuple[int, ...], ...], list[OneShape]] = OrderedDict()
+        self.seen: list[Shapes] = []
+        self.one: OrderedDict[Shapes, list[OneShape]] = OrderedDict()
         self.every: list[EverySize] = []
         self.waiting: list[EverySize] = []
         self.failures = self.traced = 0
@@ -63,7 +67,11 @@ class Form:
         """All of them."""
         return [kind for kinds in self.one.values() for kind in kinds] + self.every
 
-    def varying(self, shapes: tuple[tuple[int, ...], ...]) -> Dynamic | None:
+    def others(self, shapes: Shapes) -> list[OneShape]:
+        """The kinds of calls of one other shape."""
+        return [kind for other, kinds in self.one.items() for kind in kinds if other != shapes]
+
+    def varying(self, shapes: Shapes) -> Dynamic | None:
         """The dimensions in which calls have differed, this one among them, with a name for those that were always equal.
 
         Returns:
@@ -116,11 +124,11 @@ class Within:
         found = self.form(args, kwargs) if self.plans(args, kwargs) else None
         if found is None or found[0].unplanned:
             return self.unplanned(args, kwargs)
-        form, shapes = found
-        picked = self.pick([*form.one.get(shapes, ()), *form.every], args, kwargs)
+        form, shapes, leaves, spec = found
+        picked = self.pick([*form.one.get(shapes, ()), *form.every], leaves, spec)
         if picked is None:
             try:
-                picked = self.pick([self.make(form, shapes, args, kwargs)], args, kwargs)
+                picked = self.pick([self.make(form, shapes, leaves, args, kwargs)], leaves, spec)
                 if picked is None:
                     raise CaptureError("its next call would not be the one that was planned")
             except CaptureError as error:
@@ -128,7 +136,7 @@ class Within:
                 self.once(f"calls of {type(self.module).__name__} like this one run unplanned, and no budget is kept: {error}")
                 return self.unplanned(args, kwargs)
         kind, leaves, inputs = picked
-        runner = kind.runner(leaves, self.beside(), self.gradients())
+        runner = kind.runner(leaves, self.beside(), gradient_bytes(self.module))
         self.watch(runner)
         return runner.run(leaves, inputs)
 
@@ -149,10 +157,10 @@ class Within:
         leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if any(isinstance(leaf, FakeTensor) or leaf.device.type == "meta" for leaf in leaves):
             return False  # `torch.export`, or somebody who counts operations
-        return any(value.requires_grad for value in (*self.module.parameters(), *leaves))
+        return any(value.requires_grad for value in chain(self.module.parameters(), leaves))
 
-    def form(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Form, tuple[tuple[int, ...], ...]] | None:
-        """What a call looks like, and the shapes of its leaves; None for arguments that are not forward's."""
+    def form(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Form, Shapes, list[Any], pytree.TreeSpec] | None:
+        """What a call looks like, the shapes of its leaves, these, and how they nest; None where forward takes no such."""
         try:
             leaves, spec = flatten_call(self.module, args, kwargs)
         except TypeError:
@@ -165,19 +173,19 @@ class Within:
         shapes = tuple(tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else () for leaf in leaves)
         if len(self.forms) > 4 * FORMS:  # plain arguments that are others at every call
             self.forms = {known: form for known, form in self.forms.items() if form.traced}
-        return self.forms.setdefault(key, Form()), shapes
+        return self.forms.setdefault(key, Form()), shapes, leaves, spec
 
     def pick(
-        self, kinds: Sequence[OneShape | EverySize], args: tuple, kwargs: dict[str, Any]
+        self, kinds: Sequence[OneShape | EverySize], leaves: Sequence[Any], spec: pytree.TreeSpec
     ) -> tuple[OneShape | EverySize, list[Any], list[Any]] | None:
         """The kind that a call is of, with the call's leaves and the arguments of what runs."""
         for kind in kinds:
-            found = kind.pick(args, kwargs)
+            found = kind.pick(leaves, spec)
             if found is not None:
                 return kind, *found
         return None
 
-    def make(self, form: Form, shapes: tuple[tuple[int, ...], ...], args: tuple, kwargs: dict[str, Any]) -> Any:
+    def make(self, form: Form, shapes: Shapes, leaves: Sequence[Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """Capture a call, of every size if it is like one that is known, and plan it as if it came alone.
 
         Raises:
@@ -189,9 +197,8 @@ class Within:
                                "arguments): pad batches to fewer lengths, and pass numbers that change as tensors")  # fmt: skip
         form.traced += 1
         vars(self.model).update((name, value) for name, value in vars(self.module).items() if name != "forward")
-        leaves, _ = flatten_call(self.module, args, kwargs)
         awaited = next((kind for kind in form.waiting if kind.serves(leaves)), None)
-        every = None if awaited is not None else self.every(form, shapes, args, kwargs)
+        every = None if awaited is not None else self.every(form, shapes, leaves, args, kwargs)
         if every is not None:
             return every
         first = not any(form.kinds for form in self.forms.values())
@@ -206,21 +213,22 @@ class Within:
             crowded[0].one.popitem(last=False)
         return kind
 
-    def every(self, form: Form, shapes: tuple[tuple[int, ...], ...], args: tuple, kwargs: dict[str, Any]) -> EverySize | None:
+    def every(self, form: Form, shapes: Shapes, leaves: Sequence[Any], args: tuple, kwargs: dict[str, Any]) -> EverySize | None:
         """A call captured with symbols for its sizes, and found to be what another one of its form is.
 
         Returns:
             None where sizes cannot vary; where no other call is known to compare it with, it waits for one.
         """
         dynamic = form.varying(shapes) if form.failures < TRIES and len(form.waiting) < WAITING else None
-        if dynamic is None:
+        likely = len(form.one) >= SEVERAL or any(kind.is_like(shapes, leaves, dynamic or {}) for kind in form.others(shapes))
+        if dynamic is None or not likely:
             return None
         try:
             kind = EverySize(self.whose, self.session_of(self.model, args, kwargs, False, dynamic))
         except CaptureError as error:
             self.failed(form, error)
             return None
-        others = [each.captured for other, kinds in form.one.items() for each in kinds if other != shapes]
+        others = [other.captured for other in form.others(shapes)]
         known = next((other for other in others if kind.is_like(other)), None)
         if known is None:
             form.waiting.append(kind)
@@ -243,10 +251,6 @@ class Within:
         if form.failures == TRIES:
             self.once(f"each shape of {type(self.module).__name__}'s calls is traced and planned by itself, which takes "
                       f"seconds: {error}", MemplanWarning)  # fmt: skip
-
-    def gradients(self) -> int:
-        """Bytes of gradients that are there."""
-        return sum(value.grad.nbytes for value in self.module.parameters() if value.grad is not None)
 
     def beside(self) -> int:
         """How many calls before one backward pass a plan has to leave room for: as many as have been seen.
@@ -295,3 +299,9 @@ class Within:
         model = object.__new__(type(module))
         vars(model).update(vars(module) | {key: value for key, value in vars(self.model).items() if key == "forward"})
         return Within(module, model, self.budget, self.reserved, self.session_of, self.ways_of)
+
+
+def gradient_bytes(module: nn.Module) -> int:
+    """Bytes of the gradients that are there, each once. It is asked at every call, and needs no names."""
+    tensors = {id(value): value for owner in module.modules() for value in owner._parameters.values() if value is not None}
+    return sum(value.grad.nbytes for value in tensors.values() if value.grad is not None)

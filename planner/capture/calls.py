@@ -1,7 +1,9 @@
 """What a call of a model looks like: its leaves in one order, their names, and what a plan holds of it."""
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -32,13 +34,19 @@ class Signature:
     places: tuple[Place | None, ...]
 
 
+@lru_cache(maxsize=64)
+def signature_of(forward: Callable[..., Any]) -> inspect.Signature:
+    """What a forward takes; kept, for it is asked at every call."""
+    return inspect.signature(forward)
+
+
 def flatten_call(model: nn.Module, args: tuple, kwargs: dict | None) -> tuple[list[Any], pytree.TreeSpec]:
     """A call's leaves in one order, however the caller split positional from keyword arguments.
 
     Raises:
         TypeError: the arguments do not fit the model's forward.
     """
-    bound = inspect.signature(type(model).forward).bind(model, *args, **(kwargs or {}))
+    bound = signature_of(type(model).forward).bind(model, *args, **(kwargs or {}))
     for name, known in bound.signature.parameters.items():  # f(x) and f(x, mask=None) are one call: the first
         given = bound.arguments.get(name)
         if isinstance(known.default, PLAIN) and type(given) is type(known.default) and given == known.default:
@@ -49,7 +57,7 @@ def flatten_call(model: nn.Module, args: tuple, kwargs: dict | None) -> tuple[li
 def leaf_names(model: nn.Module, spec: pytree.TreeSpec) -> list[str]:
     """What to call the leaves of a call: the parameter's name, and the place in it where it holds several."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    known = [name for name, each in inspect.signature(type(model).forward).parameters.items() if each.kind in kinds][1:]
+    known = [name for name, each in signature_of(type(model).forward).parameters.items() if each.kind in kinds][1:]
     args, kwargs = children_of(spec)
     named = [(known[min(place, len(known) - 1)], part) for place, part in enumerate(children_of(args))]
     named += zip(kwargs.context, children_of(kwargs), strict=True)

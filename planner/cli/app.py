@@ -16,6 +16,7 @@ import typer
 
 from ..ir.errors import MemplanError
 from .alloc import alloc
+from .cache import cache
 from .calibrate import calibrate
 from .check import check
 from .flags import in_flags
@@ -38,7 +39,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (plan, show, check, run, sweep, machines, calibrate, alloc):
+for command in (plan, show, check, run, sweep, machines, calibrate, alloc, cache):
     app.command()(command)
 app.command(name="map")(map_)
 

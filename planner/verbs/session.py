@@ -29,7 +29,7 @@ from ..ir.schedule import Run, check_levers
 from ..ir.units import parse_bytes, shorten, show_bytes
 from ..pipeline.planner import Planner, answer_of
 from .arguments import Progress, check_asked, check_dynamic, check_model, check_numbers, limit_tiers, traced_device
-from .floors import keep_floor, known_floor
+from .kept import Asked, keep_floor, keep_plan, known_floor, known_plan
 from .levers import levers_beyond, with_levers
 from .solver import check_solver
 
@@ -287,6 +287,40 @@ class Session:
             return answer_of(floor, planner.bound(budget)), floor
         raise planner.refuse(budget, floor)
 
+    def found_before(self, budget: int, calls: int) -> Answer[Side, float] | None:
+        """The answer to the same question, if it has been found before, in this process or another."""
+        planner = self.planner
+        if planner.kept.peak <= budget or planner.known is None:
+            return None
+        side = self.known_plan(planner, budget, calls)
+        if side is None or side.peak + (calls - 1) * held_bytes(side.program, side.schedule) > budget:
+            return None
+        return answer_of(side, planner.bound(budget))
+
+    def search(self, budget: int, calls: int) -> Answer[Side, float]:
+        """Look for the answer, and write it down.
+
+        Raises:
+            BudgetError: none was found.
+        """
+        began = time.monotonic()
+        answer = self.solve_calls(budget, calls)
+        if self.planner.kept.peak > budget:
+            self.keep_plan(self.planner, began, answer.found, budget, calls)
+        return answer
+
+    def known_plan(self, planner: Planner, budget: int, calls: int = 1) -> Side | None:
+        """The fastest schedule of a planner's program that was found before: see `planner/verbs/kept.py`."""
+        asked = Asked(budget, calls, self.seed, self.solver)
+        return known_plan(
+            planner.program, self.machine, self.allowed, planner.homes, asked, planner.deadline - time.monotonic()
+        )
+
+    def keep_plan(self, planner: Planner, began: float, side: Side, budget: int, calls: int = 1) -> None:
+        """Write a schedule down as the fastest that a planner has found since it began."""
+        limit = None if time.monotonic() < planner.deadline else planner.deadline - began
+        keep_plan(side, self.machine, self.allowed, Asked(budget, calls, self.seed, self.solver), limit)
+
     def solve_calls(self, budget: int, calls: int) -> Answer[Side, float]:
         """The fastest step that fits a budget beside what others like it hold between their passes.
 
@@ -333,8 +367,8 @@ class Session:
                 answer = planner.solve_memo(limit)
                 minimum = answer.found.peak
             else:
-                answer = self.solve_calls(limit, calls)
-                minimum = self.note(min(planner.quick_floor, answer.found, key=lambda each: each.peak), arena)
+                answer = self.found_before(limit, calls) or self.search(limit, calls)
+                minimum = self.note(min(planner.known or planner.quick_floor, answer.found, key=lambda each: each.peak), arena)
         except BudgetError as error:
             if strategy is None:
                 self.note(self.static_floor if arena else planner.floor, arena)

@@ -213,7 +213,8 @@ class SizedPlans:
         self.session.began = None
         self.add(planner.kept.schedule)
         planner.deadline = time.monotonic() + (ends - time.monotonic()) / max(count, 1)
-        floor = planner.quick_floor
+        floor = planner.known or planner.quick_floor
+        self.session.note(floor, False)
         self.add(floor.schedule)
         top, bottom = planner.kept.peak, floor.peak
         for left in range(count - 2, 0, -1):
@@ -236,8 +237,12 @@ class SizedPlans:
         own = Planner(
             self.at(sizes), self.machine, planner.recompute, planner.reorder, seed=planner.seed, solver=planner.solver
         )
-        own.deadline = time.monotonic() + time_limit
-        side = own.solve(min(budget, self.machine.tiers[0].capacity)).found
+        began, room = time.monotonic(), min(budget, self.machine.tiers[0].capacity)
+        own.deadline = began + time_limit
+        side = self.session.known_plan(own, room)
+        if side is None:
+            side = own.solve(room).found
+            self.session.keep_plan(own, began, side, room)
         return Choice(self.add(rebound(side.schedule, self.at(sizes), self.program)), side)
 
     def add(self, schedule: Schedule) -> Way:

@@ -7,6 +7,8 @@ from memplan.planner.cost import gauge, watch
 from memplan.planner.cost.gauge import KEPT, Reading, Reference, best_of, is_possible, read_pace, usual, worse
 from memplan.planner.cost.watch import Watch
 
+pytestmark = pytest.mark.cold
+
 QUICK, SLOW = Reading(1, 1e-3, 2e-3), Reading(2, 2e-3, 2e-3)
 
 

@@ -23,6 +23,8 @@ from memplan.planner.cost.local import PAGE, Rates, device_key, doubts_rates, lo
 from memplan.planner.cost.workspaces import cublas_bytes
 from memplan.planner.ir.errors import MachineError
 
+pytestmark = pytest.mark.cold
+
 GIB = 1 << 30
 QUIET = Reading(1, 1e-3, 1e-3)
 MOUNTS = """\

@@ -14,6 +14,8 @@ from memplan.planner.cost.workspaces import cublas_bytes, modelled_workspace
 from memplan.planner.ir.machine import Machine, Tier, Unit, load_machine, preset_names
 from memplan.planner.ir.program import Buffer, Kind, Op, Phase, Program
 
+pytestmark = pytest.mark.cold
+
 MACHINE = Machine(
     "toy",
     "cpu",

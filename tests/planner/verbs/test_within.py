@@ -387,8 +387,8 @@ def test_every_size_keeps_the_budget_beside_gradients_and_calls():
         assert same(gradients(model), gradients(twin))
     every = next(kind for kind in kinds_of(kept) if type(kind).__name__ == "EverySize")
     assert set(every.plans) == {(False, False), (True, False)}
-    for _, peak, _ in every.chosen.values():
-        assert peak <= budget
+    for chosen in every.chosen.values():
+        assert chosen.peak <= budget
     model.zero_grad()
     twin.zero_grad()
     for each in (kept, twin):
@@ -398,8 +398,8 @@ def test_every_size_keeps_the_budget_beside_gradients_and_calls():
                 torch.manual_seed(1)
                 sum(total(each(batch(seed, 9 + seed))) for seed in range(3)).backward()
             each.zero_grad()
-    for (_, calls, _), (_, peak, held) in every.chosen.items():
-        assert peak + (calls - 1) * held <= budget
+    for (_, calls, _), chosen in every.chosen.items():
+        assert chosen.peak + (calls - 1) * chosen.held <= budget
 
 
 def test_a_model_that_goes_another_way_at_some_sizes():
