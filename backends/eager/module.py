@@ -7,6 +7,7 @@ inside one autograd node.
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from ...planner.capture.standins import named_tensors
 from ...planner.capture.structure import Structure
 from ...planner.capture.writes import Made
 from ...planner.cost.table import apply_costs
-from ...planner.ir.errors import CaptureError, MemplanError, PlanMismatch
+from ...planner.ir.errors import CaptureError, MemplanError, MemplanWarning, PlanMismatch
 from ...planner.ir.plan import dynamic_of
 from .accumulation import Accumulation
 from .admission import Admission
@@ -61,9 +62,21 @@ def apply(plan: "Plan", model: nn.Module, loss: Any = None, optimizer: Any = Non
     bring_back(model.parameters())
     captured = captured_of(plan, model, loss, optimizer)
     check_parameters(model, captured)
+    if plan.machine.device != plan.program.device and draws_in_16_bits(captured):
+        warnings.warn(f"this plan is for {plan.machine.name}; on {plan.program.device} its dropout of 16 bits draws otherwise "
+                      "than eager PyTorch's: plan with machine='local' for eager's bits here", MemplanWarning,
+                      stacklevel=3)  # fmt: skip
     code = coded(plan, captured, model, optimizer)
     admit = Admission(plan, captured.sized) if plan.recipe.sizes and captured.sized is not None else None
     return planned_module(model, captured, recorded(code) if cuda_graphs else code, StepWitness.of(plan), admit)
+
+
+def draws_in_16_bits(captured: Captured) -> bool:
+    """Whether a step has dropout of 16 bits, which a trace for the CPU writes as the CPU's eager mode computes it
+    (`planner/capture/restore.py`), and one for another device does not."""
+    dropout = torch.ops.aten.native_dropout.default
+    called = [node for node in captured.traced.nodes if node is not None and node.target == dropout]
+    return any(node.all_input_nodes[0].meta["val"].dtype.itemsize < 4 for node in called)
 
 
 def coded(plan: "Plan", captured: Captured, model: nn.Module, optimizer: Any = None) -> Generated:

@@ -4,6 +4,7 @@ import copy
 import gc
 import inspect
 import pickle
+import warnings
 import weakref
 
 import memplan
@@ -12,7 +13,7 @@ import pytest
 import torch
 from memplan.backends.eager.codegen import drawing_from, get_state
 from memplan.planner.capture.nodes import is_view
-from memplan.planner.ir.errors import BudgetError, MemplanError, PlanMismatch
+from memplan.planner.ir.errors import BudgetError, MemplanError, MemplanWarning, PlanMismatch
 from memplan.planner.ir.machine import load_machine
 from memplan.planner.verbs.session import Session
 from torch import nn
@@ -971,3 +972,15 @@ def test_the_peak_of_real_tensors_is_the_one_predicted():
         assert watch.peak + plan.program.resident_bytes <= plan.peak * 1.02 + 4096
 
     assert peaks["tight"] < 0.8 * peaks["free"]
+
+
+@pytest.mark.parametrize(("kind", "told"), [(torch.bfloat16, 1), (torch.float32, 0)])
+def test_a_plan_for_another_machine_says_whose_dropout_it_has(kind, told):
+    """With 16 bits the CPU's eager mode draws otherwise than a GPU's."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 4)).to(kind)
+    plan = memplan.plan(model, None, (torch.randn(8, 4, dtype=kind),), loss=torch.sum, machine="h100-80gb")
+
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        plan.apply(model)
+    assert [each.category for each in seen] == [MemplanWarning] * told
