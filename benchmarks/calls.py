@@ -6,7 +6,8 @@
 Each situation runs in a fresh process as eager PyTorch, as `memplan.within` and with the model's own gradient checkpointing.
 The budget is a share of eager's peak. `lengths`: batches of random sizes and lengths, masks all ones and padded in turn.
 `accumulation`: four micro-batches. `triplet`: three calls before one backward pass. `preference`: DPO's two models, a frozen
-one beside. `losses`: two backward passes over one forward pass.
+one beside. `losses`: two backward passes over one forward pass. `known`: what `within` takes beyond the plan itself at a call
+that it knows, in turns, and what a size takes that it has not seen.
 """
 
 import argparse
@@ -23,6 +24,7 @@ SLACK = 0.03, 16 * MIB  # of a budget that a measured peak may pass it by
 TWO_MODELS = 0.8  # of eager's peak, where it has a frozen model beside
 KINDS = ("eager", "within", "checkpointing")
 SITUATIONS = ("lengths", "accumulation", "triplet", "preference", "losses")
+TURNS = 40  # of a call, through a plan and through `within`
 VOCABULARY, POSITIONS, SMALL = 4096, 512, 256
 MODELS = ("gpt2", "bert")
 
@@ -149,8 +151,39 @@ STEPS: dict[str, Callable[[Row], Callable[[Any, int], Any]]] = {
 # One process
 
 
+def one_known(request: Row) -> Row:
+    """Seconds of forward passes of one call through a plan and through `within`, in turns, and of calls of new sizes."""
+    import memplan
+    import torch
+
+    torch.manual_seed(0)
+    model = model_of(request["model"])
+    rows, length = 4, request["length"] // 4
+    planned = memplan.plan(model, None, kwargs=batch_of(0, rows, length), time_limit=request["time_limit"]).apply(model)
+    kept = memplan.within(model, "1TiB", time_limit=request["time_limit"])
+
+    def took(called: Any, *sizes: int) -> float:
+        given = batch_of(0, *sizes)
+        began = time.perf_counter()
+        loss = called(**given).loss
+        seconds = time.perf_counter() - began
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+        return seconds
+
+    for sizes in ((rows, length), (rows + 1, length + 1), (rows + 2, length + 2)):
+        took(kept, *sizes)
+    took(planned, rows, length)
+    turns = [(took(planned, rows, length), took(kept, rows, length)) for _ in range(TURNS)]
+    fresh = [(took(kept, rows, length + number), took(kept, rows, length + number)) for number in range(3, 13)]
+    return {"turns": turns, "fresh": fresh}
+
+
 def serve(request: Row) -> Iterator[Row]:
     """Run a situation, and measure every step."""
+    if request["situation"] == "known":
+        yield one_known(request)
+        return
     import memplan
     import torch
 
@@ -215,11 +248,11 @@ def measure(results: Results, name: str, situation: str, options: argparse.Names
     request = keys | {
         "batches": options.batches, "steps": options.steps, "length": options.length, "time_limit": options.time_limit,
     }  # fmt: skip
-    for kind in KINDS:
+    for kind in KINDS if situation in STEPS else ("within",):
         if results.last(kind=kind, **keys):
             continue
         eager = results.last(kind="eager", **keys)
-        if kind == "within":
+        if kind == "within" and situation in STEPS:
             if eager is None:
                 return
             share = TWO_MODELS if situation == "preference" else options.share
@@ -270,8 +303,27 @@ def render(results: Results, path: Path) -> None:
         "`grown`: the resident set, from the middle of the run to its end. Times are taken with an allocator that gives "
         "memory back; a dash stands for those of a run that had other work beside it."
     )
+    lines += [*markdown(heads, rows), "", *one_call(results)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join([*lines, *markdown(heads, rows)]).rstrip() + "\n")
+    path.write_text("\n".join(lines).rstrip() + "\n")
+
+
+def one_call(results: Results) -> list[str]:
+    """What `within` adds to a call, as a table."""
+    rows = []
+    for name in MODELS + tuple(f"{each}:tiny" for each in MODELS):
+        found = results.last(model=name, situation="known", kind="within")
+        if found is not None and "turns" in found:
+            planned, kept = (sorted(each) for each in zip(*found["turns"], strict=True))
+            fresh = sorted(first - second for first, second in found["fresh"])
+            middle = len(planned) // 2
+            rows.append((name, f"{planned[middle] * 1e3:.1f}", ratio(kept[middle] / planned[middle]),
+                         f"{fresh[len(fresh) // 2] * 1e3:.0f}"))  # fmt: skip
+    if not rows:
+        return []
+    text = paragraph(f"One forward pass of a call that is known, through a plan and through `within`, in turns: medians of "
+                     f"{TURNS}. A new size: what its first call takes beyond its second, the median of ten.")  # fmt: skip
+    return [*text, *markdown(("model", "plan, ms", "within / plan", "a new size, ms"), rows)]
 
 
 def growth(resident: list[int]) -> str:
@@ -309,7 +361,7 @@ def main() -> None:
     """The command line."""
     command = Command("calls", __doc__, run, render, serve, quick=quick, forget=forget)
     command.add_models(MODELS, [*MODELS, *(f"{each}:tiny" for each in MODELS)])
-    command.add("--situations", nargs="+", choices=SITUATIONS, default=list(SITUATIONS))
+    command.add("--situations", nargs="+", choices=[*SITUATIONS, "known"], default=[*SITUATIONS, "known"])
     command.add("--batches", type=int, default=200, help="of random sizes")
     command.add("--steps", type=int, default=8, help="of the other situations")
     command.add("--length", type=int, default=POSITIONS, help="the longest")
