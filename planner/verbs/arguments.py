@@ -59,7 +59,10 @@ def check_calls(calls: Any, accumulate: bool, train: bool, arena: bool, strategy
     asked = f"calls={calls}" if calls > 1 else "accumulate=True"
     if not train:
         raise MemplanError(f"{asked} is of training: an inference makes no gradients")
-    for name, given in (("arena=True", arena), ("strategy='memo'", strategy), ("optimizer_in_backward=True", in_backward)):
+    if in_backward:
+        raise MemplanError(f"{asked} does not go with optimizer_in_backward=True, for gradients that are there live until the "
+                           "update all the same: plan without it, and call optimizer.step()")  # fmt: skip
+    for name, given in (("arena=True", arena), ("strategy='memo'", strategy)):
         if given:
             raise MemplanError(f"{asked} does not go with {name}: plan without it")
 
