@@ -20,7 +20,13 @@ from .reads import is_plain
 
 CONTAINERS = (dict, list, tuple, collections.deque)
 HARMLESS = {"isinstance", "len", "tuple", "list", "dict", "type", "getattr", "hasattr", "id", "str", "zip", "range"}
-KNOWN = {name for kind in (torch.Tensor, *CONTAINERS, str) for name in dir(kind)} | {"training", "weight", "bias"}
+KNOWN = {name for kind in (torch.Tensor, *CONTAINERS, str) for name in dir(kind)} | {
+    "nn",
+    "functional",
+    "training",
+    "weight",
+    "bias",
+}
 RETURNS = ("RETURN_VALUE", "RETURN_CONST")
 
 
