@@ -16,7 +16,7 @@ from ...planner.capture.calls import Signature, autocast_state, flatten_call, le
 from ...planner.capture.capture import Captured
 from ...planner.capture.graph import Source
 from ...planner.capture.guards import KNOWN
-from ...planner.capture.hooks import hook_tables, is_traced_hook
+from ...planner.capture.hooks import hook_tables, is_traced_hook, name_of, owner_told
 from ...planner.capture.inputs import TensorFacts, check_places, distance, facts, places_of, same
 from ...planner.capture.questions import Call, inputs_of
 from ...planner.capture.reads import Watch
@@ -60,7 +60,9 @@ class Checks:
                   for kind, owner, key, name in slots(module)}  # fmt: skip
         self.slots = [places.get(source.name) for source in arguments]
         self.children = [(owner._modules, dict(owner._modules)) for owner in module.modules()]
-        self.hooks = [(owner, table, dict(table)) for owner, _, table in hook_tables(module)]
+        looking = {(row.whose.owner, row.whose.table, row.whose.key) for row in captured.observed}
+        self.hooks = [(owner_told(owner), table, dict(table), {key for key in table if (owner, attribute, key) in looking})
+                      for owner, attribute, table in hook_tables(module)]  # fmt: skip
         self.tied = [(name, places[name], places[names[0]]) for names in captured.structure.tied for name in names[1:]]
         self.moved = changed_by(captured, arguments, moves)
         whose = self.moved | {place.storage for place in captured.signature.places if place is not None}
@@ -218,14 +220,14 @@ class Checks:
         if "watch" not in vars(self):  # this is a copy, whose module is whole by now
             self.look_up(None, renewed=True)
         self.watch.check()
-        for owner, table, known in self.hooks:
-            if len(table) > len(known) + self.stores.added.get(id(table), 0):
+        for owner, table, known, looking in self.hooks:
+            gone = [key for key, hook in known.items() if table.get(key) is not hook]
+            if len(table) > len(known) - len(gone) + self.stores.added.get(id(table), 0):
                 raise PlanMismatch(f"{owner} has been given a hook since the plan was applied, and a planned step calls "
-                                   "none but the model's own: remove it, or hook the model itself")  # fmt: skip
-            for hook in [hook for key, hook in known.items() if table.get(key) is not hook and not is_traced_hook(hook)]:
-                name = getattr(hook, "__qualname__", type(hook).__name__)
-                raise PlanMismatch(f"{owner} has lost a hook ({name}) since the plan was applied, whose work is part of the "
-                                   "planned step: plan again")  # fmt: skip
+                                   "none of which it was not told: plan again, or remove it")  # fmt: skip
+            for hook in [known[key] for key in gone if key not in looking and not is_traced_hook(known[key])]:
+                raise PlanMismatch(f"{owner} has lost a hook ({name_of(hook)}) since the plan was applied, whose work is part "
+                                   "of the planned step: plan again")  # fmt: skip
         for name, (table, key), (first, other) in self.tied:
             if table.get(key) is not first.get(other):
                 raise PlanMismatch(f"{name} was tied to {other} when the plan was made and is not now: plan again")

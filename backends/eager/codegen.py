@@ -18,12 +18,14 @@ from torch import fx
 
 from ...planner.capture.graph import Source, Traced
 from ...planner.capture.nodes import is_call, is_pick
+from ...planner.capture.observers import is_observation, row_of
 from ...planner.ir.machine import Machine
 from ...planner.ir.program import Phase, Program
 from ...planner.ir.schedule import Free, Run, Schedule, Start, Wait
 from ..tiers.moving import blank, make_tier, places_of
 from .accumulation import Accumulation
 from .fetched import Homes
+from .observers import observe
 from .updates import Updates
 
 # Kernels that save what their backward kernel reads only while gradients are on, as they are not where an op is run again.
@@ -166,6 +168,7 @@ class Writer:
             "enable_grad": torch.enable_grad,
             "updates": self.updates,
             "homes": self.homes,
+            "observe": observe,
             "laid_out": laid_out,
             "math": math,
         }
@@ -275,8 +278,14 @@ class Writer:
             elif step.op in self.traced.updates:
                 gradients = ", ".join(self.read(node) for _, node in self.traced.updates[step.op])
                 self.line(f"updates.update({step.op}, [{gradients}])")
+            elif is_observation(self.traced.nodes[step.op]):
+                self.show(self.traced.nodes[step.op])
             elif self.traced.nodes[step.op] is not None:
                 self.call(step, self.traced.nodes[step.op])
+
+    def show(self, node: Any) -> None:
+        """The line that calls a hook."""
+        self.line(f"observe({row_of(node)}, {self.argument(node.args[0])})")
 
     def move(self, step: Start | Wait) -> None:
         """The line of a copy to another tier or from there, or of the wait for it."""

@@ -35,7 +35,8 @@ from .codegen import Generated, generate
 from .fed import Fed
 from .fetched import Homes, bring_back
 from .graphs import recorded
-from .node import PlannedStep, device_of
+from .node import PlannedStep, check_untouched, device_of
+from .observers import Observers
 from .recast import Backward
 from .sizedcode import generate_sized
 from .stepwitness import StepWitness
@@ -195,6 +196,7 @@ class Runner:
         self.changing = {source.name for source, _ in captured.traced.mutations.values()}
         self.together = Together(captured.traced)
         self.fed = Fed(captured.traced)
+        self.observers = Observers(module, captured)
 
     @torch.compiler.disable(reason="memplan has planned it")
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -221,10 +223,14 @@ class Runner:
             self.witness.begin((inputs[place] for place in self.trained), alone)
             results = PlannedStep.apply(self, *inputs)
         else:
-            with torch.no_grad(), torch._C._DisableAutocast(), self.code.alone(), device_of(inputs):
+            versions = self.observers.versions(inputs)
+            with torch.no_grad(), self.observers.running(), torch._C._DisableAutocast(), self.code.alone(), device_of(inputs):
                 if homes is not None:
                     homes.begin()
                 results = self.code.forward(inputs)[0]
+            check_untouched(self, versions, inputs)
+        if self.observers:
+            self.checks.watch.check("before a hook was called in this step")
         if self.captured.writes:
             self.checks.stores.store(lambda made: self.made(made, results, leaves))
         flat = [results[leaf] if isinstance(leaf, int) else leaf[0] for leaf in self.captured.outputs]

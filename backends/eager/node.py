@@ -28,12 +28,15 @@ class PlannedStep(torch.autograd.Function):
         if runner.code.homes is not None:
             runner.code.homes.begin()
         # nothing is recorded below autograd, but some kernels (LSTM's on CPU) save what backward needs only if this is on
-        with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast(), device_of(inputs):
+        looking, versions = runner.observers, runner.observers.versions(inputs)
+        below = looking.running(), torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast()
+        with torch.enable_grad(), below[0], below[1], below[2], device_of(inputs):
             outputs, saved = runner.code.forward(list(inputs))
             returned = {id(value) for value in outputs}  # held as they are they would hold this node, and it them
             ctx.saved = [value.detach() if id(value) in returned else value for value in saved]
         ctx.runner = runner
         ctx.mark = runner.witness.mark()
+        check_untouched(runner, versions, inputs)
         ctx.watched = [(source, value, value._version) for source, value in zip(runner.code.arguments, inputs, strict=True)]
         ctx.wanted = set(runner.code.tangents)
         plain = runner.captured.plain
@@ -77,7 +80,7 @@ class PlannedStep(torch.autograd.Function):
         runner.witness.backward(ctx.mark, retained)
         given = [laid_out_like(tangents[index], like) for index, like in runner.code.tangents.items()]
         try:
-            with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
+            with runner.observers.running(), torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
                 found = runner.code.backward(saved, given)
                 for index in runner.code.lent:
                     name = runner.code.arguments[runner.code.gradients[index]].name
@@ -94,6 +97,18 @@ class PlannedStep(torch.autograd.Function):
             for name, gradient in updates.taken().items():
                 result[1 + runner.places[name]] = gradient
         return tuple(result)
+
+
+def check_untouched(runner: "Runner", versions: list[int], inputs: Iterable[torch.Tensor]) -> None:
+    """Refuse a step in which a hook that was to look on has changed what the step reads.
+
+    Raises:
+        MemplanError: which tensor.
+    """
+    for source, was, now in zip(runner.code.arguments, versions, runner.observers.versions(inputs), strict=False):
+        if was != now and source.name not in runner.changing:
+            raise MemplanError(f"a hook has changed {source.name} in place in the forward pass, as it did not when the "
+                               "model was planned: change it outside, or at every call")  # fmt: skip
 
 
 def device_of(inputs: Iterable[torch.Tensor]) -> AbstractContextManager[Any]:

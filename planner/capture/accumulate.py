@@ -15,6 +15,7 @@ from torch import fx
 from ..ir.plan import Kept
 from ..ir.program import Buffer, Kind, Phase
 from .graph import Traced
+from .observers import is_observation
 from .optimizers import make_op, rows_of
 from .prune import without
 from .restore import terms_of
@@ -127,6 +128,8 @@ def handed_over(traced: Traced) -> frozenset[str]:
     owners = Counter(traced.owner[node] for node in [*(node for _, node in pairs), *(node for _, node in traced.gradients)])
     ends = [node for node in (*traced.outputs, *traced.sources) if isinstance(node, fx.Node)]
     taken = {traced.owner[node] for node in ends if node in traced.owner}
+    seen = [node for node in traced.nodes if node is not None and is_observation(node)]  # by hooks, which may keep it
+    taken |= {traced.owner[shown] for node in seen for shown in node.all_input_nodes}
 
     def alone(node: fx.Node) -> bool:
         buffer, value = traced.owner[node], node.meta["val"]

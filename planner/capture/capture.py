@@ -10,7 +10,7 @@ at their values takes the branch that it takes in eager mode.
 import threading
 import weakref
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -26,10 +26,11 @@ from .calls import Signature, autocast_state, flatten_call, leaf_names
 from .constants import Constants, own_results
 from .eagerly import check_gradients, reached
 from .graph import Traced, lower
-from .hooks import no_observers
+from .hooks import Hooks
 from .inputs import TensorFacts, check_leaf, facts, places_of
 from .live import Moments
 from .losses import check_reached, gradients_of, trace_loss
+from .observers import Observation, check_unchanged, clash
 from .optimizers import check_alone, kept_by
 from .plain_calls import noted_seeds
 from .questions import Question, inputs_of
@@ -73,6 +74,7 @@ class Captured:
             loss.
         questions: what the model asked about the values of its inputs, by their index among the tensors of a call.
         values: of those inputs that it asked about, on the CPU.
+        observed: the calls of hooks that look on.
         sized: of a capture with `dynamic`, which sizes it serves, and how; `program` and `signature` are those of the example.
     """
 
@@ -95,6 +97,7 @@ class Captured:
     moments: Moments | None = None
     questions: tuple[Question, ...] = ()
     values: dict[int, torch.Tensor] = field(default_factory=dict)
+    observed: tuple[Observation, ...] = ()
     sized: Sized | None = None
 
 
@@ -152,7 +155,8 @@ def capture(
     parameters = {name: TensorFacts.of(value) for name, value in named_tensors(model)}
     structure = Structure.of(model)
     own_loss = None if outside and loss is None else loss is not None
-    step = Step(model, mode, spec, fixed, train, own_loss)
+    hooks = Hooks(model, device)
+    step = Step(model, mode, spec, fixed, train, own_loss, hooks)
     step.training = model.training  # without `train()`, which would reach into the model
     updated = trainable(model, optimizer)
     counted = None if optimizer is None or not train else count_optimizer(
@@ -161,7 +165,7 @@ def capture(
     def as_eager(other: Constants) -> tuple[Step, list[torch.Tensor]]:
         """The same step and inputs of another mode."""
         given = stand_ins(other, leaves, leaf_names(model, spec), device, None)
-        made = Step(model, other, spec, fixed, train, own_loss)
+        made = Step(model, other, spec, fixed, train, own_loss, hooks)
         made.found, made.log, made.attached = step.found, Log(step.found), step.attached
         tries.append(made)
         return made, given
@@ -176,18 +180,24 @@ def capture(
         TRACING, own_results(), untouched(model, loss) as (step.found, randomness), told_of(tries),
         in_words("trace the model"),
     ):  # fmt: skip
+        hooks.found = step.found
         while True:
             step.log = Log(step.found)
-            known = reached(model, device, as_eager) if train else None
+            known = reached(model, device, train, as_eager) if train or hooks else None
             step.reentrant = known is not None and known.reentrant
             with ExitStack() as stack:
                 names = stack.enter_context(fake_parameters(model, mode, device))
-                stack.enter_context(nullcontext() if train else no_observers(model, step.found))
-                with noted_seeds(seeds):
+                with noted_seeds(seeds), hooks.intercepted():
                     joint = trace(step, inputs, mode, train, stack, step.reentrant)
+                seen = hooks.settled(joint.graph_module)
                 refuse_drawing(randomness.moved())
                 check_replaced(joint.graph_module, step.changes)
                 writes, reads = settle_writes(step, joint.graph_module, inputs, mode)
+                wrong = clash(seen, writes, model)
+                if wrong is not None and hooks.set_apart():
+                    continue
+                if wrong is not None:
+                    raise CaptureError(wrong)
                 loss_cost = trace_loss(step, joint.graph_module, loss, mode) if train and loss is not None else None
                 wanted = step.stored.keys() & gradients_of(loss_cost) - step.plain if loss_cost is not None else set()
                 if wanted and not step.attached:
@@ -216,12 +226,14 @@ def capture(
                     in_backward=in_backward,
                     trainable=updated,
                     runs_on=runs_on or device,
+                    observed=seen,
                     region_of=mode.region_of,
                     prepare=(lambda graph: None) if symbols is None else partial(with_numbers, symbols=symbols),
                 )
                 sized = None if symbols is None else sized_capture(mode, symbols, traced, loss_cost, writes)
                 break
     check_seeds(traced.program, seeds)
+    check_unchanged(seen, {source.name for source, _ in traced.mutations.values()})
     questions = tuple(question for question in mode.questions.different if inputs_of([question]))
     real = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     assert step.output_spec is not None
@@ -251,6 +263,7 @@ def capture(
         moments=None if known is None or step.outside else known.moments,
         questions=questions,
         values={index: real[index].detach().cpu().clone() for index in inputs_of(questions)},
+        observed=seen,
         sized=sized,
     )
 

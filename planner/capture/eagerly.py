@@ -17,7 +17,6 @@ from torch import fx, nn
 
 from ..ir.errors import CaptureError
 from .constants import Constants, Refusal
-from .hooks import no_observers, no_watched_tensors
 from .live import Live, Moments
 from .plain_calls import called_by_checkpointing, no_saving, replaced
 from .standins import fake_parameters, named_tensors
@@ -42,16 +41,23 @@ class Reached:
     moments: Moments
 
 
-def reached(model: nn.Module, device: str, make: Callable[[Constants], tuple[Any, list[torch.Tensor]]]) -> Reached:
-    """Run a step as eager PyTorch runs it, on fake tensors.
+def reached(
+    model: nn.Module, device: str, train: bool, make: Callable[[Constants], tuple[Any, list[torch.Tensor]]]
+) -> Reached | None:
+    """Run a step as eager PyTorch runs it, on fake tensors; of an inference the forward pass, for the sake of its hooks.
 
     Args:
         model: the model.
         device: the type of device that it is traced for.
+        train: whether there is a backward pass.
         make: from a mode of fake tensors to what is called and its inputs.
 
+    Returns:
+        None of an inference.
+
     Raises:
-        CaptureError: what cannot be run like that; a hook that looks on; a parameter that the call freezes or unfreezes.
+        CaptureError: what cannot be run like that; a hook that a plan cannot take; a parameter that the call
+            freezes or unfreezes.
     """
     mode = Constants()
     step, inputs = make(mode)
@@ -60,13 +66,14 @@ def reached(model: nn.Module, device: str, make: Callable[[Constants], tuple[Any
         stack.enter_context(in_words("trace the model"))
         names = stack.enter_context(fake_parameters(model, mode, device))
         stack.enter_context(quiet("torch._subclasses.fake_tensor"))
-        stack.enter_context(no_observers(model, step.found))
         live = Live([*(value for _, value in named_tensors(model)), *inputs])
-        for context in (mode, unasked(), no_saving(), no_watched_tensors(), live, torch.enable_grad()):
+        for context in (mode, unasked(), no_saving(), step.hooks.tries(), live, torch.set_grad_enabled(train)):
             stack.enter_context(context)
         wanted = {name: value.requires_grad for name, value in model.named_parameters()}
         with no_backward():
             outputs = [value for value in step(*inputs) if value.requires_grad and not is_given(value)]
+        if not train:
+            return None
         changed = [name for name, value in model.named_parameters() if wanted.get(name) not in (None, value.requires_grad)]
         if changed:
             raise CaptureError(f"the model sets requires_grad of {changed[0]} in its forward: set it before planning")

@@ -6,7 +6,7 @@ its result in place of an operand (same storage size, shape and strides, and a k
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,7 @@ from .nodes import (
     span,
     unpicked,
 )  # fmt: skip
+from .observers import Observation, is_observation, row_of
 from .optimizers import rows_of, update_op, update_ops
 from .restore import merge_casts, restore_dropout, restore_gates, sum_tied, tell_products
 
@@ -118,6 +119,7 @@ def lower(
     trainable: set[str],
     runs_on: str,
     unknown: bool = False,
+    observed: Sequence[Observation] = (),
     region_of: Callable[[fx.Node], int | None] = lambda cast: None,
     prepare: Callable[[fx.GraphModule], None] = lambda graph: None,
 ) -> Traced:
@@ -137,6 +139,7 @@ def lower(
         runs_on: the type of device that the step is for: it decides the optimizer's temporaries, and on the CPU dropout
             is spelled out as eager computes it.
         unknown: the caller computes a loss of which nothing is known.
+        observed: the calls of hooks that look on, by the numbers that their nodes have.
         region_of: as for `planner.capture.restore.merge_casts`.
         prepare: changes the graph once more, when all that is to be restored is.
     """
@@ -147,7 +150,7 @@ def lower(
         restore_gates(graph)
     tell_products(graph)
     prepare(graph)
-    lowering = _Lowering(graph, device, parameter_name, input_leaf)
+    lowering = _Lowering(graph, device, parameter_name, input_leaf, observed)
     return lowering.run(name, train, UNKNOWN if unknown else loss, optimizer, in_backward, trainable, runs_on)
 
 
@@ -155,12 +158,15 @@ class _Lowering:
     """One walk over a graph; its fields are the tables under construction."""
 
     def __init__(
-        self, graph: fx.GraphModule, device: str, parameter_name: Callable[[str], str], input_leaf: Callable[[int], int]
-    ):
+        self, graph: fx.GraphModule, device: str, parameter_name: Callable[[str], str], input_leaf: Callable[[int], int],
+        observed: Sequence[Observation] = (),
+    ):  # fmt: skip
         self.graph = graph
         self.device = device
         self.parameter_name = parameter_name
         self.input_leaf = input_leaf
+        self.observed = observed
+        self.kept: list[int] = []  # buffers that hooks keep
         self.buffers: list[Buffer] = []
         self.ops: list[Op] = []
         self.nodes: list[fx.Node | None] = []
@@ -216,7 +222,7 @@ class _Lowering:
             self.add_node(node, Phase.BACKWARD, changed)
         gradients = tuple((self.find(desc), node) for node, desc in grads if node is not None)
         held = [self.owner[node] for node in outputs if isinstance(node, fx.Node)]
-        held += [self.owner[node] for node in tangents]
+        held += [self.owner[node] for node in tangents] + self.kept
         resident = {self.owner[node] for node in self.sources if node not in tangents and node in self.owner}
         made = {self.owner[node] for _, node in gradients}
         self.name_kinds(held, made, len(self.ops))
@@ -304,6 +310,9 @@ class _Lowering:
 
     def add_node(self, node: fx.Node, phase: Phase, changed: set[int]) -> None:
         """An op, or a view of a buffer that exists."""
+        if is_observation(node):
+            self.add_observation(node, phase)
+            return
         value = node.meta.get("val")
         parts = results(node)
         tensors = [arg for arg in node.all_input_nodes if arg in self.owner]
@@ -355,6 +364,34 @@ class _Lowering:
                 flops=count_flops(node),
                 workspace=unpicked(node, parts),
                 traffic=sum(span(arg.meta["val"]) for arg in tensors) + sum(span(item) for _, item in parts),
+                where=self.where[node],
+                group=self.groups[node] if phase is Phase.BACKWARD else 0,
+            )
+        )
+        self.nodes.append(node)
+
+    def add_observation(self, node: fx.Node, phase: Phase) -> None:
+        """A call of a hook that looks on: once, in its place among the others. What it keeps lives until the step ends."""
+        row = self.observed[row_of(node)]
+        shown = [self.owner[arg] for arg in node.args[0]]  # type: ignore[union-attr,index,misc]
+        self.kept += [shown[index] for index in row.taken.kept]
+        traffic = sum(span(arg.meta["val"]) for arg in node.all_input_nodes)
+        writes = ()
+        if row.taken.bytes:
+            writes = (len(self.buffers),)
+            self.buffers.append(Buffer(name=f"kept by {node.name}", bytes=row.taken.bytes, kind=Kind.TEMPORARY))
+            self.kept += writes
+        self.ops.append(
+            Op(
+                name=node.name,
+                target=str(node.target),
+                key=call_key(node),
+                phase=phase,
+                reads=tuple(sorted(set(shown))),
+                writes=writes,
+                repeatable=False,
+                traffic=traffic,
+                workspace=row.taken.times * traffic,
                 where=self.where[node],
                 group=self.groups[node] if phase is Phase.BACKWARD else 0,
             )
@@ -485,7 +522,8 @@ def split(graph: fx.Graph, outputs: list[fx.Node]) -> tuple[list[fx.Node], list[
     numbers, whose order is part of the result. `passes/defer.py` says what of it had better wait for the backward pass.
     """
     order = {node: index for index, node in enumerate(graph.nodes)}
-    wanted = closure(next(node for node in graph.nodes if node.op == "output").all_input_nodes)
+    ends = [node for node in graph.nodes if node.op == "output" or is_observation(node)]
+    wanted = closure(ends)
     late = {node for node in graph.nodes if "TangentAOTInput" in type(node.meta.get("desc")).__name__}
     for node in graph.nodes:
         if ran_backward(node) or any(arg in late for arg in node.all_input_nodes):

@@ -131,8 +131,13 @@ def slots_of(kind: type) -> list[str]:
     return [name for name in found if name not in ("__dict__", "__weakref__")]
 
 
-def reach(root: Any) -> list[Held]:
-    """Everything that holds something, from the nearest to the farthest, each once."""
+def reach(root: Any, hooks: bool = True) -> list[Held]:
+    """Everything that holds something, from the nearest to the farthest, each once.
+
+    Args:
+        root: where to begin.
+        hooks: follow the tables of modules' hooks too.
+    """
     queue = collections.deque([Held(root, (), "")])
     seen = {id(root)}
     found: list[Held] = []
@@ -140,7 +145,8 @@ def reach(root: Any) -> list[Held]:
         held = queue.popleft()
         found.append(held)
         for step, value, name in inside(held):
-            if id(value) not in seen and (step.how == "class" or not is_atom(value)):
+            left_out = not hooks and step.how == "vars" and str(step.key).endswith("hooks")
+            if id(value) not in seen and not left_out and (step.how == "class" or not is_atom(value)):
                 seen.add(id(value))
                 queue.append(Held(value, (*held.way, step), name))
     return found
@@ -186,7 +192,12 @@ def inside_object(thing: Any, held: Held) -> Iterator[tuple[Step, Any, str]]:
 
 
 def inside_function(thing: Any, name: str) -> Iterator[tuple[Step, Any, str]]:
-    """What a function can reach: where it is bound to, its closure, its defaults, and the globals that its code names."""
+    """What a function can reach: where it is bound to, its closure, its defaults, and the globals that its code names.
+
+    Not so one of these files' own, which stands in another's place while a model is traced.
+    """
+    if isinstance(thing, types.FunctionType) and thing.__globals__.get("__package__") == __package__:
+        return
     if isinstance(thing, types.FunctionType):
         for index, cell in enumerate(thing.__closure__ or ()):
             label = thing.__code__.co_freevars[index]

@@ -73,7 +73,7 @@ def settle_writes(
 def calls_of(step: Step, inputs: list[torch.Tensor]) -> Calls:
     """The operators that one more call runs, in the state that the model is in."""
     torch.clear_autocast_cache()  # beside the tracer autocast's cache works, and spares the second call its casts
-    with Calls() as calls:
+    with step.hooks.intercepted(), Calls() as calls:
         step(*inputs)
     torch.clear_autocast_cache()
     return calls

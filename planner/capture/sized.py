@@ -23,6 +23,7 @@ from .guards import Holds
 from .in_place import ROWWISE
 from .inputs import Place, TensorFacts
 from .nodes import graph_costs, operations, results, span, structure_of, unpicked
+from .observers import is_observation
 from .questions import SYMBOLIC
 from .symbols import Symbols
 from .whole_slices import drop_whole_slices
@@ -209,6 +210,9 @@ class _Gathering:
         traffic = sum(span(arg.meta[SIZED]) for arg in tensors) + sum(span(part.meta[SIZED]) for part, _ in parts)
         given = pytree.tree_map(symbolic, (tuple(node.args), dict(node.kwargs)))
         key = self.key(structure_of(node.target, given[0], given[1], SIZED), (",", ":"))
+        if is_observation(node):
+            times = op.workspace // op.traffic if op.traffic else 0
+            return Row(key, self.slot(0), self.slot(traffic), self.slot(times * traffic))
         return Row(key, self.slot(operations(node, SIZED)), self.slot(traffic), self.slot(unpicked(node, parts, SIZED)))
 
     def loss_row(self, loss: fx.GraphModule | None) -> Row:

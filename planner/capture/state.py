@@ -175,10 +175,10 @@ def is_traced(value: Any) -> bool:
     return isinstance(value, FakeTensor | FunctionalTensor)
 
 
-def traced_in(roots: list[Any]) -> dict[int, tuple[str, Any]]:
-    """Tensors of a tracer's that are held somewhere, with the names of the places."""
+def traced_in(roots: list[Any], hooks: bool = True) -> dict[int, tuple[str, Any]]:
+    """Tensors of a tracer's that are held somewhere, with the names of the places; the arguments are those of `reach`."""
     found: dict[int, tuple[str, Any]] = {}
-    for held in (held for root in roots for held in reach(root)):
+    for held in (held for root in roots for held in reach(root, hooks)):
         inner = list(held.thing) if isinstance(held.thing, set | frozenset) else [
             value for _, value, _ in inside(held)]  # fmt: skip
         if isinstance(held.thing, functools._lru_cache_wrapper):

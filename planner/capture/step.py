@@ -13,6 +13,7 @@ from ..ir.errors import CaptureError
 from .callers import noting_callers
 from .casts import cached_casts
 from .constants import Constants
+from .hooks import Hooks
 from .reach import Held, reach
 from .reads import Log
 from .rebinding import Rebinding, check_rebound, shares
@@ -26,7 +27,7 @@ class Step(nn.Module):
 
     def __init__(
         self, model: nn.Module, mode: Constants, spec: pytree.TreeSpec, fixed: dict[int, Any], train: bool,
-        own_loss: bool | None,
+        own_loss: bool | None, hooks: Hooks,
     ):  # fmt: skip
         """Wrap a model.
 
@@ -37,10 +38,13 @@ class Step(nn.Module):
             fixed: those that are no tensors, by their index.
             train: whether there is a backward pass.
             own_loss: whether the caller computes the loss; None to do so where the model has none.
+            hooks: of the model.
         """
         super().__init__()
         self.model = model
         self.mode = mode
+        self.hooks = hooks
+        hooks.around.append(self)
         self.call = (spec, fixed, train, own_loss)
         self.caches = train and torch.is_autocast_cache_enabled()
         self.outputs: tuple[Any, ...] = ()
@@ -102,7 +106,8 @@ class Step(nn.Module):
         given = Snapshot(reach(arguments_of(self.model, args, kwargs)))
         rebinding = Rebinding(self.model)
         self.assigned = rebinding.assigned
-        with noting_callers(self.model), cached_casts(self.mode, self.caches), self.log.reading(), rebinding:
+        noted = noting_callers(self.model), self.log.reading(), self.hooks.calling()
+        with noted[0], cached_casts(self.mode, self.caches), noted[1], rebinding, noted[2]:
             output = self.model.forward(*args, **kwargs)  # not its hooks: they run around the planned forward
         check_rebound(self.model, buffers)
         for change in given.changes():

@@ -1,5 +1,6 @@
 """What a plan rests on of a model beside its tensors: its modules, how they are set, and which names are one tensor."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -19,13 +20,13 @@ class Structure:
     Attributes:
         modules: name and class of each.
         settings: (module, attribute, value) of every attribute that is a number, a word, a type or None.
-        hooks: how many each module has that see or change values.
+        hooks: the keys, in torch's tables, of those of each module that see or change values.
         tied: names that are one parameter or buffer.
     """
 
     modules: tuple[tuple[str, type], ...]
     settings: tuple[tuple[str, str, Any], ...]
-    hooks: tuple[int, ...]
+    hooks: tuple[tuple[int, ...], ...]
     tied: tuple[tuple[str, ...], ...]
 
     @staticmethod
@@ -35,7 +36,7 @@ class Structure:
         return Structure(
             modules=tuple((name, type(module)) for name, module in named),
             settings=tuple((name, key, value) for name, module in named for key, value in settings_of(module)),
-            hooks=tuple(sum(map(len, hooks_of(module))) for _, module in named),
+            hooks=tuple(tuple(key for table in hooks_of(module) for key in table) for _, module in named),
             tied=tied_names(model),
         )
 
@@ -50,6 +51,11 @@ def settings_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
 def hooks_of(module: nn.Module) -> list[dict[int, Any]]:
     """The tables of a module's hooks that see or change values."""
     return [vars(module)[table] for table in HOOKS if vars(module).get(table) is not None]
+
+
+def everywhere(attribute: str) -> dict[int, Any]:
+    """The table of hooks that every module calls."""
+    return vars(sys.modules[nn.Module.__module__]).get(f"_global{attribute}", {})
 
 
 def tied_names(model: nn.Module) -> tuple[tuple[str, ...], ...]:

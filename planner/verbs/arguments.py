@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -11,6 +11,9 @@ from ..ir.errors import CaptureError, MemplanError
 from ..ir.machine import Machine
 from ..ir.schedule import LEVERS
 from ..ir.units import parse_bytes, shorten
+
+if TYPE_CHECKING:
+    from ..capture.observers import Observation
 
 SEEDS = 2**31  # random generators take no larger ones, and some count on from the seed
 SOME = 2**40  # bytes that a percentage is of while the peak is not known
@@ -56,9 +59,36 @@ def check_calls(calls: Any, accumulate: bool, train: bool, arena: bool, strategy
     asked = f"calls={calls}" if calls > 1 else "accumulate=True"
     if not train:
         raise MemplanError(f"{asked} is of training: an inference makes no gradients")
-    for name, given in (("arena=True", arena), ("strategy='memo'", strategy), ("optimizer_in_backward=True", in_backward)):
+    if in_backward:
+        raise MemplanError(f"{asked} does not go with optimizer_in_backward=True, for gradients that are there live until the "
+                           "update all the same: plan without it, and call optimizer.step()")  # fmt: skip
+    for name, given in (("arena=True", arena), ("strategy='memo'", strategy)):
         if given:
             raise MemplanError(f"{asked} does not go with {name}: plan without it")
+
+
+def check_hooks(observed: Iterable["Observation"], arena: bool, in_backward: bool, away: bool) -> None:
+    """Refuse a step in which hooks that look on would see, or keep, what is not theirs to see.
+
+    Args:
+        observed: their calls.
+        arena: whether tensors have addresses, which others have after them.
+        in_backward: whether parameters are updated in the backward pass.
+        away: whether parameters may lie in another tier between their uses.
+
+    Raises:
+        MemplanError: which hook, and what to leave out.
+    """
+    for row in observed:
+        if arena:
+            raise MemplanError(f"{row.whose.told} may keep what it is shown, over which an arena writes other values: plan "
+                               "without arena, or remove the hook")  # fmt: skip
+        if away:
+            raise MemplanError(f"{row.whose.told} may look at a parameter that offload has moved away: plan without offload, "
+                               "or remove the hook")  # fmt: skip
+        if in_backward and row.whose.late:
+            raise MemplanError(f"{row.whose.told} may look at a parameter, which optimizer_in_backward=True has updated "
+                               "already: plan without, or remove the hook")  # fmt: skip
 
 
 def check_dynamic(levers: Iterable[str], lend_gradients: bool, optimizer_in_backward: bool) -> None:

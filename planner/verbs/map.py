@@ -291,6 +291,8 @@ def check_captured(captured: "Captured") -> None:
     """
     if captured.traced.mutations:
         raise MemplanError("the model changes its own buffers when it is called: put it in evaluation mode, model.eval()")
+    for row in captured.observed:
+        raise MemplanError(f"{row.whose.told} looks on, and an inference on a scratchpad calls no hooks: remove it")
     if captured.stored:
         name = next(iter(captured.stored.values()))
         raise MemplanError(

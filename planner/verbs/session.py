@@ -28,7 +28,7 @@ from ..ir.referee import referee
 from ..ir.schedule import Run, check_levers
 from ..ir.units import parse_bytes, shorten, show_bytes
 from ..pipeline.planner import Planner, answer_of
-from .arguments import Progress, check_asked, check_dynamic, check_model, check_numbers, limit_tiers, traced_device
+from .arguments import Progress, check_asked, check_dynamic, check_hooks, check_model, check_numbers, limit_tiers, traced_device
 from .kept import Asked, keep_floor, keep_plan, known_floor, known_plan
 from .levers import levers_beyond, with_levers
 from .solver import check_solver
@@ -100,6 +100,8 @@ class Session:
             device=traced_device(known), runs_on=None if known is None else known.device, outside=outside, dynamic=dynamic,
         )  # fmt: skip
         self.capture_seconds = time.monotonic() - began
+        moves = "offload" in levers and (optimizer_in_backward or not train)
+        check_hooks(self.captured.observed, False, optimizer_in_backward, moves)
         self.recipe = Recipe(
             inputs=describe_inputs(self.captured),
             train=train,
@@ -352,6 +354,7 @@ class Session:
     ) -> Plan:
         """The plan for one budget; with `arena`, with addresses; by a strategy other than the best; beside other calls."""
         check_asked(budget, None, arena, self.lend_gradients, strategy)
+        check_hooks(self.captured.observed, arena, False, False)
         planner, self.began = self.begin(arena), None
         began = time.monotonic()
         capacity = self.machine.tiers[0].capacity

@@ -560,7 +560,9 @@ class Hooked(Quirk):
     def __init__(self, rng):
         super().__init__(rng)
         self.kept: dict[str, Tensor] = {}
-        self.how = rng.choice(["observe", "change", "pre", "backward", "tensor", "parameter", "accumulated"])
+        self.seen: list[float] = []
+        ways = ["observe", "change", "pre", "backward", "tensor", "parameter", "accumulated"]
+        self.how = rng.choice([*ways, "look", "look back", "look at a tensor"])
         if self.how == "observe":
             self.lin.register_forward_hook(self.observe)
         elif self.how == "change":
@@ -569,6 +571,10 @@ class Hooked(Quirk):
             self.lin.register_forward_pre_hook(lambda module, args: (args[0] * 0.5,))
         elif self.how == "backward":
             self.lin.register_full_backward_hook(lambda module, given, taken: (given[0] * 0.5,))
+        elif self.how == "look":
+            self.lin.register_forward_hook(lambda module, args, out: self.seen.append(out.sum().item()))
+        elif self.how == "look back":
+            self.lin.register_full_backward_hook(lambda module, given, taken: self.seen.append(taken[0].sum().item()))
         elif self.how == "parameter":
             self.lin.weight.register_hook(lambda grad: grad * 3)
         elif self.how == "accumulated":
@@ -585,6 +591,8 @@ class Hooked(Quirk):
         y = self.lin(x)
         if self.how == "tensor" and y.requires_grad:
             y.register_hook(lambda grad: grad * 0.5)
+        if self.how == "look at a tensor" and y.requires_grad:
+            y.register_hook(lambda grad: self.seen.append(grad.sum().item()))
         return torch.tanh(y)
 
 
