@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ...passes.liveness import held_bytes
 from ...planner.capture.casts import cached_casts
 from ...planner.capture.constants import Constants, own_results
+from ...planner.capture.graph import Traced
 from ...planner.capture.native import native_kernels
 from ...planner.capture.tracing import in_words
 from ...planner.cost.local import device_key
@@ -28,9 +29,13 @@ from ...planner.ir.program import Program
 from ...planner.pipeline.planner import Planner
 from ..eager.codegen import Generated, generate
 from ..eager.recast import Backward
+from ..eager.retained import copied
+from ..eager.witness import keeps_graph
 from .identity import Arguments
-from .ledger import Visit, burden, left_bytes, small_schedules, storages
+from .ledger import Visit, storages
 from .partition import Joint, describe, emit, pack, token_of, unpack, visits_of
+from .small import smallest
+from .weight import Weight, weigh
 
 if TYPE_CHECKING:
     from .door import Piece
@@ -46,6 +51,8 @@ class Code:
         wanted: the one that is to run from the next call on.
         callable: what AOTAutograd made.
         backward: asked whether it may run under autocast.
+        piece: the number of the piece.
+        gradients: bytes of its parameters' gradients.
         visit: the run under way, to be told what it returned and saved.
     """
 
@@ -54,14 +61,22 @@ class Code:
     wanted: Side
     callable: Callable[..., Any]
     backward: Backward
+    piece: int
+    gradients: int
     visit: Visit | None = None
 
     @staticmethod
     def make(
-        piece: "Piece", args: Sequence[Any], machine: Machine, choose: Callable[[Planner], Side], known: Planner | None
+        piece: "Piece",
+        args: Sequence[Any],
+        machine: Machine,
+        choose: Callable[[Planner], Side],
+        known: Planner | None,
+        ends: bool,
     ) -> "Code":
-        """Trace, plan and compile a piece for these arguments."""
-        return _Compilation(piece, machine, choose, known).compile(args)
+        """Trace, plan and compile a piece for these arguments; `ends` if the model's call ends with it."""
+        piece.ledger.made += 1
+        return _Compilation(piece, machine, choose, known, ends).compile(args)
 
     @property
     def program(self) -> Program:
@@ -69,26 +84,25 @@ class Code:
         return self.planner.program
 
     @property
-    def own(self) -> int:
-        """Bytes at the peak, parameters and inputs left out."""
-        return self.side.peak - self.program.resident_bytes
-
-    @property
     def held(self) -> int:
         """Bytes held while other pieces run."""
         return held_bytes(self.program, self.side.schedule)
 
     @property
-    def left(self) -> int:
-        """Bytes left behind by the backward pass."""
-        return left_bytes(self.program)
+    def weight(self) -> Weight:
+        """What a run weighs."""
+        return self.weighed(self.side)
+
+    def weighed(self, side: Side) -> Weight:
+        """What a run of another schedule weighs."""
+        return weigh(self.piece, side, self.gradients)
 
     def at_share(self, share: float) -> Side:
         """A schedule with a peak that share of the way from the least to the most; the least where none is found."""
         most = self.planner.kept
         if share >= 1.0:
             return most
-        least = min(small_schedules(self.planner), key=lambda side: burden(self.program, side))
+        least = smallest(self.planner)
         if share <= 0.0 or least.peak >= most.peak:
             return least
         try:
@@ -121,11 +135,12 @@ class Code:
 class _Compilation:
     """One pass through AOTAutograd: its callbacks share what the partition has found."""
 
-    def __init__(self, piece: "Piece", machine: Machine, choose: Callable[[Planner], Side], known: Planner | None):
+    def __init__(self, piece: "Piece", machine: Machine, choose: Callable[[Planner], Side], known: Planner | None, ends: bool):
         self.piece = piece
         self.machine = machine
         self.choose = choose
         self.known = known
+        self.ends = ends
         self.inductor = piece.ledger.options.inner == "inductor"
         self.mode = None if self.inductor else Constants()
         self.arguments: Arguments | None = None
@@ -162,7 +177,8 @@ class _Compilation:
         piece = self.piece
         assert self.arguments is not None
         region_of = no_region if self.mode is None else self.mode.region_of
-        self.joint = describe(graph, self.arguments, forward_outputs, piece.name, self.machine.device, region_of)
+        outside = self.ends and not returns_loss(graph, forward_outputs)
+        self.joint = describe(graph, self.arguments, forward_outputs, piece.name, self.machine.device, region_of, outside)
         program = self.joint.traced.program
         if self.inductor:  # its random numbers come from seeds of its own, and it decides what is written in place
             ops = tuple(msgspec.structs.replace(op, reuse=(), repeatable=op.repeatable and not op.random) for op in program.ops)
@@ -184,7 +200,8 @@ class _Compilation:
         side = self.choose(planner)
         with _disable_current_modes():  # space in other tiers is real
             self.generated = generate(self.joint.traced, side.schedule, self.machine)
-        self.code = Code(planner, side, side, no_code, Backward(self.joint.traced))
+        backward, gradients = Backward(self.joint.traced), gradient_bytes(self.joint.traced)
+        self.code = Code(planner, side, side, no_code, backward, piece.number, gradients)
 
     def partition(
         self, graph: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **rest: Any
@@ -250,7 +267,8 @@ class _Compilation:
     def eager_backward(self) -> Callable[[list[Any]], list[Any]]:
         """Generated code under AOTAutograd's convention."""
         assert self.generated is not None
-        code = self.generated
+        assert self.joint is not None
+        code, traced = self.generated, self.joint.traced
         constants = [position for position, source in enumerate(code.arguments) if source.kind == "constant"]
         inputs = len(code.arguments) - len(constants)
         places = [place - sum(constant < place for constant in constants) for place in code.gradients]
@@ -261,6 +279,8 @@ class _Compilation:
             saved: list[Any] = [*args[:plain], *(unpack(state) for state in args[plain:ends]), *visits]
             tangents = args[ends + bool(code.tiers) :]
             args.clear()
+            if keeps_graph():
+                saved = copied(traced, code, saved)
             with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
                 found = code.backward(saved, tangents)
             result: list[Any] = [None] * inputs
@@ -295,6 +315,19 @@ class _Called(nn.Module):
     def forward(self, *args: Any) -> Any:
         with cached_casts(self.mode, self.caches):
             return self.piece(*args)
+
+
+def returns_loss(graph: fx.GraphModule, count: int) -> bool:
+    """Whether one of the first outputs is a scalar, which is taken for the loss: nothing of it is computed outside."""
+    ends = next(iter(graph.graph.find_nodes(op="output")))
+    values = [value.meta["val"] for value in ends.args[0][:count] if isinstance(value, fx.Node)]
+    return any(isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() == 0 for value in values)
+
+
+def gradient_bytes(traced: Traced) -> int:
+    """Bytes of the gradients of parameters."""
+    found = {traced.owner[node] for place, node in traced.gradients if traced.sources[place].kind == "parameter"}
+    return sum(traced.program.buffers[buffer].bytes for buffer in found)
 
 
 def no_region(cast: fx.Node) -> None:

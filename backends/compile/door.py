@@ -22,36 +22,43 @@ Pieces share one budget, kept in a `Ledger` (see there for the rule) that belong
 With "offload" among the option `allow`, and inner="eager", activations may also lie in the tiers behind the device; each
 piece has space of its own there.
 
-A run that cannot be made to fit raises `BudgetError` naming the piece, and the pieces before it take as little as they
-can from then on. Guaranteed, for inner="eager": the referee's peak of each run, plus what it knows the others to hold,
-is within the budget. Not known here, and not counted: parameters that no piece has seen yet, optimizer state, gradients
-left from an earlier step, and what the code between pieces allocates (the loss, if it is computed outside). A budget in
-percent is each piece's own: that share of its unplanned peak, whatever the others hold. After
-`torch._dynamo.config.recompile_limit` recompilations Dynamo runs the model without us.
+A run that cannot be made to fit raises `BudgetError` naming the piece. Guaranteed, for inner="eager": the referee's peak of
+each run, plus what it knows the others to hold and the gradients that are there, is within the budget, but in a first step
+of its kind, where that is told (see `Ledger`). A loss that the caller computes from what the last piece returns is taken to
+need as much again as that. Not known here, and not counted: parameters that no piece has seen yet, optimizer state, and what
+the code between pieces allocates. A budget in percent is each piece's own: that share of its unplanned peak, whatever the
+others hold. After `torch._dynamo.config.recompile_limit` recompilations Dynamo runs the model without us.
+
+Of the shapes that a piece is called with, the `KEPT` used last keep their code.
 """
 
 import os
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from ...planner.capture.calls import autocast_state
 from ...planner.ir.errors import BudgetError
+from ...planner.ir.machine import Machine
 from ...planner.ir.plan import Side
 from ...planner.ir.units import parse_bytes, show_bytes
+from ...planner.pipeline.calls import solve_calls, together
 from ...planner.pipeline.planner import Planner
 from ...solvers.warm import compile_planning
 from ..eager.witness import NOT_USERS
 from .compilation import Code
 from .identity import Arguments, likeness, tensor_source
-from .ledger import Ledger, Options, Room, Visit, burden, ledger_of, left_bytes, small_schedules, storages
+from .ledger import Ledger, Options, Room, Visit, ledger_of, storages
+from .small import burden, small_schedules, smallest
+from .weight import left_bytes, loss_bytes
 
 EVAL_FRAME = os.path.join("torch", "_dynamo", "eval_frame.py")
+KEPT = 16  # shapes of a piece whose code is kept
 
 
 def memplan(
@@ -75,18 +82,18 @@ def memplan(
 
 
 class Piece:
-    """A part of a model between two graph breaks, and the code made for each shape it was called with."""
+    """A part of a model between two graph breaks, and the code made for the shapes it was called with last."""
 
     def __init__(self, gm: fx.GraphModule, ledger: Ledger):
-        ledger.pieces += 1
+        self.number = ledger.number(self)
         reason = getattr(gm, "compile_subgraph_reason", None)
         self.gm = gm
         self.ledger = ledger
         self.breaks = bool(getattr(reason, "graph_break", False))
-        self.name = f"piece {ledger.pieces}{where_it_ends(reason)}"
+        self.name = f"piece {self.number}{where_it_ends(reason)}"
         self.lifted = dict(gm.named_parameters(remove_duplicate=False)) | dict(gm.named_buffers(remove_duplicate=False))
         self.sources = [tensor_source(node) for node in gm.graph.nodes if node.op == "placeholder"]
-        self.codes: dict[Any, Code] = {}
+        self.codes: OrderedDict[Any, Code] = OrderedDict()
 
     def __call__(self, *args: Any) -> Any:
         """Run, planning first where there is no plan for such arguments, or where it does not fit what is left."""
@@ -95,40 +102,60 @@ class Piece:
         device = next((value.device.type for value in tensors if value.device.type != "cpu"), "cpu")
         machine = ledger.machine(device)
         inputs = storages(tensors, machine.tiers[0].rounding)
-        ledger.enter()
+        ledger.enter([value for value in tensors if isinstance(value, nn.Parameter)], inputs)
         budget = ledger.budget(machine)
         room = ledger.room(inputs, budget) if budget is not None else None
-        key = (torch.is_grad_enabled(), autocast_state(device), torch.is_autocast_cache_enabled(), likeness(args))
-        code = self.codes.get(key)
-        if code is None:
-            last = self.is_last()
-            code = Code.make(self, args, machine, lambda planner: self.choose(planner, room, last), None)
-        elif code.wanted is not code.side and (room is None or code.wanted.peak <= room.now):
-            wanted = code.wanted
-            code = Code.make(self, args, machine, lambda planner: wanted, code.planner)
-        elif room is not None and (code.side.peak > room.now or code.left > room.later):
-            last = self.is_last()
-            code = Code.make(self, args, machine, lambda planner: self.choose(planner, room, last), code.planner)
-        self.codes[key] = code
-        visit = Visit(code, inputs)
-        kept = [value.untyped_storage() for value in tensors if isinstance(value, nn.Parameter)]
-        ledger.parameters |= {place._cdata: (StorageWeakRef(place), inputs[place._cdata]) for place in kept}
+        code = self.code_of(args, machine, room)
+        visit = Visit(code, inputs, ledger.gradients())
         if ledger.options.budget is not None and torch.is_grad_enabled():
             ledger.look(code, self.name, tensors)
         result = code.run(args, visit)
-        visit.watch(result, ledger.witness)
+        visit.watch(result, ledger)
         ledger.step.append(visit)
         if visit.holding:
             ledger.holding.append(visit)
         return result
 
+    def code_of(self, args: Sequence[Any], machine: Machine, room: Room | None) -> Code:
+        """What runs a call: made where there is none for such arguments, or where it does not fit what is left.
+
+        Raises:
+            BudgetError: none fits.
+            CaptureError: the piece cannot be compiled.
+        """
+        device = machine.device
+        key = (torch.is_grad_enabled(), autocast_state(device), torch.is_autocast_cache_enabled(), likeness(args))
+        code, ends = self.codes.pop(key, None), self.ends_the_call()
+
+        def chosen(planner: Planner) -> Side:
+            return self.choose(planner, room, ends and not self.ledger.cautious)
+
+        if code is None:
+            code = Code.make(self, args, machine, chosen, None, ends)
+        else:
+            side = code.side
+            if code.wanted is not side and (room is None or self.need(code.wanted) <= room.now):
+                side = code.wanted
+            elif room is not None and (self.need(side) > room.now or code.weight.left > room.later):
+                side = chosen(code.planner)
+            if side.schedule.instructions != code.side.schedule.instructions:
+                code = Code.make(self, args, machine, lambda planner: side, code.planner, ends)
+        while len(self.codes) >= KEPT:
+            self.codes.popitem(last=False)
+        self.codes[key] = code
+        return code
+
     def arguments(self, args: Sequence[Any]) -> Arguments:
         """What the tensors of a call are."""
         return Arguments.of(self.lifted, self.sources, args)
 
-    def is_last(self) -> bool:
+    def ends_the_call(self) -> bool:
         """Whether the model's call ends with this piece, as far as Dynamo and the stack of calls tell."""
-        return not self.breaks and not self.ledger.cautious and ends_the_call()
+        return not self.breaks and ends_the_call()
+
+    def need(self, side: Side) -> int:
+        """Bytes that a run takes at its peak, with the copies of a backward pass that keeps its graph."""
+        return together(side, 1 + self.ledger.retains) + self.ledger.retains * loss_bytes(side.program)
 
     def choose(self, planner: Planner, room: Room | None, last: bool) -> Side:
         """The schedule for a run: see the module's rule.
@@ -148,21 +175,24 @@ class Piece:
                 raise BudgetError(f"the gradients of {self.name} do not fit beside what the pieces before it need: "
                                   f"{short} bytes are missing", room.now + short)  # fmt: skip
             if last:
-                return planner.solve(room.now).found
-            if planner.kept.peak <= resident + (room.now - resident) // 2:
+                outside = self.ledger.retains * loss_bytes(planner.program)
+                return solve_calls(planner, room.now - outside, 1 + self.ledger.retains).found
+            if self.need(planner.kept) <= resident + (room.now - resident) // 2:
                 return planner.kept
-            fitting = [side for side in small_schedules(planner) if side.peak <= room.now]
+            fitting = [side for side in small_schedules(planner) if self.need(side) <= room.now]
             if not fitting:
                 raise planner.refuse(room.now, planner.floor)
             return min(fitting, key=lambda side: burden(planner.program, side))
         except BudgetError as error:
+            least = smallest(planner)
+            if least.peak <= room.now + room.held and self.ledger.excess(self.name, room):
+                return least
             if not room.held:
                 raise
-            self.ledger.refuse()
             minimum = None if error.minimum is None else error.minimum + room.held
             held = f"{show_bytes(room.held)} ({room.held} bytes)"
-            raise BudgetError(f"{error}; other pieces of the model hold {held} of the budget "
-                              "and take as little as they can from the next call on", minimum) from None  # fmt: skip
+            raise BudgetError(f"{error}; gradients, and other pieces of the model, which take as little as they can, hold "
+                              f"{held} of the budget", minimum) from None  # fmt: skip
 
 
 def ends_the_call() -> bool:

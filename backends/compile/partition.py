@@ -57,6 +57,7 @@ def describe(
     name: str,
     device: str,
     region_of: Callable[[fx.Node], int | None] = lambda cast: None,
+    outside: bool = False,
 ) -> Joint:
     """Lower a graph that AOTAutograd hands to a partitioner or to an inference compiler.
 
@@ -67,6 +68,7 @@ def describe(
         name: the program's name.
         device: the type of device it runs on.
         region_of: as for `planner.capture.restore.merge_casts`.
+        outside: the caller computes a loss of its outputs, of which nothing is known.
 
     Raises:
         CaptureError: an op that cannot be planned.
@@ -98,6 +100,7 @@ def describe(
         in_backward=False,
         trainable=set(),
         runs_on=device,
+        unknown=outside,
         region_of=region_of,
     )
     outputs = tuple(value for value in returns if isinstance(value, fx.Node))

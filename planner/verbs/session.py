@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ...passes.homes import Homes
-from ...passes.liveness import held_bytes
 from ...passes.outside import LeaveOutside
 from ...passes.place import Place
 from ...passes.transfers import routes_of
@@ -26,7 +25,8 @@ from ..ir.plan import Plan, PlanBody, Recipe, Side, assemble, unlimited
 from ..ir.program import Program
 from ..ir.referee import referee
 from ..ir.schedule import Run, check_levers
-from ..ir.units import parse_bytes, shorten, show_bytes
+from ..ir.units import parse_bytes, shorten
+from ..pipeline.calls import solve_calls
 from ..pipeline.planner import Planner, answer_of
 from .arguments import Progress, check_asked, check_dynamic, check_model, check_numbers, limit_tiers, traced_device
 from .floors import keep_floor, known_floor
@@ -287,32 +287,6 @@ class Session:
             return answer_of(floor, planner.bound(budget)), floor
         raise planner.refuse(budget, floor)
 
-    def solve_calls(self, budget: int, calls: int) -> Answer[Side, float]:
-        """The fastest step that fits a budget beside what others like it hold between their passes.
-
-        Raises:
-            BudgetError: none was found.
-        """
-        planner, target = self.planner, budget
-        if calls == 1:
-            return planner.solve(budget)
-        for _ in range(PLACINGS):
-            try:
-                side = planner.solve(target).found
-            except BudgetError:
-                break
-            short = side.peak + (calls - 1) * held_bytes(planner.program, side.schedule) - budget
-            if short <= 0:
-                return answer_of(side, planner.bound(budget))
-            target = min(target, side.peak) - max(short // calls, budget // 200)
-        floor = planner.floor
-        need = floor.peak + (calls - 1) * held_bytes(planner.program, floor.schedule)
-        if need <= budget:
-            return answer_of(floor, planner.bound(budget))
-        raise BudgetError(f"no schedule of {planner.program.name} fits {planner.asked}{show_bytes(budget)} ({budget} bytes) "
-                          f"with {calls} calls before one backward pass: together they need {show_bytes(need)} ({need} bytes)",
-                          need)  # fmt: skip
-
     def plan(
         self, budget: int | str | None, arena: bool = False, strategy: str | None = None, *, calls: int = 1, reserved: int = 0
     ) -> Plan:
@@ -333,7 +307,7 @@ class Session:
                 answer = planner.solve_memo(limit)
                 minimum = answer.found.peak
             else:
-                answer = self.solve_calls(limit, calls)
+                answer = solve_calls(planner, limit, calls)
                 minimum = self.note(min(planner.quick_floor, answer.found, key=lambda each: each.peak), arena)
         except BudgetError as error:
             if strategy is None:
