@@ -3,9 +3,10 @@
     python -m memplan.benchmarks.calls
     python -m memplan.benchmarks.calls --models bert --situations lengths --batches 50
 
-Each situation runs in a fresh process as eager PyTorch, as `memplan.within`, through `torch.compile(backend="memplan")` and with
-the model's own gradient checkpointing.
-The budget is a share of eager's peak. `lengths`: batches of random sizes and lengths, masks all ones and padded in turn.
+Each situation runs in a fresh process as eager PyTorch, as `memplan.within`, through `torch.compile(backend="memplan")` and
+with the model's own gradient checkpointing. The budget is a share of eager's peak.
+
+`lengths`: batches of random sizes and lengths, masks all ones and padded in turn.
 `accumulation`: four micro-batches. `triplet`: three calls before one backward pass. `preference`: DPO's two models, a frozen
 one beside. `losses`: two backward passes over one forward pass.
 """

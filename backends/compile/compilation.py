@@ -11,6 +11,7 @@ from torch import _guards, fx, nn
 from torch._functorch import config as functorch_config
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import graph_module
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -156,8 +157,9 @@ class _Compilation:
             BudgetError: no schedule fits.
         """
         self.arguments = self.piece.arguments(args)
-        traced: Any = self.piece.gm if self.mode is None else _Called(self.piece.gm, self.mode)
-        with in_words(f"compile {self.piece.name}"), surroundings(self.inductor, self.mode):
+        graph = self.piece.graph(args)
+        traced: Any = graph if self.mode is None else _Called(graph, self.mode)
+        with in_words(f"compile {self.piece.name}"), surroundings(self.inductor, self.mode), own_sources():
             made = aot_module_simplified(
                 traced,
                 list(args),
@@ -232,6 +234,7 @@ class _Compilation:
         if self.inductor:
             with surroundings(True):
                 return torch._dynamo.disable(self.inner(gm, example_inputs, 0, True), reason="memplan has planned it")
+        graph_module._loader.eval_cache.pop(type(gm).forward.__code__.co_filename, None)  # AOTAutograd's copy, which never runs
         return torch._dynamo.disable(boxed(self.eager_backward()), reason="memplan has planned it")
 
     def compile_inference(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -332,6 +335,17 @@ def gradient_bytes(traced: Traced) -> int:
 
 def no_region(cast: fx.Node) -> None:
     """Inductor's arithmetic is its own, and nobody keeps its casts."""
+
+
+@contextmanager
+def own_sources() -> Iterator[None]:
+    """Let torch forget the texts of the graphs made meanwhile, which it keeps for tracebacks as long as the process lives."""
+    known = set(graph_module._loader.eval_cache)
+    try:
+        yield
+    finally:
+        for name in graph_module._loader.eval_cache.keys() - known:
+            del graph_module._loader.eval_cache[name]
 
 
 def boxed(function: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:

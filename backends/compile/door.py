@@ -54,6 +54,7 @@ from ..eager.witness import NOT_USERS
 from .compilation import Code
 from .identity import Arguments, likeness, tensor_source
 from .ledger import Ledger, Options, Room, Visit, ledger_of, storages
+from .numbers import values_of, with_numbers, wrapped
 from .small import burden, small_schedules, smallest
 from .weight import left_bytes, loss_bytes
 
@@ -93,6 +94,7 @@ class Piece:
         self.name = f"piece {self.number}{where_it_ends(reason)}"
         self.lifted = dict(gm.named_parameters(remove_duplicate=False)) | dict(gm.named_buffers(remove_duplicate=False))
         self.sources = [tensor_source(node) for node in gm.graph.nodes if node.op == "placeholder"]
+        self.numbers = wrapped(gm.graph)
         self.codes: OrderedDict[Any, Code] = OrderedDict()
 
     def __call__(self, *args: Any) -> Any:
@@ -124,7 +126,9 @@ class Piece:
             CaptureError: the piece cannot be compiled.
         """
         device = machine.device
-        key = (torch.is_grad_enabled(), autocast_state(device), torch.is_autocast_cache_enabled(), likeness(args))
+        numbers = tuple(values_of(args, self.numbers).values())
+        caches = torch.is_autocast_cache_enabled()
+        key = (torch.is_grad_enabled(), autocast_state(device), caches, likeness(args), numbers)
         code, ends = self.codes.pop(key, None), self.ends_the_call()
 
         def chosen(planner: Planner) -> Side:
@@ -148,6 +152,10 @@ class Piece:
     def arguments(self, args: Sequence[Any]) -> Arguments:
         """What the tensors of a call are."""
         return Arguments.of(self.lifted, self.sources, args)
+
+    def graph(self, args: Sequence[Any]) -> fx.GraphModule:
+        """The piece as it is traced for a call."""
+        return with_numbers(self.gm, values_of(args, self.numbers))
 
     def ends_the_call(self) -> bool:
         """Whether the model's call ends with this piece, as far as Dynamo and the stack of calls tell."""
