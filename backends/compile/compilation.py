@@ -1,5 +1,6 @@
 """One piece of a model -> code: AOTAutograd traces it, memplan plans it, and generated code or Inductor runs it."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,10 +21,12 @@ from ...planner.capture.casts import cached_casts
 from ...planner.capture.constants import Constants, own_results
 from ...planner.capture.graph import Traced
 from ...planner.capture.native import native_kernels
+from ...planner.capture.sizedconstants import SizedConstants
 from ...planner.capture.tracing import in_words
 from ...planner.cost.local import device_key
 from ...planner.cost.table import Table, apply_costs
 from ...planner.ir.errors import BudgetError, MemplanError
+from ...planner.ir.family import Sizes
 from ...planner.ir.machine import Machine
 from ...planner.ir.plan import Side
 from ...planner.ir.program import Program
@@ -31,10 +34,12 @@ from ...planner.pipeline.planner import Planner
 from ..eager.codegen import Generated, generate
 from ..eager.recast import Backward
 from ..eager.retained import copied
+from ..eager.sizedcode import SizedWriter
 from ..eager.witness import keeps_graph
 from .identity import Arguments
 from .ledger import Visit, storages
-from .partition import Joint, describe, emit, pack, token_of, unpack, visits_of
+from .partition import Joint, carried_by, describe, emit, pack, token_of, unpack
+from .sized import SizedTrace
 from .small import smallest
 from .weight import Weight, weigh
 
@@ -54,6 +59,9 @@ class Code:
         backward: asked whether it may run under autocast.
         piece: the number of the piece.
         gradients: bytes of its parameters' gradients.
+        generated: functions that carry the schedule out.
+        running: what `callable` is told of the run under way.
+        trace: that of every size, if it is of one.
         visit: the run under way, to be told what it returned and saved.
     """
 
@@ -64,6 +72,9 @@ class Code:
     backward: Backward
     piece: int
     gradients: int
+    generated: Generated
+    running: "Running"
+    trace: SizedTrace | None = None
     visit: Visit | None = None
 
     @staticmethod
@@ -78,6 +89,36 @@ class Code:
         """Trace, plan and compile a piece for these arguments; `ends` if the model's call ends with it."""
         piece.ledger.made += 1
         return _Compilation(piece, machine, choose, known, ends).compile(args)
+
+    @staticmethod
+    def of_every_size(
+        piece: "Piece",
+        args: Sequence[Any],
+        machine: Machine,
+        other: "Code",
+        sizes: Sizes,
+        ends: bool,
+    ) -> SizedTrace:
+        """Trace a piece with symbols for the sizes that vary, and compare it with its trace of other sizes.
+
+        Raises:
+            CaptureError: sizes cannot vary in it.
+        """
+        piece.ledger.made += 1
+        symbols = piece.varying.symbols(args, piece.sources)
+        mode = SizedConstants(symbols)
+        given = piece.varying.stand_ins(symbols, args, piece.sources, mode)
+        made = _Compilation(piece, machine, lambda planner: planner.kept, None, ends, mode)
+        code = made.compile(args, given)
+        assert made.joint is not None
+        trace = SizedTrace(code, made.joint, code.planner, symbols, mode, table_of(machine))
+        trace.confirm(other, sizes)
+        trace.start(piece.ledger.options.time_limit)
+        return trace
+
+    def at_sizes(self, planner: Planner, side: Side, generated: Generated, trace: SizedTrace) -> "Code":
+        """The same wiring with the code of a schedule, for some sizes."""
+        return dataclasses.replace(self, planner=planner, side=side, wanted=side, generated=generated, trace=trace, visit=None)
 
     @property
     def program(self) -> Program:
@@ -113,7 +154,7 @@ class Code:
 
     def run(self, args: Sequence[Any], visit: Visit) -> Any:
         """Call it, filling in the visit."""
-        self.visit = visit
+        self.visit, self.running.code = visit, self
         try:
             return self.callable(*args)
         finally:
@@ -133,24 +174,48 @@ class Code:
             self.visit.saved = StorageWeakRef(max(made, key=lambda storage: storage.nbytes()))
 
 
+class Running:
+    """Which code of a trace is under way.
+
+    Attributes:
+        code: that was called last.
+    """
+
+    code: Code | None = None
+
+
 class _Compilation:
     """One pass through AOTAutograd: its callbacks share what the partition has found."""
 
-    def __init__(self, piece: "Piece", machine: Machine, choose: Callable[[Planner], Side], known: Planner | None, ends: bool):
+    def __init__(
+        self,
+        piece: "Piece",
+        machine: Machine,
+        choose: Callable[[Planner], Side],
+        known: Planner | None,
+        ends: bool,
+        sized: SizedConstants | None = None,
+    ):
         self.piece = piece
         self.machine = machine
         self.choose = choose
         self.known = known
         self.ends = ends
         self.inductor = piece.ledger.options.inner == "inductor"
-        self.mode = None if self.inductor else Constants()
+        self.mode = sized or (None if self.inductor else Constants())
+        self.symbols = None if sized is None else sized.symbols
+        self.running = Running()
         self.arguments: Arguments | None = None
         self.code: Code | None = None
         self.joint: Joint | None = None
         self.generated: Generated | None = None
 
-    def compile(self, args: Sequence[Any]) -> Code:
+    def compile(self, args: Sequence[Any], stand_ins: Sequence[Any] | None = None) -> Code:
         """The piece, planned and compiled.
+
+        Args:
+            args: of a call.
+            stand_ins: for these, with symbols for sizes that vary.
 
         Raises:
             CaptureError: AOTAutograd, or Inductor, cannot.
@@ -162,7 +227,7 @@ class _Compilation:
         with in_words(f"compile {self.piece.name}"), surroundings(self.inductor, self.mode), own_sources():
             made = aot_module_simplified(
                 traced,
-                list(args),
+                list(args if stand_ins is None else stand_ins),
                 fw_compiler=self.compile_forward,
                 bw_compiler=self.compile_backward,
                 inference_compiler=self.compile_inference,
@@ -180,13 +245,13 @@ class _Compilation:
         assert self.arguments is not None
         region_of = no_region if self.mode is None else self.mode.region_of
         outside = self.ends and not returns_loss(graph, forward_outputs)
-        self.joint = describe(graph, self.arguments, forward_outputs, piece.name, self.machine.device, region_of, outside)
+        self.joint = describe(graph, self.arguments, forward_outputs, piece.name, self.machine.device, region_of, outside,
+                              self.symbols)  # fmt: skip
         program = self.joint.traced.program
         if self.inductor:  # its random numbers come from seeds of its own, and it decides what is written in place
             ops = tuple(msgspec.structs.replace(op, reuse=(), repeatable=op.repeatable and not op.random) for op in program.ops)
             program = msgspec.structs.replace(program, ops=ops)
-        table = Table(device_key(self.machine.device)) if self.machine.name.startswith("local") else None
-        program = apply_costs(program, self.machine, table)
+        program = apply_costs(program, self.machine, table_of(self.machine))
         if self.known is not None and self.known.program.digest == program.digest:
             planner = self.known
         else:
@@ -201,9 +266,16 @@ class _Compilation:
             )
         side = self.choose(planner)
         with _disable_current_modes():  # space in other tiers is real
-            self.generated = generate(self.joint.traced, side.schedule, self.machine)
+            self.generated = self.write(side)
         backward, gradients = Backward(self.joint.traced), gradient_bytes(self.joint.traced)
-        self.code = Code(planner, side, side, no_code, backward, piece.number, gradients)
+        self.code = Code(planner, side, side, no_code, backward, piece.number, gradients, self.generated, self.running)
+
+    def write(self, side: Side) -> Generated:
+        """Code of a schedule."""
+        assert self.joint is not None
+        if self.symbols is None:
+            return generate(self.joint.traced, side.schedule, self.machine)
+        return SizedWriter(self.joint.traced, self.symbols, side.schedule, self.joint.leaves).write()
 
     def partition(
         self, graph: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **rest: Any
@@ -217,13 +289,13 @@ class _Compilation:
 
     def compile_forward(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """The forward pass: a list of inputs, which is emptied, to outputs and what is saved."""
-        assert self.code is not None
         assert self.joint is not None
-        code, count = self.code, len(self.joint.returns)
+        running, count = self.running, len(self.joint.returns)
         inner = self.inner(gm, example_inputs, count, False) if self.inductor else self.eager_forward()
 
         def forward(args: list[Any]) -> Any:
-            results = inner(args)
+            code, results = running.code, inner(args)
+            assert code is not None
             code.returned(results[:count], results[count:])
             return results
 
@@ -250,42 +322,53 @@ class _Compilation:
         """Generated code under AOTAutograd's convention."""
         assert self.generated is not None
         assert self.joint is not None
-        code, returns = self.generated, self.joint.returns
-        plain, ends = len(code.saved), len(code.saved) + code.states
-        positions = iter(range(len(code.arguments)))
-        fixed = [(None if source.kind == "constant" else next(positions), source.value) for source in code.arguments]
+        running, returns, carries = self.running, self.joint.returns, self.carries
+        places = iter(self.joint.places)
+        fixed = [(None if source.kind == "constant" else next(places), source.value) for source in self.generated.arguments]
 
         def forward(args: list[Any]) -> list[Any]:
+            assert running.code is not None
+            code = running.code.generated
+            plain, ends = len(code.saved), len(code.saved) + code.states
             given = [value if place is None else args[place] for place, value in fixed]
             args.clear()
             with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
                 made, saved = code.forward(given)
             tensors = iter(made)
             outputs = [next(tensors) if isinstance(value, fx.Node) else value for value in returns]
-            states, visits = saved[plain:ends], saved[ends:]
-            return [*outputs, *saved[:plain], *(pack(state) for state in states), *([token_of(visits)] if visits else [])]
+            states = [pack(state) for state in saved[plain:ends]]
+            return [*outputs, *saved[:plain], *states, *([token_of(code, saved[ends:])] if carries else [])]
 
         return forward
+
+    @property
+    def carries(self) -> bool:
+        """Whether code has more for its backward pass than autograd can save: visits to the tiers, or sizes."""
+        assert self.generated is not None
+        return bool(self.generated.tiers) or self.symbols is not None
 
     def eager_backward(self) -> Callable[[list[Any]], list[Any]]:
         """Generated code under AOTAutograd's convention."""
         assert self.generated is not None
         assert self.joint is not None
-        code, traced = self.generated, self.joint.traced
-        constants = [position for position, source in enumerate(code.arguments) if source.kind == "constant"]
-        inputs = len(code.arguments) - len(constants)
-        places = [place - sum(constant < place for constant in constants) for place in code.gradients]
-        plain, ends = len(code.saved), len(code.saved) + code.states
+        first, traced, carries, inputs = self.generated, self.joint.traced, self.carries, self.joint.inputs
+        taken = iter(self.joint.places)
+        place_of = [-1 if source.kind == "constant" else next(taken) for source in first.arguments]
+        places = [place_of[argument] for argument in first.gradients]
+        tangents = sum(source.kind == "tangent" for source in traced.sources.values())
 
         def backward(args: list[Any]) -> list[Any]:
-            visits = visits_of(args[ends]) if code.tiers else []
-            saved: list[Any] = [*args[:plain], *(unpack(state) for state in args[plain:ends]), *visits]
-            tangents = args[ends + bool(code.tiers) :]
+            cut = len(args) - tangents
+            kept, given = args[:cut], args[cut:]
             args.clear()
+            code, carried = carried_by(kept.pop()) if carries else (first, [])
+            plain, ends = len(code.saved), len(code.saved) + code.states
+            saved: list[Any] = [*kept[:plain], *(unpack(state) for state in kept[plain:ends]), *carried]
+            kept.clear()
             if keeps_graph():
                 saved = copied(traced, code, saved)
             with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
-                found = code.backward(saved, tangents)
+                found = code.backward(saved, given)
             result: list[Any] = [None] * inputs
             for place, gradient in zip(places, found, strict=True):
                 result[place] = gradient
@@ -331,6 +414,11 @@ def gradient_bytes(traced: Traced) -> int:
     """Bytes of the gradients of parameters."""
     found = {traced.owner[node] for place, node in traced.gradients if traced.sources[place].kind == "parameter"}
     return sum(traced.program.buffers[buffer].bytes for buffer in found)
+
+
+def table_of(machine: Machine) -> Table | None:
+    """What has been measured on a machine, if it is the one at hand."""
+    return Table(device_key(machine.device)) if machine.name.startswith("local") else None
 
 
 def no_region(cast: fx.Node) -> None:

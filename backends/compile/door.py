@@ -35,6 +35,7 @@ Of the shapes that a piece is called with, the `KEPT` used last keep their code.
 import os
 import sys
 import time
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -43,23 +44,27 @@ import torch
 from torch import fx, nn
 
 from ...planner.capture.calls import autocast_state
-from ...planner.ir.errors import BudgetError
+from ...planner.ir.errors import BudgetError, CaptureError, MemplanWarning
+from ...planner.ir.family import Sizes
 from ...planner.ir.machine import Machine
 from ...planner.ir.plan import Side
 from ...planner.ir.units import parse_bytes, show_bytes
 from ...planner.pipeline.calls import solve_calls, together
 from ...planner.pipeline.planner import Planner
 from ...solvers.warm import compile_planning
-from ..eager.witness import NOT_USERS
+from ..eager.witness import NOT_USERS, users_level
 from .compilation import Code
 from .identity import Arguments, likeness, tensor_source
 from .ledger import Ledger, Options, Room, Visit, ledger_of, storages
 from .numbers import values_of, with_numbers, wrapped
+from .sized import SizedTrace, Varying
 from .small import burden, small_schedules, smallest
 from .weight import left_bytes, loss_bytes
 
 EVAL_FRAME = os.path.join("torch", "_dynamo", "eval_frame.py")
 KEPT = 16  # shapes of a piece whose code is kept
+FORMS = 8  # kinds of its calls whose sizes vary
+TRIES = 2  # traces for every size that may turn out not to be the piece's
 
 
 def memplan(
@@ -83,7 +88,15 @@ def memplan(
 
 
 class Piece:
-    """A part of a model between two graph breaks, and the code made for the shapes it was called with last."""
+    """A part of a model between two graph breaks, and the code made for the shapes it was called with last.
+
+    Attributes:
+        codes: by what a plan depends on in a call.
+        varying: which sizes of its arguments vary.
+        traces: for every size, by what calls of all sizes have in common.
+        alone: of the same, sizes and code that were traced alone, to compare the first with.
+        failures: traces for every size that could not be used.
+    """
 
     def __init__(self, gm: fx.GraphModule, ledger: Ledger):
         self.number = ledger.number(self)
@@ -96,6 +109,10 @@ class Piece:
         self.sources = [tensor_source(node) for node in gm.graph.nodes if node.op == "placeholder"]
         self.numbers = wrapped(gm.graph)
         self.codes: OrderedDict[Any, Code] = OrderedDict()
+        self.varying = Varying(gm.graph)
+        self.traces: OrderedDict[Any, SizedTrace] = OrderedDict()
+        self.alone: OrderedDict[Any, tuple[Sizes, Code]] = OrderedDict()
+        self.failures = 0
 
     def __call__(self, *args: Any) -> Any:
         """Run, planning first where there is no plan for such arguments, or where it does not fit what is left."""
@@ -127,15 +144,16 @@ class Piece:
         """
         device = machine.device
         numbers = tuple(values_of(args, self.numbers).values())
-        caches = torch.is_autocast_cache_enabled()
-        key = (torch.is_grad_enabled(), autocast_state(device), caches, likeness(args), numbers)
+        alike = likeness(args)
+        state = torch.is_grad_enabled(), autocast_state(device), torch.is_autocast_cache_enabled(), numbers
+        key = *state, alike
         code, ends = self.codes.pop(key, None), self.ends_the_call()
 
         def chosen(planner: Planner) -> Side:
             return self.choose(planner, room, ends and not self.ledger.cautious)
 
         if code is None:
-            code = Code.make(self, args, machine, chosen, None, ends)
+            code = self.new(args, machine, (state, alike), chosen, ends)
         else:
             side = code.side
             if code.wanted is not side and (room is None or self.need(code.wanted) <= room.now):
@@ -143,11 +161,52 @@ class Piece:
             elif room is not None and (self.need(side) > room.now or code.weight.left > room.later):
                 side = chosen(code.planner)
             if side.schedule.instructions != code.side.schedule.instructions:
-                code = Code.make(self, args, machine, lambda planner: side, code.planner, ends)
+                code = self.again(code, args, machine, side, ends)
         while len(self.codes) >= KEPT:
             self.codes.popitem(last=False)
         self.codes[key] = code
         return code
+
+    def again(self, code: Code, args: Sequence[Any], machine: Machine, side: Side, ends: bool) -> Code:
+        """The code of another schedule."""
+        if code.trace is not None:
+            return code.trace.code_for(code.planner, side)
+        return Code.make(self, args, machine, lambda planner: side, code.planner, ends)
+
+    def new(
+        self, args: Sequence[Any], machine: Machine, facts: tuple[Any, Any], chosen: Callable[[Planner], Side], ends: bool
+    ) -> Code:
+        """The code of a call that none is known for: of every size, where sizes vary and the piece has been traced before."""
+        sizes, (state, alike) = self.varying.sizes(args), facts
+        if sizes is None or not self.varying.alone(alike) or not self.ledger.traces_sizes:
+            return Code.make(self, args, machine, chosen, None, ends)
+        form = state, self.varying.form(alike)
+        trace = self.traces.get(form) or self.trace(form, sizes, args, machine, ends)
+        if trace is not None and trace.holds(sizes):
+            planner = trace.planner(sizes)
+            return trace.code_for(planner, chosen(planner))
+        code = Code.make(self, args, machine, chosen, None, ends)
+        self.alone[form] = sizes, code
+        limit(self.alone, FORMS)
+        return code
+
+    def trace(self, form: Any, sizes: Sizes, args: Sequence[Any], machine: Machine, ends: bool) -> SizedTrace | None:
+        """A trace for every size, if there is one of other sizes to compare it with; None where it cannot be used."""
+        known, code = self.alone.get(form, (sizes, None))
+        if code is None or known == sizes or self.failures >= TRIES:
+            return None
+        try:
+            trace = Code.of_every_size(self, args, machine, code, known, ends)
+        except CaptureError as error:
+            self.failures += 1
+            if self.failures == TRIES:
+                warnings.warn(f"each shape of {self.name} is traced and planned by itself, which takes seconds: {error}",
+                              MemplanWarning, stacklevel=users_level())  # fmt: skip
+            return None
+        self.traces[form] = trace
+        limit(self.traces, FORMS)
+        del self.alone[form]
+        return trace
 
     def arguments(self, args: Sequence[Any]) -> Arguments:
         """What the tensors of a call are."""
@@ -201,6 +260,12 @@ class Piece:
             held = f"{show_bytes(room.held)} ({room.held} bytes)"
             raise BudgetError(f"{error}; gradients, and other pieces of the model, which take as little as they can, hold "
                               f"{held} of the budget", minimum) from None  # fmt: skip
+
+
+def limit(known: OrderedDict[Any, Any], count: int) -> None:
+    """Drop what was put in first."""
+    while len(known) > count:
+        known.popitem(last=False)
 
 
 def ends_the_call() -> bool:

@@ -162,7 +162,15 @@ class Ledger:
 
     def counts(self) -> dict[str, int]:
         """What is planned now: shapes traced alone, traces for every size, their schedules; and how often code was made."""
-        return {"shapes": sum(len(piece.codes) for piece in self.pieces), "every": 0, "schedules": 0, "runners": self.made}
+        codes = [code for piece in self.pieces for code in piece.codes.values()]
+        every = [trace for piece in self.pieces for trace in piece.traces.values()]
+        return {"shapes": sum(code.trace is None for code in codes), "every": len(every),
+                "schedules": sum(len(trace.ways.ways) for trace in every), "runners": self.made}  # fmt: skip
+
+    @property
+    def traces_sizes(self) -> bool:
+        """Whether one trace may serve every size: Inductor compiles for one, and copies to other tiers have fixed places."""
+        return self.options.inner == "eager" and "offload" not in self.options.levers
 
     def machine(self, device: str) -> Machine:
         """The machine planned for."""
