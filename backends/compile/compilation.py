@@ -345,7 +345,7 @@ class _Compilation:
     def carries(self) -> bool:
         """Whether code has more for its backward pass than autograd can save: visits to the tiers, or sizes."""
         assert self.generated is not None
-        return bool(self.generated.tiers) or self.symbols is not None
+        return self.generated.backward is not None and (bool(self.generated.tiers) or self.symbols is not None)
 
     def eager_backward(self) -> Callable[[list[Any]], list[Any]]:
         """Generated code under AOTAutograd's convention."""

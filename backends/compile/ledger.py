@@ -290,8 +290,14 @@ class Ledger:
     def retained(self, code: "Code") -> None:
         """A backward pass was asked to keep its graph: from the next step on there is room for what it copies."""
         self.retains = True
-        if self.witness.budget is not None:
-            self.witness.retained(code.held, "what a planned step has saved")
+        budget, held = self.witness.budget, code.held
+        if isinstance(budget, int):
+            copied = f"{show_bytes(held)}, {held} bytes"
+            self.witness.say("retained", held, "backward(retain_graph=True) keeps what a planned step has saved, and works on "
+                             f"a copy ({copied}): this step may pass the budget of {show_bytes(budget)}; from the next step on "
+                             "there is room for that")  # fmt: skip
+        elif budget is not None:
+            self.witness.retained(held, "what a planned step has saved")
 
 
 def storages(tensors: Sequence[torch.Tensor], rounding: int) -> dict[int, int]:

@@ -76,8 +76,7 @@ class Varying:
             named = self.dims.get(place)
             if named is not None:
                 shape, stride, *rest = known
-                order = tuple(sorted(range(len(stride)), key=lambda dim: (stride[dim], -dim)))
-                known = tuple(size for dim, size in enumerate(shape) if dim not in named), order, *rest
+                known = tuple(size for dim, size in enumerate(shape) if dim not in named), layout(shape, stride), *rest
             found.append(known)
         return tuple(found)
 
@@ -102,6 +101,17 @@ class Varying:
             else:
                 found.append(fake(mode, value, value.device.type) if isinstance(value, torch.Tensor) else value)
         return found
+
+
+def layout(shape: Sequence[int], stride: Sequence[int]) -> tuple[Any, ...]:
+    """How a tensor of any size lies in memory: the order of its dimensions; its strides too, where it does not fill it."""
+    order = tuple(sorted(range(len(stride)), key=lambda dim: (stride[dim], -dim)))
+    step = 1
+    for dim in order:
+        if shape[dim] != 1 and stride[dim] != step:
+            return order, tuple(stride)
+        step *= shape[dim]
+    return (order,)
 
 
 class SizedTrace:
