@@ -285,7 +285,10 @@ class _Compilation:
         assert self.joint is not None
         assert self.code is not None
         assert self.generated is not None
-        return emit(self.joint, self.code.side.schedule, self.generated, self.machine)
+        forward, backward = emit(self.joint, self.code.side.schedule, self.generated, self.machine)
+        if not self.inductor:
+            keep_saved(forward, num_fwd_outputs)
+        return forward, backward
 
     def compile_forward(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """The forward pass: a list of inputs, which is emptied, to outputs and what is saved."""
@@ -408,6 +411,16 @@ def returns_loss(graph: fx.GraphModule, count: int) -> bool:
     ends = next(iter(graph.graph.find_nodes(op="output")))
     values = [value.meta["val"] for value in ends.args[0][:count] if isinstance(value, fx.Node)]
     return any(isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() == 0 for value in values)
+
+
+def keep_saved(forward: fx.GraphModule, count: int) -> None:
+    """Have AOTAutograd give away none of what is saved, which follows the first outputs: a graph may be kept for another pass.
+
+    It takes for a buffer that the backward pass may write over what is known to be no input or output, by its fake value.
+    """
+    for node in next(iter(forward.graph.find_nodes(op="output"))).args[0][count:]:
+        if node.op != "placeholder":
+            node.meta.pop("val", None)
 
 
 def gradient_bytes(traced: Traced) -> int:

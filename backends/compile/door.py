@@ -52,6 +52,7 @@ from ...planner.ir.units import parse_bytes, show_bytes
 from ...planner.pipeline.calls import solve_calls, together
 from ...planner.pipeline.planner import Planner
 from ...solvers.warm import compile_planning
+from ..eager.together import Together
 from ..eager.witness import NOT_USERS, users_level
 from .compilation import Code
 from .identity import Arguments, likeness, tensor_source
@@ -64,6 +65,7 @@ from .weight import left_bytes, loss_bytes
 EVAL_FRAME = os.path.join("torch", "_dynamo", "eval_frame.py")
 KEPT = 16  # shapes of a piece whose code is kept
 FORMS = 8  # kinds of its calls whose sizes vary
+APART = "call backward() after each call for eager's very bits"
 TRIES = 2  # traces for every size that may turn out not to be the piece's
 
 
@@ -96,6 +98,7 @@ class Piece:
         traces: for every size, by what calls of all sizes have in common.
         alone: of the same, sizes and code that were traced alone, to compare the first with.
         failures: traces for every size that could not be used.
+        together: says where several runs in one backward pass have other last bits than eager's.
     """
 
     def __init__(self, gm: fx.GraphModule, ledger: Ledger):
@@ -113,6 +116,7 @@ class Piece:
         self.traces: OrderedDict[Any, SizedTrace] = OrderedDict()
         self.alone: OrderedDict[Any, tuple[Sizes, Code]] = OrderedDict()
         self.failures = 0
+        self.together: Together | None = None
 
     def __call__(self, *args: Any) -> Any:
         """Run, planning first where there is no plan for such arguments, or where it does not fit what is left."""
@@ -125,7 +129,8 @@ class Piece:
         budget = ledger.budget(machine)
         room = ledger.room(inputs, budget) if budget is not None else None
         code = self.code_of(args, machine, room)
-        visit = Visit(code, inputs, ledger.gradients())
+        self.together = self.together or Together(code.backward.traced, APART)
+        visit = Visit(code, inputs, ledger.gradients(), self.together)
         if ledger.options.budget is not None and torch.is_grad_enabled():
             ledger.look(code, self.name, tensors)
         result = code.run(args, visit)
@@ -156,9 +161,9 @@ class Piece:
             code = self.new(args, machine, (state, alike), chosen, ends)
         else:
             side = code.side
-            if code.wanted is not side and (room is None or self.need(code.wanted) <= room.now):
+            if code.wanted is not side and (room is None or self.need(code.wanted) <= room.of(code.program)):
                 side = code.wanted
-            elif room is not None and (self.need(side) > room.now or code.weight.left > room.later):
+            elif room is not None and (self.need(side) > room.of(code.program) or code.weight.left > room.later):
                 side = chosen(code.planner)
             if side.schedule.instructions != code.side.schedule.instructions:
                 code = self.again(code, args, machine, side, ends)
@@ -235,24 +240,24 @@ class Piece:
         if room is None:
             capacity = planner.machine.tiers[0].capacity
             return planner.solve(min(parse_bytes(self.ledger.options.budget or 0, of=planner.unplanned.peak), capacity)).found
-        resident = planner.program.resident_bytes
+        resident, now = planner.program.resident_bytes, room.of(planner.program)
         try:
             short = left_bytes(planner.program) - room.later
             if short > 0:
                 raise BudgetError(f"the gradients of {self.name} do not fit beside what the pieces before it need: "
-                                  f"{short} bytes are missing", room.now + short)  # fmt: skip
+                                  f"{short} bytes are missing", now + short)  # fmt: skip
             if last:
                 outside = self.ledger.retains * loss_bytes(planner.program)
-                return solve_calls(planner, room.now - outside, 1 + self.ledger.retains).found
-            if self.need(planner.kept) <= resident + (room.now - resident) // 2:
+                return solve_calls(planner, now - outside, 1 + self.ledger.retains).found
+            if self.need(planner.kept) <= resident + (now - resident) // 2:
                 return planner.kept
-            fitting = [side for side in small_schedules(planner) if self.need(side) <= room.now]
+            fitting = [side for side in small_schedules(planner) if self.need(side) <= now]
             if not fitting:
-                raise planner.refuse(room.now, planner.floor)
+                raise planner.refuse(now, planner.floor)
             return min(fitting, key=lambda side: burden(planner.program, side))
         except BudgetError as error:
             least = smallest(planner)
-            if least.peak <= room.now + room.held and self.ledger.excess(self.name, room):
+            if least.peak <= now + room.held and self.ledger.excess(self.name, room):
                 return least
             if not room.held:
                 raise

@@ -32,7 +32,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ...planner.cost.local import local_machine
 from ...planner.ir.errors import MemplanError
 from ...planner.ir.machine import Machine, named_machine
+from ...planner.ir.program import Program
 from ...planner.ir.units import parse_bytes, show_bytes
+from ..eager.together import Together
 from ..eager.witness import Witness, backward_number, keeps_graph
 from .options import Options, is_percentage, read_options
 from .weight import Weight, together
@@ -65,11 +67,17 @@ class Room(NamedTuple):
         now: bytes of the peak of the piece's own program, its parameters and inputs included.
         later: bytes of what it leaves behind when its backward has run, while the pieces before it run theirs.
         held: bytes that lie beside it: what other runs hold, and gradients that are there.
+        given: bytes of the storages that it is given.
     """
 
     now: int
     later: int
     held: int
+    given: int
+
+    def of(self, program: Program) -> int:
+        """The same as `now` where inputs do not fill their storages, which the program takes them to do."""
+        return self.now - max(0, self.given - program.resident_bytes)
 
 
 @dataclass(eq=False)
@@ -80,6 +88,7 @@ class Visit:
         code: what ran.
         inputs: bytes of each storage that it was given.
         gradients: bytes of gradients that were there when it began.
+        together: says where runs of a piece in one backward pass have other last bits than eager's.
         outputs: bytes of each storage that it returned.
         saved: the largest storage that it saved; while that lives, the run holds memory.
         begun: whether its backward pass has begun.
@@ -89,7 +98,8 @@ class Visit:
 
     code: "Code"
     inputs: dict[int, int]
-    gradients: int = 0
+    gradients: int
+    together: Together
     outputs: dict[int, int] = field(default_factory=dict)
     saved: StorageWeakRef | None = None
     begun: bool = False
@@ -105,6 +115,8 @@ class Visit:
             number = backward_number()
             if self.last not in (None, number) and not self.kept:
                 raise MemplanError("this planned step has run backward already and freed what it read: call the model again")
+            if self.last != number:
+                self.together.note()
             self.last, self.kept = number, keeps_graph()
             if self.kept:
                 ledger.retained(self.code)
@@ -232,7 +244,7 @@ class Ledger:
         for visit in self.holding:
             rest = together(other.code.weight for other in self.holding if other is not visit)
             later = min(later, budget - (fixed + sum(inputs.values()) + rest + self.most(visit.code.weight)))
-        return Room(budget - held, later, held)
+        return Room(budget - held, later, held, sum(inputs.values()))
 
     def most(self, weight: Weight) -> int:
         """The peak of a run, with what a backward pass that keeps its graph copies."""

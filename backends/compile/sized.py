@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 from torch import fx
 
@@ -23,6 +24,7 @@ from ...planner.cost.table import Table
 from ...planner.ir.errors import CaptureError
 from ...planner.ir.family import Sizes, rebound
 from ...planner.ir.plan import Side
+from ...planner.ir.program import Kind, Program
 from ...planner.ir.schedule import Schedule
 from ...planner.pipeline.member import Member
 from ...planner.pipeline.planner import Planner
@@ -159,7 +161,7 @@ class SizedTrace:
             CaptureError: they differ.
         """
         wrong = "its conditions do not hold" if not self.holds(sizes) else ""
-        wrong = wrong or program_differs(self.ways.family, sizes, other.backward.traced.program)
+        wrong = wrong or program_differs(self.ways.family, sizes, filled(other.backward.traced.program, self.ways, sizes))
         wrong = wrong or ends_differ(self.joint.traced, other.backward.traced, self.symbols, sizes)
         if wrong:
             raise CaptureError(f"a trace with sizes that vary is another one at {sizes}: {wrong}")
@@ -181,6 +183,17 @@ class SizedTrace:
         while len(self.ways.ways) > WAYS:  # the one that keeps everything is the first, and stays
             self.ways.ways.pop(1 if self.ways.ways[1] is not way else 2)
         return self.code.at_sizes(planner, side, way.code, self)
+
+
+def filled(program: Program, ways: Ways, sizes: Sizes) -> Program:
+    """A program whose inputs fill their memory, as those of a trace for every size do: rows of a larger tensor do not."""
+    replace = msgspec.structs.replace
+    wanted = ways.family.at(sizes).buffers
+    if len(wanted) != len(program.buffers):
+        return program
+    pairs = zip(program.buffers, wanted, strict=True)
+    buffers = tuple(replace(one, bytes=other.bytes) if one.kind is Kind.INPUT else one for one, other in pairs)
+    return replace(program, buffers=buffers)
 
 
 __all__ = ["SizedTrace", "Varying"]

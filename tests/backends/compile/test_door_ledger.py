@@ -155,6 +155,8 @@ def test_a_graph_that_is_kept_for_another_backward_pass() -> None:
     assert same(model, twin)
     found = called(batch(0))
     found.sum().backward()
+    (2 * (again := called(batch(0)))).sum().backward(retain_graph=True)  # after a pass that did not keep its graph
+    again.sum().backward()
     with pytest.raises(MemplanError, match="run backward already"):
         found.sum().backward()
 

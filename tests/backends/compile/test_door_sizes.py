@@ -149,7 +149,7 @@ def test_sizes_that_symbols_cannot_stand_for() -> None:
 
 @pytest.mark.filterwarnings("ignore::memplan.planner.ir.errors.BudgetWarning")
 def test_a_trace_for_every_size_keeps_its_graph_and_evaluates() -> None:
-    """Two backward passes over one forward pass, several calls before one, and evaluations, all of other sizes."""
+    """Two backward passes over one forward pass, calls and evaluations between, all of other sizes; tied weights are told."""
     model = Attends()
     twin = copy.deepcopy(model)
     called = torch.compile(model, backend="memplan", options=dict(OPTIONS), dynamic=True)
@@ -162,7 +162,10 @@ def test_a_trace_for_every_size_keeps_its_graph_and_evaluates() -> None:
         with torch.no_grad():
             seen = [each(tokens(rows, 5)) for rows in (3, 4, 5, 6)]
         one.backward(retain_graph=True)
-        (2 * one + two).backward()
+        two.backward()
+        (2 * one).backward()
         found.append([one.detach(), two.detach(), *seen, *(value.grad for value in which.parameters())])
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
+    with pytest.warns(UserWarning, match=r"share one backward pass, and .* is used several times"):
+        (called(tokens(5, 6)) + called(tokens(4, 6))).backward()
