@@ -3,8 +3,10 @@
     python -m memplan.benchmarks.calls
     python -m memplan.benchmarks.calls --models bert --situations lengths --batches 50
 
-Each situation runs in a fresh process as eager PyTorch, as `memplan.within` and with the model's own gradient checkpointing.
-The budget is a share of eager's peak. `lengths`: batches of random sizes and lengths, masks all ones and padded in turn.
+Each situation runs in a fresh process as eager PyTorch, as `memplan.within`, through `torch.compile(backend="memplan")` and
+with the model's own gradient checkpointing. The budget is a share of eager's peak.
+
+`lengths`: batches of random sizes and lengths, masks all ones and padded in turn.
 `accumulation`: four micro-batches. `triplet`: three calls before one backward pass. `preference`: DPO's two models, a frozen
 one beside. `losses`: two backward passes over one forward pass. `known`: what `within` takes beyond the plan itself at a call
 that it knows, in turns, and what a size takes that it has not seen.
@@ -22,7 +24,8 @@ from .record import MIB, Results, Row, ask, header, markdown, mib, paragraph, pe
 
 SLACK = 0.03, 16 * MIB  # of a budget that a measured peak may pass it by
 TWO_MODELS = 0.8  # of eager's peak, where it has a frozen model beside
-KINDS = ("eager", "within", "checkpointing")
+PLANNED = ("within", "compile")
+KINDS = ("eager", *PLANNED, "checkpointing")
 SITUATIONS = ("lengths", "accumulation", "triplet", "preference", "losses")
 TURNS = 40  # of a call, through a plan and through `within`
 VOCABULARY, POSITIONS, SMALL = 4096, 512, 256
@@ -194,10 +197,16 @@ def serve(request: Row) -> Iterator[Row]:
     model = request["plain"] = model_of(request["model"])
     step = STEPS[request["situation"]](request)
     called: Any = model
+    ledger: Any = None
+    reserved = sum(value.nbytes for value in model.parameters()) if request["situation"] == "preference" else 0
     if request["kind"] == "within":
-        reserved = sum(value.nbytes for value in model.parameters()) if request["situation"] == "preference" else 0
         options = {"reserved": reserved} if reserved else {}
         called = memplan.within(model, request["budget"], time_limit=request["time_limit"], **options)
+    elif request["kind"] == "compile":
+        from ..backends.compile.ledger import ledger_of
+
+        options = {"budget": request["budget"] - reserved, "time_limit": request["time_limit"]}
+        called, ledger = torch.compile(model, backend="memplan", options=options), ledger_of(options)
     elif request["kind"] == "checkpointing":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if request["situation"] == "preference":
@@ -207,25 +216,29 @@ def serve(request: Row) -> Iterator[Row]:
     sha, peaks, took, kept, new = hashlib.sha256(), [], [], [], []
     again = 4 if request["situation"] == "accumulation" else 1
     forward = vars(called).get("forward")
+
+    def planned() -> Row:
+        return kinds_of(forward) if ledger is None else ledger.counts()
+
     for number in range(count):
         there = sum(value.grad.nbytes for value in model.parameters() if value.grad is not None)
         fixed = sum(value.nbytes for value in model.parameters()) * (1 + (request["situation"] == "preference")) + there
         meter.reset()
         torch.manual_seed(number)
-        known = kinds_of(forward)
+        known = planned()
         began = time.perf_counter()
         loss = step(called, number).item()
         took.append(time.perf_counter() - began)
         peak = meter.peak(fixed)
         peaks.append(peak)
-        new.append(kinds_of(forward) != known)
+        new.append(planned() != known)
         sha.update(float(loss).hex().encode())
         if (number + 1) % again == 0:
             sha.update(checksum(model).encode())
             model.zero_grad(set_to_none=True)
         kept.append(resident())
     keep_freed_memory()
-    yield {"peaks": peaks, "seconds": took, "bits": sha.hexdigest(), "new": new, "resident": kept, **kinds_of(forward)}
+    yield {"peaks": peaks, "seconds": took, "bits": sha.hexdigest(), "new": new, "resident": kept, **planned()}
 
 
 def kinds_of(forward: Any) -> Row:
@@ -252,7 +265,7 @@ def measure(results: Results, name: str, situation: str, options: argparse.Names
         if results.last(kind=kind, **keys):
             continue
         eager = results.last(kind="eager", **keys)
-        if kind == "within" and situation in STEPS:
+        if kind in PLANNED and situation in STEPS:
             if eager is None:
                 return
             share = TWO_MODELS if situation == "preference" else options.share
@@ -264,35 +277,47 @@ def measure(results: Results, name: str, situation: str, options: argparse.Names
                 say(f"{name}, {situation}, {kind} failed: {row['failed']}")
 
 
+def row_of(name: str, kind: str, eager: Row, ours: Row, other: Row | None) -> tuple[str, ...]:
+    """The figures of one situation, planned one way.
+
+    Args:
+        name: of the model and the situation.
+        kind: what planned it.
+        eager: what eager PyTorch took.
+        ours: what the planned steps took.
+        other: what gradient checkpointing took.
+    """
+    allowed = ours["budget"] * (1 + SLACK[0]) + SLACK[1]
+    planned = [index for index, new in enumerate(ours["new"]) if not new]
+    peaks = [ours["peaks"][index] for index in planned]
+    over = sum(peak > allowed for peak in peaks)
+    disturbed = ours.get("disturbed", False)
+    seconds = [ours["seconds"][index] for index in planned]
+    late = steady(seconds, [eager["seconds"][index] for index in planned])
+    spent = sum(took - late * usual for took, usual, new in
+                zip(ours["seconds"], eager["seconds"], ours["new"], strict=True) if new)  # fmt: skip
+    return (
+        name, kind, f"{len(planned)} of {len(ours['new'])}", mib(max(eager["peaks"])), mib(ours["budget"]),
+        mib(max(peaks, default=None)), str(over), mib(max(other["peaks"])) if other else "-",
+        verdict(ours["bits"] == eager["bits"]), "-" if disturbed else ratio(late),
+        ratio(steady(other["seconds"], eager["seconds"])) if other else "-",
+        "-" if disturbed else percent(spent / sum(ours["seconds"])), f"{ours['shapes']} + {ours['every']}",
+        str(ours["schedules"]), growth(ours["resident"]),
+    )  # fmt: skip
+
+
 def render(results: Results, path: Path) -> None:
     """Write the markdown file."""
-    heads = ("model, situation", "steps", "eager's peak, MiB", "budget, MiB", "peak, MiB", "steps over", "checkpointing's",
-             "eager's bits", "time / eager's", "checkpointing's / eager's", "planning / run", "traced", "schedules",
-             "grown, MiB")  # fmt: skip
+    heads = ("model, situation", "planned by", "steps", "eager's peak, MiB", "budget, MiB", "peak, MiB", "steps over",
+             "checkpointing's", "eager's bits", "time / eager's", "checkpointing's / eager's", "planning / run", "traced",
+             "schedules", "grown, MiB")  # fmt: skip
     rows = []
     for situation in SITUATIONS:
         for name in MODELS + tuple(f"{each}:tiny" for each in MODELS):
             keys = {"model": name, "situation": situation}
-            eager, ours, other = (results.last(kind=kind, **keys) for kind in KINDS)
-            if eager is None or ours is None:
-                continue
-            allowed = ours["budget"] * (1 + SLACK[0]) + SLACK[1]
-            planned = [index for index, new in enumerate(ours["new"]) if not new]
-            peaks = [ours["peaks"][index] for index in planned]
-            over = sum(peak > allowed for peak in peaks)
-            disturbed = ours.get("disturbed", False)
-            seconds = [ours["seconds"][index] for index in planned]
-            late = steady(seconds, [eager["seconds"][index] for index in planned])
-            spent = sum(took - late * usual for took, usual, new in
-                        zip(ours["seconds"], eager["seconds"], ours["new"], strict=True) if new)  # fmt: skip
-            rows.append((
-                f"{name}, {situation}", f"{len(planned)} of {len(ours['new'])}", mib(max(eager["peaks"])), mib(ours["budget"]),
-                mib(max(peaks, default=None)), str(over), mib(max(other["peaks"])) if other else "-",
-                verdict(ours["bits"] == eager["bits"]), "-" if disturbed else ratio(late),
-                ratio(steady(other["seconds"], eager["seconds"])) if other else "-",
-                "-" if disturbed else percent(spent / sum(ours["seconds"])), f"{ours['shapes']} + {ours['every']}",
-                str(ours["schedules"]), growth(ours["resident"]),
-            ))  # fmt: skip
+            eager, *ours, other = (results.last(kind=kind, **keys) for kind in KINDS)
+            known = [(kind, each) for kind, each in zip(PLANNED, ours, strict=True) if eager is not None and each is not None]
+            rows += [row_of(f"{name}, {situation}", kind, eager, each, other) for kind, each in known]
     lines = header("Batches and calls that differ", results)
     lines += paragraph(
         "Written by `python -m memplan.benchmarks.calls`. Peaks are of whole steps, everything counted, the largest of the "
@@ -300,6 +325,7 @@ def render(results: Results, path: Path) -> None:
         "of the trace beside. A step is over where it passes the budget by more than 3 % and 16 MiB. Time is the median over "
         "these steps of a step's ratio to the same step in eager PyTorch. `planning / run` is what the other steps took beyond "
         "that, as a share of the run. `traced`: shapes traced alone + traces for every size; `schedules`: of the latter. "
+        "`planned by`: `memplan.within`, or `torch.compile` with memplan as its backend. "
         "`grown`: the resident set, from the middle of the run to its end. Times are taken with an allocator that gives "
         "memory back; a dash stands for those of a run that had other work beside it."
     )

@@ -82,16 +82,27 @@ def last_reads(program: Program, order: Sequence[int], homes: Container[int] = (
 
 def held_bytes(program: Program, schedule: Schedule) -> int:
     """Bytes of its own that a step holds while other pieces run: after its forward pass, or after its backward pass."""
+    return max(bytes_after(program, schedule))
+
+
+def between_bytes(program: Program, schedule: Schedule) -> int:
+    """Bytes of its own that a step holds between its forward and its backward pass; 0 where it has only one."""
+    return bytes_after(program, schedule)[0]
+
+
+def bytes_after(program: Program, schedule: Schedule) -> tuple[int, int]:
+    """Bytes of its own that a step holds after its forward pass, and at its end."""
     here: set[int] = set()
-    most: set[int] = set()
+    between: set[int] = set()
     for step in schedule.instructions:
         if isinstance(step, Run):
             if program.ops[step.op].phase is Phase.LOSS:
-                most = set(here)
+                between = set(here)
             here |= set(step.keep)
             here -= {old for _, old in step.reuse}
         elif isinstance(step, Start):
             here.add(step.buffer)  # a copy out is of what is here
         elif isinstance(step, Free) and step.tier == 0:
             here.discard(step.buffer)
-    return max(sum(program.buffers[buffer].bytes for buffer in held) for held in (most, here))
+    after, end = (sum(program.buffers[buffer].bytes for buffer in held) for held in (between, here))
+    return after, end

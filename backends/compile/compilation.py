@@ -1,5 +1,6 @@
 """One piece of a model -> code: AOTAutograd traces it, memplan plans it, and generated code or Inductor runs it."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,26 +12,36 @@ from torch import _guards, fx, nn
 from torch._functorch import config as functorch_config
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import graph_module
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ...passes.liveness import held_bytes
 from ...planner.capture.casts import cached_casts
 from ...planner.capture.constants import Constants, own_results
+from ...planner.capture.graph import Traced
 from ...planner.capture.native import native_kernels
+from ...planner.capture.sizedconstants import SizedConstants
 from ...planner.capture.tracing import in_words
 from ...planner.cost.local import device_key
 from ...planner.cost.table import Table, apply_costs
 from ...planner.ir.errors import BudgetError, MemplanError
+from ...planner.ir.family import Sizes
 from ...planner.ir.machine import Machine
 from ...planner.ir.plan import Side
 from ...planner.ir.program import Program
 from ...planner.pipeline.planner import Planner
 from ..eager.codegen import Generated, generate
 from ..eager.recast import Backward
+from ..eager.retained import copied
+from ..eager.sizedcode import SizedWriter
+from ..eager.witness import keeps_graph
 from .identity import Arguments
-from .ledger import Visit, burden, left_bytes, small_schedules, storages
-from .partition import Joint, describe, emit, pack, token_of, unpack, visits_of
+from .ledger import Visit, storages
+from .partition import Joint, carried_by, describe, emit, pack, token_of, unpack
+from .sized import SizedTrace
+from .small import smallest
+from .weight import Weight, weigh
 
 if TYPE_CHECKING:
     from .door import Piece
@@ -46,6 +57,11 @@ class Code:
         wanted: the one that is to run from the next call on.
         callable: what AOTAutograd made.
         backward: asked whether it may run under autocast.
+        piece: the number of the piece.
+        gradients: bytes of its parameters' gradients.
+        generated: functions that carry the schedule out.
+        running: what `callable` is told of the run under way.
+        trace: that of every size, if it is of one.
         visit: the run under way, to be told what it returned and saved.
     """
 
@@ -54,14 +70,55 @@ class Code:
     wanted: Side
     callable: Callable[..., Any]
     backward: Backward
+    piece: int
+    gradients: int
+    generated: Generated
+    running: "Running"
+    trace: SizedTrace | None = None
     visit: Visit | None = None
 
     @staticmethod
     def make(
-        piece: "Piece", args: Sequence[Any], machine: Machine, choose: Callable[[Planner], Side], known: Planner | None
+        piece: "Piece",
+        args: Sequence[Any],
+        machine: Machine,
+        choose: Callable[[Planner], Side],
+        known: Planner | None,
+        ends: bool,
     ) -> "Code":
-        """Trace, plan and compile a piece for these arguments."""
-        return _Compilation(piece, machine, choose, known).compile(args)
+        """Trace, plan and compile a piece for these arguments; `ends` if the model's call ends with it."""
+        piece.ledger.made += 1
+        return _Compilation(piece, machine, choose, known, ends).compile(args)
+
+    @staticmethod
+    def of_every_size(
+        piece: "Piece",
+        args: Sequence[Any],
+        machine: Machine,
+        other: "Code",
+        sizes: Sizes,
+        ends: bool,
+    ) -> SizedTrace:
+        """Trace a piece with symbols for the sizes that vary, and compare it with its trace of other sizes.
+
+        Raises:
+            CaptureError: sizes cannot vary in it.
+        """
+        piece.ledger.made += 1
+        symbols = piece.varying.symbols(args, piece.sources)
+        mode = SizedConstants(symbols)
+        given = piece.varying.stand_ins(symbols, args, piece.sources, mode)
+        made = _Compilation(piece, machine, lambda planner: planner.kept, None, ends, mode)
+        code = made.compile(args, given)
+        assert made.joint is not None
+        trace = SizedTrace(code, made.joint, code.planner, symbols, mode, table_of(machine))
+        trace.confirm(other, sizes)
+        trace.start(piece.ledger.options.time_limit)
+        return trace
+
+    def at_sizes(self, planner: Planner, side: Side, generated: Generated, trace: SizedTrace) -> "Code":
+        """The same wiring with the code of a schedule, for some sizes."""
+        return dataclasses.replace(self, planner=planner, side=side, wanted=side, generated=generated, trace=trace, visit=None)
 
     @property
     def program(self) -> Program:
@@ -69,26 +126,25 @@ class Code:
         return self.planner.program
 
     @property
-    def own(self) -> int:
-        """Bytes at the peak, parameters and inputs left out."""
-        return self.side.peak - self.program.resident_bytes
-
-    @property
     def held(self) -> int:
         """Bytes held while other pieces run."""
         return held_bytes(self.program, self.side.schedule)
 
     @property
-    def left(self) -> int:
-        """Bytes left behind by the backward pass."""
-        return left_bytes(self.program)
+    def weight(self) -> Weight:
+        """What a run weighs."""
+        return self.weighed(self.side)
+
+    def weighed(self, side: Side) -> Weight:
+        """What a run of another schedule weighs."""
+        return weigh(self.piece, side, self.gradients)
 
     def at_share(self, share: float) -> Side:
         """A schedule with a peak that share of the way from the least to the most; the least where none is found."""
         most = self.planner.kept
         if share >= 1.0:
             return most
-        least = min(small_schedules(self.planner), key=lambda side: burden(self.program, side))
+        least = smallest(self.planner)
         if share <= 0.0 or least.peak >= most.peak:
             return least
         try:
@@ -98,7 +154,7 @@ class Code:
 
     def run(self, args: Sequence[Any], visit: Visit) -> Any:
         """Call it, filling in the visit."""
-        self.visit = visit
+        self.visit, self.running.code = visit, self
         try:
             return self.callable(*args)
         finally:
@@ -118,34 +174,60 @@ class Code:
             self.visit.saved = StorageWeakRef(max(made, key=lambda storage: storage.nbytes()))
 
 
+class Running:
+    """Which code of a trace is under way.
+
+    Attributes:
+        code: that was called last.
+    """
+
+    code: Code | None = None
+
+
 class _Compilation:
     """One pass through AOTAutograd: its callbacks share what the partition has found."""
 
-    def __init__(self, piece: "Piece", machine: Machine, choose: Callable[[Planner], Side], known: Planner | None):
+    def __init__(
+        self,
+        piece: "Piece",
+        machine: Machine,
+        choose: Callable[[Planner], Side],
+        known: Planner | None,
+        ends: bool,
+        sized: SizedConstants | None = None,
+    ):
         self.piece = piece
         self.machine = machine
         self.choose = choose
         self.known = known
+        self.ends = ends
         self.inductor = piece.ledger.options.inner == "inductor"
-        self.mode = None if self.inductor else Constants()
+        self.mode = sized or (None if self.inductor else Constants())
+        self.symbols = None if sized is None else sized.symbols
+        self.running = Running()
         self.arguments: Arguments | None = None
         self.code: Code | None = None
         self.joint: Joint | None = None
         self.generated: Generated | None = None
 
-    def compile(self, args: Sequence[Any]) -> Code:
+    def compile(self, args: Sequence[Any], stand_ins: Sequence[Any] | None = None) -> Code:
         """The piece, planned and compiled.
+
+        Args:
+            args: of a call.
+            stand_ins: for these, with symbols for sizes that vary.
 
         Raises:
             CaptureError: AOTAutograd, or Inductor, cannot.
             BudgetError: no schedule fits.
         """
         self.arguments = self.piece.arguments(args)
-        traced: Any = self.piece.gm if self.mode is None else _Called(self.piece.gm, self.mode)
-        with in_words(f"compile {self.piece.name}"), surroundings(self.inductor, self.mode):
+        graph = self.piece.graph(args)
+        traced: Any = graph if self.mode is None else _Called(graph, self.mode)
+        with in_words(f"compile {self.piece.name}"), surroundings(self.inductor, self.mode), own_sources():
             made = aot_module_simplified(
                 traced,
-                list(args),
+                list(args if stand_ins is None else stand_ins),
                 fw_compiler=self.compile_forward,
                 bw_compiler=self.compile_backward,
                 inference_compiler=self.compile_inference,
@@ -162,13 +244,14 @@ class _Compilation:
         piece = self.piece
         assert self.arguments is not None
         region_of = no_region if self.mode is None else self.mode.region_of
-        self.joint = describe(graph, self.arguments, forward_outputs, piece.name, self.machine.device, region_of)
+        outside = self.ends and not returns_loss(graph, forward_outputs)
+        self.joint = describe(graph, self.arguments, forward_outputs, piece.name, self.machine.device, region_of, outside,
+                              self.symbols)  # fmt: skip
         program = self.joint.traced.program
         if self.inductor:  # its random numbers come from seeds of its own, and it decides what is written in place
             ops = tuple(msgspec.structs.replace(op, reuse=(), repeatable=op.repeatable and not op.random) for op in program.ops)
             program = msgspec.structs.replace(program, ops=ops)
-        table = Table(device_key(self.machine.device)) if self.machine.name.startswith("local") else None
-        program = apply_costs(program, self.machine, table)
+        program = apply_costs(program, self.machine, table_of(self.machine))
         if self.known is not None and self.known.program.digest == program.digest:
             planner = self.known
         else:
@@ -183,8 +266,16 @@ class _Compilation:
             )
         side = self.choose(planner)
         with _disable_current_modes():  # space in other tiers is real
-            self.generated = generate(self.joint.traced, side.schedule, self.machine)
-        self.code = Code(planner, side, side, no_code, Backward(self.joint.traced))
+            self.generated = self.write(side)
+        backward, gradients = Backward(self.joint.traced), gradient_bytes(self.joint.traced)
+        self.code = Code(planner, side, side, no_code, backward, piece.number, gradients, self.generated, self.running)
+
+    def write(self, side: Side) -> Generated:
+        """Code of a schedule."""
+        assert self.joint is not None
+        if self.symbols is None:
+            return generate(self.joint.traced, side.schedule, self.machine)
+        return SizedWriter(self.joint.traced, self.symbols, side.schedule, self.joint.leaves).write()
 
     def partition(
         self, graph: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **rest: Any
@@ -194,17 +285,20 @@ class _Compilation:
         assert self.joint is not None
         assert self.code is not None
         assert self.generated is not None
-        return emit(self.joint, self.code.side.schedule, self.generated, self.machine)
+        forward, backward = emit(self.joint, self.code.side.schedule, self.generated, self.machine)
+        if not self.inductor:
+            keep_saved(forward, num_fwd_outputs)
+        return forward, backward
 
     def compile_forward(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """The forward pass: a list of inputs, which is emptied, to outputs and what is saved."""
-        assert self.code is not None
         assert self.joint is not None
-        code, count = self.code, len(self.joint.returns)
+        running, count = self.running, len(self.joint.returns)
         inner = self.inner(gm, example_inputs, count, False) if self.inductor else self.eager_forward()
 
         def forward(args: list[Any]) -> Any:
-            results = inner(args)
+            code, results = running.code, inner(args)
+            assert code is not None
             code.returned(results[:count], results[count:])
             return results
 
@@ -215,6 +309,7 @@ class _Compilation:
         if self.inductor:
             with surroundings(True):
                 return torch._dynamo.disable(self.inner(gm, example_inputs, 0, True), reason="memplan has planned it")
+        graph_module._loader.eval_cache.pop(type(gm).forward.__code__.co_filename, None)  # AOTAutograd's copy, which never runs
         return torch._dynamo.disable(boxed(self.eager_backward()), reason="memplan has planned it")
 
     def compile_inference(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -230,39 +325,53 @@ class _Compilation:
         """Generated code under AOTAutograd's convention."""
         assert self.generated is not None
         assert self.joint is not None
-        code, returns = self.generated, self.joint.returns
-        plain, ends = len(code.saved), len(code.saved) + code.states
-        positions = iter(range(len(code.arguments)))
-        fixed = [(None if source.kind == "constant" else next(positions), source.value) for source in code.arguments]
+        running, returns, carries = self.running, self.joint.returns, self.carries
+        places = iter(self.joint.places)
+        fixed = [(None if source.kind == "constant" else next(places), source.value) for source in self.generated.arguments]
 
         def forward(args: list[Any]) -> list[Any]:
+            assert running.code is not None
+            code = running.code.generated
+            plain, ends = len(code.saved), len(code.saved) + code.states
             given = [value if place is None else args[place] for place, value in fixed]
             args.clear()
             with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
                 made, saved = code.forward(given)
             tensors = iter(made)
             outputs = [next(tensors) if isinstance(value, fx.Node) else value for value in returns]
-            states, visits = saved[plain:ends], saved[ends:]
-            return [*outputs, *saved[:plain], *(pack(state) for state in states), *([token_of(visits)] if visits else [])]
+            states = [pack(state) for state in saved[plain:ends]]
+            return [*outputs, *saved[:plain], *states, *([token_of(code, saved[ends:])] if carries else [])]
 
         return forward
+
+    @property
+    def carries(self) -> bool:
+        """Whether code has more for its backward pass than autograd can save: visits to the tiers, or sizes."""
+        assert self.generated is not None
+        return self.generated.backward is not None and (bool(self.generated.tiers) or self.symbols is not None)
 
     def eager_backward(self) -> Callable[[list[Any]], list[Any]]:
         """Generated code under AOTAutograd's convention."""
         assert self.generated is not None
-        code = self.generated
-        constants = [position for position, source in enumerate(code.arguments) if source.kind == "constant"]
-        inputs = len(code.arguments) - len(constants)
-        places = [place - sum(constant < place for constant in constants) for place in code.gradients]
-        plain, ends = len(code.saved), len(code.saved) + code.states
+        assert self.joint is not None
+        first, traced, carries, inputs = self.generated, self.joint.traced, self.carries, self.joint.inputs
+        taken = iter(self.joint.places)
+        place_of = [-1 if source.kind == "constant" else next(taken) for source in first.arguments]
+        places = [place_of[argument] for argument in first.gradients]
+        tangents = sum(source.kind == "tangent" for source in traced.sources.values())
 
         def backward(args: list[Any]) -> list[Any]:
-            visits = visits_of(args[ends]) if code.tiers else []
-            saved: list[Any] = [*args[:plain], *(unpack(state) for state in args[plain:ends]), *visits]
-            tangents = args[ends + bool(code.tiers) :]
+            cut = len(args) - tangents
+            kept, given = args[:cut], args[cut:]
             args.clear()
+            code, carried = carried_by(kept.pop()) if carries else (first, [])
+            plain, ends = len(code.saved), len(code.saved) + code.states
+            saved: list[Any] = [*kept[:plain], *(unpack(state) for state in kept[plain:ends]), *carried]
+            kept.clear()
+            if keeps_graph():
+                saved = copied(traced, code, saved)
             with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
-                found = code.backward(saved, tangents)
+                found = code.backward(saved, given)
             result: list[Any] = [None] * inputs
             for place, gradient in zip(places, found, strict=True):
                 result[place] = gradient
@@ -297,8 +406,47 @@ class _Called(nn.Module):
             return self.piece(*args)
 
 
+def returns_loss(graph: fx.GraphModule, count: int) -> bool:
+    """Whether one of the first outputs is a scalar, which is taken for the loss: nothing of it is computed outside."""
+    ends = next(iter(graph.graph.find_nodes(op="output")))
+    values = [value.meta["val"] for value in ends.args[0][:count] if isinstance(value, fx.Node)]
+    return any(isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() == 0 for value in values)
+
+
+def keep_saved(forward: fx.GraphModule, count: int) -> None:
+    """Have AOTAutograd give away none of what is saved, which follows the first outputs: a graph may be kept for another pass.
+
+    It takes for a buffer that the backward pass may write over what is known to be no input or output, by its fake value.
+    """
+    for node in next(iter(forward.graph.find_nodes(op="output"))).args[0][count:]:
+        if node.op != "placeholder":
+            node.meta.pop("val", None)
+
+
+def gradient_bytes(traced: Traced) -> int:
+    """Bytes of the gradients of parameters."""
+    found = {traced.owner[node] for place, node in traced.gradients if traced.sources[place].kind == "parameter"}
+    return sum(traced.program.buffers[buffer].bytes for buffer in found)
+
+
+def table_of(machine: Machine) -> Table | None:
+    """What has been measured on a machine, if it is the one at hand."""
+    return Table(device_key(machine.device)) if machine.name.startswith("local") else None
+
+
 def no_region(cast: fx.Node) -> None:
     """Inductor's arithmetic is its own, and nobody keeps its casts."""
+
+
+@contextmanager
+def own_sources() -> Iterator[None]:
+    """Let torch forget the texts of the graphs made meanwhile, which it keeps for tracebacks as long as the process lives."""
+    known = set(graph_module._loader.eval_cache)
+    try:
+        yield
+    finally:
+        for name in graph_module._loader.eval_cache.keys() - known:
+            del graph_module._loader.eval_cache[name]
 
 
 def boxed(function: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:

@@ -1,72 +1,50 @@
-"""One budget for all pieces of a model that `torch.compile` has cut at its graph breaks.
+"""One budget for all pieces of a model that `torch.compile` has cut at its graph breaks, and for all of its calls.
 
-At any moment one piece runs and the others *hold* what they saved, or the gradients they made. With h the bytes that a
-piece holds at most, p its own peak, and R the bytes of all parameters and inputs (each storage once), the step is
-within the budget B if for every run k of a piece in the step
+At any moment one run of a piece is under way and the others *hold* what they saved, or what they leave behind. With
 
-    R + sum of h over the other runs + p(k) <= B
+    R       the bytes of all parameters and inputs, each storage once, and of gradients that are there when the run begins
+    s(j)    what run j has saved or, if that is more, what it leaves behind beside gradients of parameters
+    l(j)    all that it leaves behind
+    p(k)    the peak of run k without its parameters and inputs
 
-which is checked before each run, for the runs of this step that still hold something (so a piece that runs once per
-layer counts once per layer). When a step has been seen whole, all its pieces are given schedules between their least
-and their most, by one common share, the largest found that satisfies the rule.
+the step is within the budget B if for every run k in it
+
+    R + H + p(k) <= B
+
+where H is the sum of s(j) over the other runs and, for each piece, the most by which l(j) passes s(j): runs of one piece have
+their gradients added to those of the first. It holds in whichever order backward passes run, and is checked before each
+run, for the runs of this step that still hold something. When a step has been seen whole, all its runs are given schedules
+between their least and their most, by one common share, the largest found that satisfies the rule.
+
+Until then a run may come that nobody has left room for: another call before the backward pass of the first, an evaluation
+between the two. It takes as little as it can, and that is told; from the next step on the budget is kept. Where those that
+hold something take as little as they can already, the run is refused.
 """
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import msgspec
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ...passes.liveness import Liveness, held_bytes
 from ...planner.cost.local import local_machine
 from ...planner.ir.errors import MemplanError
 from ...planner.ir.machine import Machine, named_machine
-from ...planner.ir.plan import Side, unlimited
 from ...planner.ir.program import Program
-from ...planner.ir.referee import referee
-from ...planner.ir.schedule import check_levers
-from ...planner.ir.units import parse_bytes
-from ...planner.pipeline.planner import Planner
+from ...planner.ir.units import parse_bytes, show_bytes
+from ..eager.together import Together
 from ..eager.witness import Witness, backward_number, keeps_graph
+from .options import Options, is_percentage, read_options
+from .weight import Weight, together
 
 if TYPE_CHECKING:
     from .compilation import Code
+    from .door import Piece
 
 SHARES = (1.0, 0.75, 0.5, 0.3, 0.15, 0.05, 0.0)  # of the way from a piece's least to its most, tried in this order
-
-
-class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What `options=` may say.
-
-    Attributes:
-        budget: as in `memplan.plan`; None for what the machine holds.
-        machine: a preset's name, a TOML path or a `Machine`; None for the one at hand.
-        inner: what compiles the planned graphs.
-        time_limit: seconds for planning one piece, at most.
-        seed: of the search.
-        allow: as in `memplan.plan`.
-    """
-
-    budget: int | float | str | None = None
-    machine: Any = None
-    inner: Literal["eager", "inductor"] = "eager"
-    time_limit: float = 60.0
-    seed: int = 0
-    allow: tuple[str, ...] | None = None
-
-    @property
-    def said(self) -> int | str | None:
-        """The budget as bytes, or as a share of each piece's own peak."""
-        return self.budget if self.budget is None or is_percentage(self.budget) else parse_bytes(self.budget)  # type: ignore[return-value]
-
-    @property
-    def levers(self) -> set[str]:
-        """What the plans may do."""
-        return check_levers(self.allow)
-
+SETTLED = 1024  # kinds of steps that are remembered to have been settled
 
 _ledgers: "weakref.WeakValueDictionary[int, Ledger]" = weakref.WeakValueDictionary()  # pieces hold theirs, it its options
 
@@ -82,49 +60,24 @@ def ledger_of(options: Mapping[str, Any] | None) -> "Ledger":
     return ledger
 
 
-def read_options(options: Mapping[str, Any] | None) -> Options:
-    """The options, checked.
-
-    Raises:
-        MemplanError: the first that is wrong, and what is allowed.
-    """
-    given = dict(options or {})
-    unknown = sorted(set(given) - set(Options.__struct_fields__), key=str)
-    if unknown:
-        raise MemplanError(
-            f"no option {unknown[0]!r}: the options of backend='memplan' are {', '.join(Options.__struct_fields__)}"
-        )
-    if given.get("budget") is not None:
-        parse_bytes(given["budget"], of=1 << 40)
-    named_machine(given.get("machine"))
-    if isinstance(given.get("allow"), str):
-        given["allow"] = (given["allow"],)
-    levers = check_levers(given.get("allow"))
-    if "offload" in levers and given.get("inner") == "inductor":
-        raise MemplanError("inner='inductor' moves no values to other tiers: leave 'offload' out of allow, or take 'eager'")
-    if given.get("inner", "eager") not in ("eager", "inductor"):
-        raise MemplanError(f"inner={given['inner']!r}: it is 'eager' or 'inductor'")
-    try:
-        read = msgspec.convert(given, Options)
-    except msgspec.ValidationError as error:
-        raise MemplanError(f"options of backend='memplan': {error}") from None
-    if not read.time_limit > 0:
-        raise MemplanError(f"time_limit={read.time_limit!r}: give a positive number of seconds")
-    return read
-
-
 class Room(NamedTuple):
     """What a run may take.
 
     Attributes:
         now: bytes of the peak of the piece's own program, its parameters and inputs included.
         later: bytes of what it leaves behind when its backward has run, while the pieces before it run theirs.
-        held: bytes that others hold, for the message.
+        held: bytes that lie beside it: what other runs hold, and gradients that are there.
+        given: bytes of the storages that it is given.
     """
 
     now: int
     later: int
     held: int
+    given: int
+
+    def of(self, program: Program) -> int:
+        """The same as `now` where inputs do not fill their storages, which the program takes them to do."""
+        return self.now - max(0, self.given - program.resident_bytes)
 
 
 @dataclass(eq=False)
@@ -134,30 +87,39 @@ class Visit:
     Attributes:
         code: what ran.
         inputs: bytes of each storage that it was given.
+        gradients: bytes of gradients that were there when it began.
+        together: says where runs of a piece in one backward pass have other last bits than eager's.
         outputs: bytes of each storage that it returned.
         saved: the largest storage that it saved; while that lives, the run holds memory.
         begun: whether its backward pass has begun.
-        tasks: which backward passes have reached it; the second is refused.
+        last: which backward pass has reached it last.
+        kept: whether that one was to keep the graph; if not, another one is refused.
     """
 
     code: "Code"
     inputs: dict[int, int]
+    gradients: int
+    together: Together
     outputs: dict[int, int] = field(default_factory=dict)
     saved: StorageWeakRef | None = None
     begun: bool = False
-    tasks: set[int] = field(default_factory=set)
+    last: int | None = None
+    kept: bool = False
 
-    def watch(self, results: Sequence[Any], witness: Witness) -> None:
+    def watch(self, results: Sequence[Any], ledger: "Ledger") -> None:
         """Have the backward pass looked at when it reaches what this run returned."""
 
         def reached(gradient: torch.Tensor) -> None:
             self.code.backward.refuse()
             self.begun = True
-            self.tasks.add(backward_number())
-            if len(self.tasks) > 1:
+            number = backward_number()
+            if self.last not in (None, number) and not self.kept:
                 raise MemplanError("this planned step has run backward already and freed what it read: call the model again")
-            if witness.budget is not None and keeps_graph():
-                witness.retained(self.code.held, "what a planned step has saved")
+            if self.last != number:
+                self.together.note()
+            self.last, self.kept = number, keeps_graph()
+            if self.kept:
+                ledger.retained(self.code)
 
         for value in results:
             if isinstance(value, torch.Tensor) and value.grad_fn is not None:
@@ -179,6 +141,14 @@ class Ledger:
         step: all runs since nothing was held.
         witness: says what is beside the budget.
         cautious: a piece found too little left: from now on every piece takes as little as it can.
+        asked: the programs, by their digest, of runs that were asked to leave room.
+        settled: steps that have been seen whole, by what ran in them.
+        retains: a backward pass was asked to keep its graph, and works on a copy of what was saved.
+        parameters: that pieces have seen: their storages by identity, with their bytes.
+        leaves: the parameters themselves, by identity, for their gradients.
+        pieces: of the model.
+        numbered: how many there have been.
+        made: how often code of one was made.
     """
 
     def __init__(self, options: Options, given: Mapping[str, Any] | None):
@@ -186,12 +156,33 @@ class Ledger:
         self.given = given
         self.holding: list[Visit] = []
         self.step: list[Visit] = []
-        self.cautious = False
+        self.cautious = self.retains = False
         self.parameters: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.leaves: dict[int, weakref.ref[torch.Tensor]] = {}
         self.machines: dict[str, Machine] = {}
-        self.pieces = 0
-        self.settled: set[tuple[int, ...]] = set()
+        self.pieces: weakref.WeakSet[Piece] = weakref.WeakSet()
+        self.numbered = self.made = 0
+        self.settled: set[tuple[Any, ...]] = set()
+        self.asked: set[str] = set()
         self.witness = Witness(options.said)
+
+    def number(self, piece: "Piece") -> int:
+        """Take in a piece. Returns its number, from 1."""
+        self.pieces.add(piece)
+        self.numbered += 1
+        return self.numbered
+
+    def counts(self) -> dict[str, int]:
+        """What is planned now: shapes traced alone, traces for every size, their schedules; and how often code was made."""
+        codes = [code for piece in self.pieces for code in piece.codes.values()]
+        every = [trace for piece in self.pieces for trace in piece.traces.values()]
+        return {"shapes": sum(code.trace is None for code in codes), "every": len(every),
+                "schedules": sum(len(trace.ways.ways) for trace in every), "runners": self.made}  # fmt: skip
+
+    @property
+    def traces_sizes(self) -> bool:
+        """Whether one trace may serve every size: Inductor compiles for one, and copies to other tiers have fixed places."""
+        return self.options.inner == "eager" and "offload" not in self.options.levers
 
     def machine(self, device: str) -> Machine:
         """The machine planned for."""
@@ -208,46 +199,68 @@ class Ledger:
             return capacity
         return None if is_percentage(asked) else min(parse_bytes(asked), capacity)
 
-    def enter(self) -> None:
-        """A piece is about to run: see what is still held, and whether a step has ended."""
+    def enter(self, parameters: Iterable[torch.Tensor], inputs: dict[int, int]) -> None:
+        """A piece is about to run with these parameters: see what is still held, and whether a step has ended."""
+        for value in parameters:
+            place = value.untyped_storage()
+            self.parameters[place._cdata] = StorageWeakRef(place), inputs[place._cdata]
+            self.leaves[id(value)] = weakref.ref(value)
+        self.parameters = {key: known for key, known in self.parameters.items() if not known[0].expired()}
+        self.leaves = {key: known for key, known in self.leaves.items() if known() is not None}
         self.holding = [visit for visit in self.holding if visit.holding]
         if not self.holding and self.step:
             finished, self.step = self.step, []
-            if len(finished) > 1 and self.options.budget is not None and not is_percentage(self.options.budget):
+            shared = self.options.budget is not None and not is_percentage(self.options.budget)
+            if shared and (len(finished) > 1 or self.cautious):
                 self.settle(finished)
+
+    def gradients(self) -> int:
+        """Bytes of gradients that are there."""
+        found = [leaf.grad for leaf in (known() for known in self.leaves.values()) if leaf is not None]
+        return sum(gradient.nbytes for gradient in found if gradient is not None)
 
     def look(self, code: "Code", name: str, tensors: Sequence[torch.Tensor]) -> None:
         """A piece is about to run with these: see what lies beside the budget."""
         self.witness.buckets()
+        if not is_percentage(self.options.budget):
+            return  # a budget in bytes counts the rest
         before = [visit for visit in self.holding if visit.code is code]
-        if before and is_percentage(self.options.budget):  # others are held against a budget in bytes
+        if before:
             self.witness.pending(sum(visit.code.held for visit in before))
         if not any(visit.begun for visit in self.step):
             self.witness.gradients((value for value in tensors if value.requires_grad), f" of the parameters of {name}")
 
     def room(self, inputs: dict[int, int], budget: int) -> Room:
         """What a run with these inputs may take."""
-        self.parameters = {key: known for key, known in self.parameters.items() if not known[0].expired()}
         returned = {key: size for visit in self.holding for key, size in visit.outputs.items()}
         resident = {key: size for key, (_, size) in self.parameters.items()}
         for visit in self.holding:
             resident |= visit.inputs
         others = sum(size for key, size in resident.items() if key not in returned and key not in inputs)
         counted_twice = sum(size for key, size in inputs.items() if key in returned)
-        holds = [visit.code.held for visit in self.holding]
-        held = sum(holds) + others - counted_twice
-        everything = held + sum(inputs.values())
-        later = min((budget - (everything - visit.code.held + visit.code.own) for visit in self.holding), default=budget)
-        return Room(budget - held, later, held)
+        fixed = self.gradients() + others - counted_twice
+        held = fixed + together(visit.code.weight for visit in self.holding)
+        later = budget
+        for visit in self.holding:
+            rest = together(other.code.weight for other in self.holding if other is not visit)
+            later = min(later, budget - (fixed + sum(inputs.values()) + rest + self.most(visit.code.weight)))
+        return Room(budget - held, later, held, sum(inputs.values()))
+
+    def most(self, weight: Weight) -> int:
+        """The peak of a run, with what a backward pass that keeps its graph copies."""
+        return weight.own + self.retains * weight.again
 
     def settle(self, finished: list[Visit]) -> None:
-        """Share the budget among the pieces of a step that has been seen whole."""
-        codes = list({id(visit.code): visit.code for visit in finished}.values())
-        seen = tuple(id(visit.code.planner) for visit in finished)
-        if seen in self.settled or all(code.side is code.planner.kept for code in codes):
+        """Share the budget among the runs of a step that has been seen whole."""
+        gradients = max(visit.gradients for visit in finished)
+        seen = (*(visit.code.program.digest for visit in finished), gradients > 0, self.retains)
+        if seen in self.settled:
             return
+        if len(self.settled) >= SETTLED:
+            self.settled.clear()
         self.settled.add(seen)
-        budget = self.budget(codes[0].planner.machine)
+        codes = {visit.code.program.digest: visit.code for visit in finished}
+        budget = self.budget(finished[0].code.planner.machine)
         assert budget is not None
         resident: dict[int, int] = {}
         for visit in finished:
@@ -255,67 +268,48 @@ class Ledger:
         for visit in finished:
             for key in visit.outputs:
                 resident.pop(key, None)
-        fixed = sum(resident.values())
+        fixed = sum(resident.values()) + gradients
         for share in SHARES:
-            sides = {id(code): code.at_share(share) for code in codes}
-            held = {id(code): held_bytes(code.program, sides[id(code)].schedule) for code in codes}
-            total = fixed + sum(held[id(visit.code)] for visit in finished)
-            worst = max(sides[id(code)].peak - code.program.resident_bytes - held[id(code)] for code in codes)
-            if total + worst <= budget:
-                for code in codes:
-                    code.wanted = sides[id(code)]
+            sides = {digest: code.at_share(share) for digest, code in codes.items()}
+            weights = [visit.code.weighed(sides[visit.code.program.digest]) for visit in finished]
+            total = [together(weights[:at] + weights[at + 1 :]) + self.most(weight) for at, weight in enumerate(weights)]
+            if fixed + max(total) <= budget:
+                for visit in finished:
+                    visit.code.wanted = sides[visit.code.program.digest]
+                self.asked -= set(sides) if share else set()
                 return
 
-    def refuse(self) -> None:
-        """Have every piece that is now held plan for its least from the next step on."""
+    def excess(self, name: str, room: Room) -> bool:
+        """A run finds no room beside those that hold something; whether it may pass the budget, for this once.
+
+        It may where one of them has not been asked yet to take as little as it can, which all do from the next step on.
+        """
+        if all(visit.code.program.digest in self.asked for visit in self.holding):
+            return False
         self.cautious = True
+        self.asked |= {visit.code.program.digest for visit in self.holding}
+        self.witness.said.discard("pending")
         for visit in self.holding:
             visit.code.wanted = visit.code.at_share(0.0)
+        count = len(self.holding)
+        before = "1 run before it waits" if count == 1 else f"{count} runs before it wait"
+        held, budget = f"{show_bytes(room.held)} ({room.held} bytes)", show_bytes(room.now + room.held)
+        self.witness.say("pending", room.held, f"{name} begins while {before} for the backward pass and {held} lie beside it: "
+                         f"nothing had left room for that, so this step may pass the budget of {budget}; from the next step on "
+                         "there is room for all")  # fmt: skip
+        return True
 
-
-def is_percentage(budget: Any) -> bool:
-    """Whether a budget is a share of the unplanned peak."""
-    return isinstance(budget, str) and budget.strip().endswith("%")
-
-
-def small_schedules(planner: Planner) -> list[Side]:
-    """Schedules that take little in one way or another.
-
-    A small peak is not all: what a piece holds counts while every other piece runs. So besides the smallest peak known,
-    there is the schedule that saves only what it must and computes the rest a second time.
-    """
-    if planner.program.boundary == len(planner.program.ops):
-        return [planner.kept, planner.floor]
-    if not planner.recompute:
-        return [planner.kept, planner.floor]
-    schedule = Liveness()(planner.program, replayed(planner.program))
-    again = Side(planner.program, schedule, referee(planner.program, unlimited(planner.machine), schedule))
-    return [planner.kept, planner.floor, again]
-
-
-def replayed(program: Program) -> list[int]:
-    """The order in which the forward pass runs again, op by op, when the backward pass first needs its results."""
-    outputs = set(program.outputs)
-    again = [op.repeatable and not outputs & set(op.writes) for op in program.ops[: program.boundary]]
-    order = list(range(program.boundary + 1))
-    done: set[int] = set()
-    for late in range(program.boundary + 1, len(program.ops)):
-        needed: set[int] = set()
-        stack = [late]
-        while stack:
-            for buffer in program.ops[stack.pop()].reads:
-                maker = program.producer[buffer]
-                if 0 <= maker < program.boundary and again[maker] and maker not in done and maker not in needed:
-                    needed.add(maker)
-                    stack.append(maker)
-        order += [*sorted(needed), late]
-        done |= needed
-    return order
-
-
-def burden(program: Program, side: Side) -> int:
-    """How much a piece weighs on the others: what it holds, and less so its peak, which passes."""
-    return 2 * held_bytes(program, side.schedule) + side.peak
+    def retained(self, code: "Code") -> None:
+        """A backward pass was asked to keep its graph: from the next step on there is room for what it copies."""
+        self.retains = True
+        budget, held = self.witness.budget, code.held
+        if isinstance(budget, int):
+            copied = f"{show_bytes(held)}, {held} bytes"
+            self.witness.say("retained", held, "backward(retain_graph=True) keeps what a planned step has saved, and works on "
+                             f"a copy ({copied}): this step may pass the budget of {show_bytes(budget)}; from the next step on "
+                             "there is room for that")  # fmt: skip
+        elif budget is not None:
+            self.witness.retained(held, "what a planned step has saved")
 
 
 def storages(tensors: Sequence[torch.Tensor], rounding: int) -> dict[int, int]:
@@ -324,6 +318,4 @@ def storages(tensors: Sequence[torch.Tensor], rounding: int) -> dict[int, int]:
     return {key: -(-size // rounding) * rounding for key, size in found.items()}
 
 
-def left_bytes(program: Program) -> int:
-    """Bytes of its own that are live when a step ends: outputs, tangents and gradients."""
-    return sum(program.buffers[buffer].bytes for buffer in program.outputs)
+__all__ = ["Ledger", "Options", "Room", "Visit", "ledger_of", "storages"]

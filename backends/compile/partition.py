@@ -11,6 +11,7 @@ what was saved and then the tangents, and returns one gradient, or None, for eac
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,9 @@ from torch._functorch._aot_autograd.descriptors import (
 
 from ...planner.capture.graph import Traced, lower
 from ...planner.capture.nodes import is_call, is_pick
+from ...planner.capture.sized import family_of, with_numbers
+from ...planner.capture.symbols import Symbols
+from ...planner.ir.family import Family
 from ...planner.ir.machine import Machine
 from ...planner.ir.program import Phase
 from ...planner.ir.schedule import Free, Run, Schedule, Start
@@ -43,11 +47,19 @@ class Joint:
         graph: with descriptors on its ends.
         traced: its program and wiring; what AOTAutograd writes back after the forward pass is not part of the wiring.
         returns: what the forward pass returns: a node, or the value of a constant.
+        inputs: how many the graph has, tangents left out.
+        places: among them, of those that its code takes, in the code's order.
+        leaves: placeholders by the arguments of the piece that they stand for.
+        family: the program at any sizes, of a graph with symbols for some.
     """
 
     graph: fx.GraphModule
     traced: Traced
     returns: tuple[Any, ...]
+    inputs: int
+    places: tuple[int, ...]
+    leaves: dict[int, fx.Node]
+    family: Family | None = None
 
 
 def describe(
@@ -57,6 +69,8 @@ def describe(
     name: str,
     device: str,
     region_of: Callable[[fx.Node], int | None] = lambda cast: None,
+    outside: bool = False,
+    symbols: Symbols | None = None,
 ) -> Joint:
     """Lower a graph that AOTAutograd hands to a partitioner or to an inference compiler.
 
@@ -67,14 +81,19 @@ def describe(
         name: the program's name.
         device: the type of device it runs on.
         region_of: as for `planner.capture.restore.merge_casts`.
+        outside: the caller computes a loss of its outputs, of which nothing is known.
+        symbols: for sizes that vary, if some do.
 
     Raises:
-        CaptureError: an op that cannot be planned.
+        CaptureError: an op that cannot be planned, or sizes that cannot vary.
     """
     copied = fx.GraphModule(graph, copy_graph(graph.graph))
     nodes = list(copied.graph.nodes)
     ends = nodes[-1]
     values, descs = list(ends.args[0]), list(ends.meta["desc"])
+    order = {node: place for place, node in enumerate(node for node in nodes if node.op == "placeholder")}
+    given = [(node, node.meta["desc"]) for node in order]
+    leaves = {desc.idx: node for node, desc in given if type(desc).__name__ == "PlainAOTInput"}
     renamed = describe_inputs(nodes, arguments)
     returns = tuple(values[:forward_outputs])
     wired = [(value, PlainAOTOutput(idx=index)) for index, value in enumerate(returns) if isinstance(value, fx.Node)]
@@ -98,10 +117,16 @@ def describe(
         in_backward=False,
         trainable=set(),
         runs_on=device,
+        unknown=outside,
         region_of=region_of,
+        prepare=(lambda graph: None) if symbols is None else partial(with_numbers, symbols=symbols),
     )
+    family = None if symbols is None else family_of(traced, symbols, None)
+    taken = [node for node, source in traced.sources.items() if node in order and source.kind != "tangent"]
     outputs = tuple(value for value in returns if isinstance(value, fx.Node))
-    return Joint(copied, dataclasses.replace(traced, outputs=outputs, mutations={}), returns)
+    traced = dataclasses.replace(traced, outputs=outputs, mutations={})
+    inputs = sum(not isinstance(desc, TangentAOTInput) for _, desc in given)
+    return Joint(copied, traced, returns, inputs, tuple(order[node] for node in taken), leaves, family)
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
@@ -221,9 +246,15 @@ def emit(joint: Joint, schedule: Schedule, code: Generated, machine: Machine) ->
                if isinstance(step, Run) and traced.program.ops[step.op].phase is Phase.LOSS)  # fmt: skip
     tangents = [node for node, source in traced.sources.items() if source.kind == "tangent"]
     primals = [node for node in traced.sources if node.op == "placeholder" and node not in set(tangents)]
+    placed = dict(zip(joint.places, primals, strict=True))
     first = _Emitter(joint, machine)
+    for place in range(joint.inputs):
+        if place in placed:
+            first.source(placed[place])
+        else:  # a size, which is not read
+            first.graph.placeholder(f"size_{place}")
     for node in traced.sources:
-        if node not in set(tangents):
+        if node.op == "get_attr":
             first.source(node)
     for step in steps[:cut]:
         first.instruction(step)
@@ -238,8 +269,8 @@ def emit(joint: Joint, schedule: Schedule, code: Generated, machine: Machine) ->
 
     second = _Emitter(joint, machine)
     for node in code.saved:
-        second.alive[node] = placed = second.graph.placeholder(node.name)
-        placed.meta = {key: value for key, value in node.meta.items() if key != "desc"}
+        second.alive[node] = known = second.graph.placeholder(node.name)
+        known.meta = {key: value for key, value in node.meta.items() if key != "desc"}
     for number, state in enumerate(states):
         second.graph.placeholder(f"random_state_{number}").meta = dict(state.meta)
     for node in tangents:
@@ -247,7 +278,8 @@ def emit(joint: Joint, schedule: Schedule, code: Generated, machine: Machine) ->
     for step in steps[cut:]:
         second.instruction(step)
     found = {place: second.read(node) for place, node in traced.gradients}
-    backward = second.finish([found.get(node) for node in primals])
+    values = [found.get(placed[place]) if place in placed else None for place in range(joint.inputs)]
+    backward = second.finish(values)
     return forward, backward
 
 
@@ -269,16 +301,21 @@ def fetched() -> torch.Tensor:
     raise AssertionError("the graph of a schedule with copies is not run")
 
 
-def token_of(visits: Sequence[Any] = ()) -> torch.Tensor:
-    """An empty tensor, which autograd can save, with a step's visits to the tiers: they end when it is dropped."""
+def token_of(code: Generated | None = None, carried: Sequence[Any] = ()) -> torch.Tensor:
+    """An empty tensor, which autograd can save, with what it cannot.
+
+    Args:
+        code: that has run forward.
+        carried: its visits to the tiers, which end when the token is dropped, and its sizes.
+    """
     token = torch.empty(0, dtype=torch.uint8)
-    token.memplan_visits = list(visits)  # type: ignore[attr-defined]
+    token.memplan_carried = code, list(carried)  # type: ignore[attr-defined]
     return token
 
 
-def visits_of(token: torch.Tensor) -> list[Any]:
-    """The visits that `token_of` put away."""
-    return token.memplan_visits  # type: ignore[attr-defined]
+def carried_by(token: torch.Tensor) -> tuple[Any, list[Any]]:
+    """What `token_of` put away."""
+    return token.memplan_carried  # type: ignore[attr-defined]
 
 
 def pack(states: list[torch.Tensor]) -> torch.Tensor:

@@ -4,7 +4,6 @@ A kind was captured once. It has a plan for a call by itself, for one beside gra
 before one backward pass; one of every size has some schedules, of which each size takes the fastest that fits there.
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,16 +16,13 @@ from ...passes.liveness import held_bytes
 from ...planner.capture.capture import Captured
 from ...planner.capture.inputs import TensorFacts
 from ...planner.capture.questions import Call
-from ...planner.ir.errors import BudgetError, InvalidSchedule, PlanMismatch
-from ...planner.ir.plan import Plan, Side
+from ...planner.ir.errors import BudgetError, PlanMismatch
+from ...planner.ir.plan import Plan
 from ...planner.ir.program import Kind, Program
 from .codegen import Generated
 from .module import Runner, coded
 from .stepwitness import Beside, StepWitness
 
-WAYS = 8  # schedules of a kind of every size
-WORTH = 0.03  # a schedule is good enough where it takes no more beyond what keeping everything takes
-ALIKE = 0.1  # memory that is as short as where a schedule has been looked for, but for this share, needs no other
 ALONE = False, False  # no gradients are there, and no other calls
 KNOWN = 512  # sizes whose choice is kept
 
@@ -41,8 +37,20 @@ class Ways(Protocol):
         """The program at these sizes."""
         ...
 
-    def side(self, way: Any, sizes: tuple[int, ...], budget: int | None = None) -> Side:
-        """A schedule at these sizes, if the referee accepts it."""
+    def fastest(self, sizes: tuple[int, ...], room: int, calls: int = 1, patient: bool = False) -> Any:
+        """The fastest schedule that fits, with what the referee says of it; None where none does."""
+        ...
+
+    def loss(self, way: Any, sizes: tuple[int, ...]) -> float:
+        """Seconds that a schedule takes beyond what keeping everything takes, where they may be worth a search."""
+        ...
+
+    def is_due(self, lost: float, sizes: tuple[int, ...], room: int, calls: int = 1) -> bool:
+        """Look for another schedule once as much has been lost as looking takes."""
+        ...
+
+    def fitting(self, sizes: tuple[int, ...], room: int, calls: int = 1) -> Any:
+        """The same of those that are known."""
         ...
 
     def solve(self, sizes: tuple[int, ...], budget: int, time_limit: float = 10.0) -> Any:
@@ -217,11 +225,6 @@ class EverySize:
         plans: for whether gradients are there, and other calls, schedules.
         runners: for each schedule what runs it.
         chosen: for sizes, calls before one backward pass and whether gradients are there: what runs.
-        lost: for whether gradients are there, and other calls, seconds that calls took beyond what keeping everything takes,
-            since a schedule was last looked for; and
-        price: how many that took.
-        tried: how short memory was where schedules have been looked for: what a step may take of its own, as a share of what it
-            takes where everything is kept.
     """
 
     def __init__(self, whose: Whose, session: Session):
@@ -229,9 +232,6 @@ class EverySize:
         self.plans: dict[tuple[bool, bool], Ways] = {ALONE: whose.ways_of(session)}
         self.runners: dict[int, Runner] = {}
         self.chosen: dict[tuple[tuple[int, ...], int, bool], Chosen] = {}
-        self.lost: dict[tuple[bool, bool], float] = {}
-        self.price: dict[tuple[bool, bool], float] = {}
-        self.tried: dict[tuple[bool, bool], list[float]] = {}
 
     def serves(self, leaves: Sequence[Any]) -> bool:
         """Whether the trace serves a call of this form: its sizes, and what the model asks of it."""
@@ -278,7 +278,7 @@ class EverySize:
             CaptureError: they differ.
         """
         self.plans[ALONE].check_against(known)
-        self.start(ALONE)
+        self.plans[ALONE].start()
         self.first = self.of(ALONE, self.plans[ALONE].ways[0])
 
     @property
@@ -308,35 +308,11 @@ class EverySize:
             while len(self.chosen) >= KNOWN:
                 self.chosen.pop(next(iter(self.chosen)))
             self.chosen[key] = self.choose(sizes, calls, there)
-        if self.chosen[key].lost and self.is_worth_a_search(key):
+        lost, plans = self.chosen[key].lost, self.plans[there, calls > 1]
+        if lost and plans.is_due(lost, sizes, self.whose.room, calls):
+            self.chosen.clear()  # the new one may be better for other sizes too
             self.chosen[key] = self.choose(sizes, calls, there)
         return self.chosen[key].ready()
-
-    def is_worth_a_search(self, key: tuple[tuple[int, ...], int, bool]) -> bool:
-        """Look for another schedule once as many seconds have been lost for want of one as looking takes.
-
-        Whoever rents until the rent has come to the price, and buys then, pays at most twice what would have been best with
-        the future known (Karlin, Manasse, Rudolph and Sleator, Competitive snoopy caching, Algorithmica 3, 1988).
-        """
-        sizes, calls, there = key
-        beside, chosen = (there, calls > 1), self.chosen[key]
-        self.lost[beside] = self.lost.get(beside, 0.0) + chosen.lost
-        if self.lost[beside] < self.price[beside]:
-            return False
-        if not self.is_new(beside, sizes):
-            chosen.lost = 0.0
-            return False
-        began = time.monotonic()
-        self.solved(self.plans[beside], sizes, calls)
-        self.lost[beside], self.price[beside] = 0.0, time.monotonic() - began
-        self.chosen = {known: each for known, each in self.chosen.items() if (known[2], known[1] > 1) != beside} | {key: chosen}
-        return True
-
-    def start(self, beside: tuple[bool, bool]) -> None:
-        """Find the first schedules of those for whether gradients are there, and other calls."""
-        began = time.monotonic()
-        self.plans[beside].start()
-        self.price[beside] = time.monotonic() - began
 
     def choose(self, sizes: tuple[int, ...], calls: int, there: bool) -> "Chosen":
         """The fastest schedule that fits at some sizes.
@@ -347,77 +323,27 @@ class EverySize:
         beside = there, calls > 1
         if beside not in self.plans:
             self.plans[beside] = self.whose.ways_of(self.session.accumulating(calls))
-            self.start(beside)
+            self.plans[beside].start()
         plans, room = self.plans[beside], self.whose.room
-        program = plans.at(sizes)
-        kept = sum(op.seconds for op in program.ops)
-        found = self.fitting(plans, sizes, calls)
-        if found is None and self.is_new(beside, sizes):
-            found = self.solved(plans, sizes, calls)
+        found = plans.fastest(sizes, room, calls, patient=True)
         if found is None:
             try:
-                side = plans.solve(sizes, room).side
-                if calls == 1:
-                    found = self.fitting(plans, sizes, calls)
+                plans.solve(sizes, room)
             except BudgetError as error:
-                raise larger(error, program, resized(self.captured, sizes), room) from None
-            if found is None:
+                raise larger(error, plans.at(sizes), resized(self.captured, sizes), room) from None
+            found = plans.fitting(sizes, room)
+            if calls > 1:
                 self.whose.say(f"{calls} calls before one backward pass do not fit together; each is planned as if alone")
-                found = next((side.time, way, side) for way in reversed(plans.ways) if accepted(plans, way, sizes))
-        seconds, way, side = found
-        lost = seconds - kept if seconds > kept * (1 + WORTH) else 0.0
-        return Chosen(self.of(beside, way), side.peak, held_bytes(side.program, side.schedule), lost)
-
-    def is_new(self, beside: tuple[bool, bool], sizes: tuple[int, ...]) -> bool:
-        """Whether no schedule has been looked for where memory was about as short; then one is, up to `WAYS` of them."""
-        plans, tried = self.plans[beside], self.tried.setdefault(beside, [])
-        side = accepted(plans, plans.ways[0], sizes)  # what keeps everything
-        resident = plans.at(sizes).resident_bytes
-        short = 1.0 if side is None else max(self.whose.room - resident, 1) / max(side.peak - resident, 1)
-        if len(tried) >= WAYS or any(abs(short - known) < ALIKE * known for known in tried):
-            return False
-        tried.append(short)
-        return True
-
-    def solved(self, plans: Ways, sizes: tuple[int, ...], calls: int) -> tuple[float, Any, Side] | None:
-        """What fits once one more schedule has been looked for."""
-        room, target = self.whose.room, self.whose.room
-        for _ in range(3 if calls > 1 else 1):
-            try:
-                side = plans.solve(sizes, target).side
-            except BudgetError:
-                break
-            short = side.peak + (calls - 1) * held_bytes(side.program, side.schedule) - room
-            if short <= 0:
-                break
-            target = min(target, side.peak) - max(short // calls, room // 100)
-        return self.fitting(plans, sizes, calls)
-
-    def fitting(self, plans: Ways, sizes: tuple[int, ...], calls: int) -> tuple[float, Any, Side] | None:
-        """The fastest of the schedules that are known that fits, with its seconds and what the referee says of it."""
-        best: tuple[float, Any, Side] | None = None
-        for way in plans.ways:
-            seconds = way.seconds(plans.at(sizes))
-            if best is not None and seconds >= best[0]:
-                continue
-            side = accepted(plans, way, sizes)
-            if side is not None and side.peak + (calls - 1) * held_bytes(side.program, side.schedule) <= self.whose.room:
-                best = seconds, way, side
-        return best
+        assert found is not None
+        side = found.side
+        lost = plans.loss(found.way, sizes)
+        return Chosen(self.of(beside, found.way), side.peak, held_bytes(side.program, side.schedule), lost)
 
     def of(self, beside: tuple[bool, bool], way: Any) -> Runner:
         """What runs a schedule."""
         if id(way) not in self.runners:
             self.runners[id(way)] = self.whose.runner(self.plans[beside].captured, way.code, 0, 0)
         return self.runners[id(way)]
-
-
-def accepted(plans: Ways, way: Any, sizes: tuple[int, ...]) -> Side | None:
-    """A schedule at some sizes; None where the referee refuses it."""
-    try:
-        return plans.side(way, sizes)
-    except InvalidSchedule:
-        return None
 
 
 def picked(runner: Runner, leaves: Sequence[Any], spec: TreeSpec) -> tuple[list[Any], list[Any]] | None:

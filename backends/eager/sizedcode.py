@@ -4,6 +4,7 @@ The sizes are read from the inputs when the forward pass begins, and carried to 
 are computed from them is computed once, at the beginning of each.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch import fx
 from ...planner.capture.capture import Captured
 from ...planner.capture.concrete import SIZED, SizeFloat, SizeInt
 from ...planner.capture.expressions import Numbers, text
-from ...planner.capture.graph import Source
+from ...planner.capture.graph import Source, Traced
+from ...planner.capture.symbols import Symbols
 from ...planner.ir.errors import MemplanError
 from ...planner.ir.schedule import Schedule, Start
 from .accumulation import Accumulation
@@ -22,10 +24,17 @@ from .codegen import Generated, Writer
 class SizedWriter(Writer):
     """Writes both functions for inputs of any size."""
 
-    def __init__(self, captured: Captured, schedule: Schedule):
-        super().__init__(captured.traced, schedule, updates=Accumulation(captured.traced) if captured.traced.adds else None)
-        assert captured.sized is not None
-        self.symbols = captured.sized.symbols
+    def __init__(self, traced: Traced, symbols: Symbols, schedule: Schedule, leaves: Mapping[int, fx.Node] | None = None):
+        """Prepare to write.
+
+        Args:
+            traced: what is scheduled.
+            symbols: the sizes.
+            schedule: of its program.
+            leaves: placeholders by the leaves that the sizes are read from, where these are not what its sources say.
+        """
+        super().__init__(traced, schedule, updates=Accumulation(traced) if traced.adds else None)
+        self.symbols, self.leaves = symbols, leaves
         self.numbers = Numbers(self.symbols)
 
     @property
@@ -33,7 +42,7 @@ class SizedWriter(Writer):
         return [text(symbol) for symbol in self.symbols.symbols.values()]
 
     def measured(self, placeholders: list[tuple[fx.Node, Source]]) -> list[str]:
-        of_leaf = {source.index: node for node, source in placeholders if source.kind == "input"}
+        of_leaf = self.leaves or {source.index: node for node, source in placeholders if source.kind == "input"}
         first = [(self.symbols.symbols[name], *rows[0]) for name, rows in self.symbols.places.items()]
         return [f"    {text(symbol)} = {self.name(of_leaf[leaf])}.shape[{dim}]" for symbol, leaf, dim in first]
 
@@ -77,7 +86,7 @@ def generate_sized(captured: Captured, schedule: Schedule) -> Generated:
         raise MemplanError("an arena and offload hold for one shape: plan without them where sizes vary")
     if captured.traced.updates and not captured.traced.adds:
         raise MemplanError("optimizer_in_backward is for one shape: plan without it where sizes vary")
-    return SizedWriter(captured, schedule).write()
+    return SizedWriter(captured.traced, captured.sized.symbols, schedule).write()
 
 
 __all__ = ["SizedWriter", "generate_sized"]

@@ -27,10 +27,11 @@ class Together:
         last: the backward pass in which a step of the module ran last.
         there: whether there were gradients before it, to which the steps add theirs.
         told: whether something has been said.
+        advice: what to do for eager's bits.
     """
 
-    def __init__(self, traced: Traced):
-        self.why = reason(traced)
+    def __init__(self, traced: Traced, advice: str = ADVICE):
+        self.why, self.advice = reason(traced), advice
         self.last = -1
         self.there = self.told = False
 
@@ -41,7 +42,7 @@ class Together:
             self.there = there
         why = self.why or (EARLIER if self.there and not self.told else None)
         if number >= 0 and number == self.last and why is not None:
-            warnings.warn(f"several calls of a planned module share one backward pass, and {why}; {ADVICE}", stacklevel=3)
+            warnings.warn(f"several calls of a planned module share one backward pass, and {why}; {self.advice}", stacklevel=3)
             self.why, self.told = None, True
         self.last = number
 

@@ -56,7 +56,7 @@ def concretise(graph: fx.GraphModule, symbols: Symbols) -> None:
     numbers: dict[fx.Node, Any] = {}
     for node in list(graph.graph.nodes):
         value = node.meta.get("val")
-        if node.op == "call_function" and is_size(node, value):
+        if (node.op == "call_function" and is_size(node, value)) or (node.op == "placeholder" and isinstance(value, SYMBOLIC)):
             numbers[node] = store.number(value)
             continue
         node.args = fx.map_arg(node.args, lambda arg: numbers.get(arg, arg))

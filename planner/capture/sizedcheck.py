@@ -6,11 +6,14 @@ import torch
 from torch import fx
 
 from ..ir.errors import CaptureError
+from ..ir.family import Family
 from ..ir.program import Op, Program
 from .concrete import SIZED
 from .expressions import expr_of
+from .graph import Traced
 from .inputs import TensorFacts
 from .sized import Sized, difference
+from .symbols import Symbols
 
 if TYPE_CHECKING:
     from .capture import Captured
@@ -37,7 +40,7 @@ def check_against(captured: "Captured", other: "Captured") -> tuple[int, ...]:
     elif not sized.holds(sizes):
         wrong = "its conditions do not hold"
     else:
-        wrong = difference(without_extra(sized.family.at(sizes), other.program), other.program) or wired(captured, other, sizes)
+        wrong = program_differs(sized.family, sizes, other.program) or wired(captured, other, sizes)
     if wrong or sizes is None:
         raise CaptureError(f"a trace with sizes that vary is another one at {sizes}: {wrong}; plan for each shape")
     return sizes
@@ -53,6 +56,11 @@ def sizes_of(sized: Sized, other: "Captured") -> tuple[int, ...] | None:
             return None
         found.append(known.pop())
     return tuple(found)
+
+
+def program_differs(family: Family, sizes: tuple[int, ...], other: Program) -> str:
+    """What differs between a family's program at some sizes and one that was traced at these; empty where nothing does."""
+    return difference(without_extra(family.at(sizes), other), other)
 
 
 def without_extra(program: Program, other: Program) -> Program:
@@ -76,7 +84,12 @@ def wired(captured: "Captured", other: "Captured", sizes: tuple[int, ...]) -> st
     for name in ("outputs", "output_spec", "loss_leaf", "plain", "train", "stored", "writes"):
         if getattr(captured, name) != getattr(other, name):
             return f"its {name} are others"
-    one, two = captured.traced, other.traced
+    assert captured.sized is not None
+    return ends_differ(captured.traced, other.traced, captured.sized.symbols, sizes)
+
+
+def ends_differ(one: Traced, two: Traced, symbols: Symbols, sizes: tuple[int, ...]) -> str:
+    """What differs in the ends of two graphs, of which the first has symbols for its sizes; empty where nothing does."""
     if [told(one, place) for place, _ in one.gradients] != [told(two, place) for place, _ in two.gradients]:
         return "its gradients are others"
     if {index: source.name for index, (source, _) in one.mutations.items()} != {
@@ -86,8 +99,6 @@ def wired(captured: "Captured", other: "Captured", sizes: tuple[int, ...]) -> st
     kept = [[source.value for source in each.sources.values() if source.kind == "constant"] for each in (one, two)]
     if len(kept[0]) != len(kept[1]) or not all(map(alike, *kept)):
         return "it holds other constants"
-    assert captured.sized is not None
-    symbols = captured.sized.symbols
     given = {symbols.symbols[name]: size for name, size in zip(symbols.names, sizes, strict=True)}
     ends = [*zip(one.outputs, two.outputs, strict=True), *zip(
         (node for _, node in one.gradients), (node for _, node in two.gradients), strict=True)]  # fmt: skip

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ...passes.homes import Homes
-from ...passes.liveness import held_bytes
 from ...passes.outside import LeaveOutside
 from ...passes.place import Place
 from ...passes.transfers import routes_of
@@ -26,7 +25,8 @@ from ..ir.plan import Plan, PlanBody, Recipe, Side, assemble, unlimited
 from ..ir.program import Program
 from ..ir.referee import referee
 from ..ir.schedule import Run, check_levers
-from ..ir.units import parse_bytes, shorten, show_bytes
+from ..ir.units import parse_bytes, shorten
+from ..pipeline.calls import solve_calls, together
 from ..pipeline.planner import Planner, answer_of
 from .arguments import Progress, check_asked, check_dynamic, check_hooks, check_model, check_numbers, limit_tiers, traced_device
 from .kept import Asked, keep_floor, keep_plan, known_floor, known_plan
@@ -295,9 +295,7 @@ class Session:
         if planner.kept.peak <= budget or planner.known is None:
             return None
         side = self.known_plan(planner, budget, calls)
-        if side is None or side.peak + (calls - 1) * held_bytes(side.program, side.schedule) > budget:
-            return None
-        return answer_of(side, planner.bound(budget))
+        return None if side is None or together(side, calls) > budget else answer_of(side, planner.bound(budget))
 
     def search(self, budget: int, calls: int) -> Answer[Side, float]:
         """Look for the answer, and write it down.
@@ -306,48 +304,20 @@ class Session:
             BudgetError: none was found.
         """
         began = time.monotonic()
-        answer = self.solve_calls(budget, calls)
+        answer = solve_calls(self.planner, budget, calls)
         if self.planner.kept.peak > budget:
             self.keep_plan(self.planner, began, answer.found, budget, calls)
         return answer
 
     def known_plan(self, planner: Planner, budget: int, calls: int = 1) -> Side | None:
         """The fastest schedule of a planner's program that was found before: see `planner/verbs/kept.py`."""
-        asked = Asked(budget, calls, self.seed, self.solver)
-        return known_plan(
-            planner.program, self.machine, self.allowed, planner.homes, asked, planner.deadline - time.monotonic()
-        )
+        asked, left = Asked(budget, calls, self.seed, self.solver), planner.deadline - time.monotonic()
+        return known_plan(planner.program, self.machine, self.allowed, planner.homes, asked, left)
 
     def keep_plan(self, planner: Planner, began: float, side: Side, budget: int, calls: int = 1) -> None:
         """Write a schedule down as the fastest that a planner has found since it began."""
         limit = None if time.monotonic() < planner.deadline else planner.deadline - began
         keep_plan(side, self.machine, self.allowed, Asked(budget, calls, self.seed, self.solver), limit)
-
-    def solve_calls(self, budget: int, calls: int) -> Answer[Side, float]:
-        """The fastest step that fits a budget beside what others like it hold between their passes.
-
-        Raises:
-            BudgetError: none was found.
-        """
-        planner, target = self.planner, budget
-        if calls == 1:
-            return planner.solve(budget)
-        for _ in range(PLACINGS):
-            try:
-                side = planner.solve(target).found
-            except BudgetError:
-                break
-            short = side.peak + (calls - 1) * held_bytes(planner.program, side.schedule) - budget
-            if short <= 0:
-                return answer_of(side, planner.bound(budget))
-            target = min(target, side.peak) - max(short // calls, budget // 200)
-        floor = planner.floor
-        need = floor.peak + (calls - 1) * held_bytes(planner.program, floor.schedule)
-        if need <= budget:
-            return answer_of(floor, planner.bound(budget))
-        raise BudgetError(f"no schedule of {planner.program.name} fits {planner.asked}{show_bytes(budget)} ({budget} bytes) "
-                          f"with {calls} calls before one backward pass: together they need {show_bytes(need)} ({need} bytes)",
-                          need)  # fmt: skip
 
     def plan(
         self, budget: int | str | None, arena: bool = False, strategy: str | None = None, *, calls: int = 1, reserved: int = 0

@@ -6,25 +6,20 @@ fastest is taken that the referee accepts there: nothing is traced or solved.
 """
 
 import time
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from ...passes.liveness import held_bytes
-from ..cost.resized import Resized
 from ..cost.table import apply_costs
 from ..ir.errors import BudgetError, InvalidSchedule, MemplanError
-from ..ir.family import rebound
-from ..ir.plan import Plan, Side, Varying, unlimited
-from ..ir.program import Program
-from ..ir.referee import referee
-from ..ir.schedule import Run, Schedule
+from ..ir.family import Sizes
+from ..ir.plan import Plan, Side, Varying
+from ..ir.schedule import Schedule
 from ..ir.units import parse_bytes
 from ..pipeline.planner import Planner
+from ..pipeline.sized import Way, Ways
 from .session import Session
 
 if TYPE_CHECKING:
@@ -34,10 +29,8 @@ if TYPE_CHECKING:
     from ..capture.capture import Captured
     from ..capture.sized import Sized
 
-Sizes = tuple[int, ...]
 WAYS = 8  # schedules that are found at the sizes of the example
 START = 10.0  # seconds for the first two, at most
-KNOWN = 64  # sizes whose program is kept
 
 
 def plan_sizes(session: Session, budget: int | str | None, sizes: tuple[Varying, ...]) -> Plan:
@@ -77,50 +70,12 @@ def plan_sizes(session: Session, budget: int | str | None, sizes: tuple[Varying,
     return session.made(side, min(planner.base_seconds, side.time), asked, side.peak, began, recipe)
 
 
-class Way:
-    """One schedule that any size may take where the referee accepts it, and its code.
-
-    Attributes:
-        schedule: of the family's program at the sizes of the example.
-        runs: how often it runs each op.
-    """
-
-    def __init__(self, schedule: Schedule, captured: "Captured"):
-        self.schedule = schedule
-        self.captured = captured
-        self.runs = Counter(step.op for step in schedule.instructions if isinstance(step, Run))
-
-    def seconds(self, program: Program) -> float:
-        """What it takes with the costs of a program of the family."""
-        return sum(count * program.ops[op].seconds for op, count in self.runs.items())
-
-    @cached_property
-    def code(self) -> "Generated":
-        """Functions that carry it out with inputs of any size."""
-        from ...backends.eager.sizedcode import generate_sized
-
-        return generate_sized(self.captured, self.schedule)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A way at some sizes: the referee has accepted it.
-
-    Attributes:
-        way: the schedule at the sizes of the example, with its code.
-        side: the same at these sizes, and what the referee says of it.
-    """
-
-    way: Way
-    side: Side
-
-
-class SizedPlans:
+class SizedPlans(Ways):
     """Plans for every size of a model's inputs, from one session.
 
     Attributes:
         session: captured with `dynamic`.
-        ways: the schedules known.
+        sized: which sizes the capture serves.
     """
 
     def __init__(self, session: Session):
@@ -133,11 +88,13 @@ class SizedPlans:
             raise MemplanError("this session was captured for one shape: make it with dynamic=")
         self.session = session
         self.sized: Sized = session.captured.sized
-        self.machine = session.machine
-        self.program = session.planner.program
-        self.costs = Resized(self.program, session.machine, session.table)
-        self.ways: list[Way] = []
-        self.known: dict[Sizes, Program] = {self.sized.family.base: self.program}
+
+        def write(schedule: Schedule) -> "Generated":
+            from ...backends.eager.sizedcode import generate_sized
+
+            return generate_sized(session.captured, schedule)
+
+        super().__init__(session.planner, self.sized.family, session.table, write)
 
     @property
     def captured(self) -> "Captured":
@@ -176,14 +133,6 @@ class SizedPlans:
 
         return check_against(self.captured, other)
 
-    def at(self, sizes: Sizes) -> Program:
-        """The program at these sizes, with costs: measured where the table has them, else estimated."""
-        if sizes not in self.known:
-            if len(self.known) >= KNOWN:
-                self.known.pop(next(each for each in self.known if each != self.sized.family.base))
-            self.known[sizes] = self.costs.apply(self.sized.family.at(sizes))
-        return self.known[sizes]
-
     def learn(self, sizes: Sizes) -> None:
         """Measure the ops at these sizes too, so that costs at sizes between rest on both. Takes the session's time limit."""
         if self.session.table is None:
@@ -196,7 +145,22 @@ class SizedPlans:
 
     def start(self) -> None:
         """Find the schedule that keeps everything, and the smallest known."""
+        began = time.monotonic()
         self.prepare(2, START)
+        self.price = time.monotonic() - began
+
+    def search(self, planner: Planner, budget: int) -> Side:
+        """The fastest schedule that is known from before, or that a planner finds until its deadline; it is written down.
+
+        Raises:
+            BudgetError: it finds none.
+        """
+        began = time.monotonic()
+        side = self.session.known_plan(planner, budget)
+        if side is None:
+            side = super().search(planner, budget)
+            self.session.keep_plan(planner, began, side, budget)
+        return side
 
     def prepare(self, count: int = WAYS, time_limit: float | None = None) -> list[Way]:
         """Find schedules from the one that keeps everything down to the smallest known, with budgets evenly spaced between.
@@ -226,58 +190,6 @@ class SizedPlans:
         planner.deadline = float("inf")
         self.ways.sort(key=lambda way: way.seconds(self.program))
         return self.ways
-
-    def solve(self, sizes: Sizes, budget: int, time_limit: float = 10.0) -> Choice:
-        """Plan for one more size, without tracing; the schedule joins the ways.
-
-        Raises:
-            BudgetError: no schedule was found.
-        """
-        planner = self.session.planner
-        own = Planner(
-            self.at(sizes), self.machine, planner.recompute, planner.reorder, seed=planner.seed, solver=planner.solver
-        )
-        began, room = time.monotonic(), min(budget, self.machine.tiers[0].capacity)
-        own.deadline = began + time_limit
-        side = self.session.known_plan(own, room)
-        if side is None:
-            side = own.solve(room).found
-            self.session.keep_plan(own, began, side, room)
-        return Choice(self.add(rebound(side.schedule, self.at(sizes), self.program)), side)
-
-    def add(self, schedule: Schedule) -> Way:
-        """Let a schedule of the program at the sizes of the example be one of the ways.
-
-        Raises:
-            InvalidSchedule: it breaks a rule there, whatever the machine holds.
-        """
-        referee(self.program, unlimited(self.machine), schedule)
-        for way in self.ways:
-            if way.schedule.instructions == schedule.instructions:
-                return way
-        way = Way(schedule, self.captured)
-        self.ways.append(way)
-        return way
-
-    def side(self, way: Way, sizes: Sizes, budget: int | None = None) -> Side:
-        """A way at these sizes.
-
-        Raises:
-            InvalidSchedule: the referee refuses it there, within the budget.
-        """
-        program = self.at(sizes)
-        schedule = rebound(way.schedule, self.program, program)
-        return Side(program, schedule, referee(program, self.machine, schedule, budget))
-
-    def best(self, sizes: Sizes, budget: int | None = None) -> Choice | None:
-        """The fastest of the ways that the referee accepts at these sizes within the budget; None where it accepts none."""
-        program = self.at(sizes)
-        for way in sorted(self.ways, key=lambda way: way.seconds(program)):
-            try:
-                return Choice(way, self.side(way, sizes, budget))
-            except InvalidSchedule:
-                continue
-        return None
 
     def module(self, way: Way, budget: int | None = None) -> "nn.Module":
         """A planned module that runs one way, at all sizes at which the trace holds and the referee accepts it in the budget.
