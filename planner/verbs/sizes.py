@@ -5,6 +5,7 @@ keeps everything down to the smallest known. At other sizes the program is compu
 fastest is taken that the referee accepts there: nothing is traced or solved.
 """
 
+import dataclasses
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -24,7 +25,6 @@ from ..ir.program import Program
 from ..ir.referee import referee
 from ..ir.schedule import Run, Schedule
 from ..ir.units import parse_bytes
-from ..pipeline.planner import Planner
 from .session import Session
 
 if TYPE_CHECKING:
@@ -232,10 +232,7 @@ class SizedPlans:
         Raises:
             BudgetError: no schedule was found.
         """
-        planner = self.session.planner
-        own = Planner(
-            self.at(sizes), self.machine, planner.recompute, planner.reorder, seed=planner.seed, solver=planner.solver
-        )
+        own = dataclasses.replace(self.session.planner_of(self.at(sizes)), progress=None)
         own.deadline = time.monotonic() + time_limit
         side = own.solve(min(budget, self.machine.tiers[0].capacity)).found
         return Choice(self.add(rebound(side.schedule, self.at(sizes), self.program)), side)
