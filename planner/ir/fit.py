@@ -42,11 +42,12 @@ class Fit:
         budget: bytes.
         machine: what it was planned for.
         points: sizes that were planned for, in their order; the one after `largest` among them, where there is one.
-        why: what is known of the size after `largest`: `bytes`: one op, with what it reads and writes, or what is resident, takes
-            more than the budget; `order`: no schedule keeps the base orders of ops that were tried, by linear programs;
+        why: what is known of the size after `largest`: `bytes`: one op with what it reads and writes, beside what is resident,
+            takes more than the budget; `order`: no schedule keeps the base orders of ops that were tried, by linear programs;
             `search`: no schedule was found; `built`: there is no such model; `most`: no larger one was asked for.
         beyond: that in the words of an error, where the model could not be built.
-        unplanned: the largest size that eager PyTorch trains in the budget; None where each size is traced by itself.
+        unplanned: the largest size that fits as eager PyTorch runs it; 0 if that is less than 2, None where each size is traced by
+            itself.
         levers: bytes that a lever takes off the smallest step known at the size after `largest` (at `largest`, where there is
             none): those that are not allowed by what they would take off if they were, those that are by what the step would
             take without. Each is a few seconds' search: a longer one finds more.
@@ -130,8 +131,8 @@ class Fit:
         peak = f"peak {show_bytes(self.peak)} of {show_bytes(self.budget)} on {self.machine}"
         lines = [f"largest {self.over} of {self.name}: {self.largest}, {peak}", self.next]
         if self.unplanned is not None:
-            lines.append(f"unplanned: {self.unplanned}" if self.unplanned else "unplanned: not even the smallest tried fits")
-        rows = [f"{module or 'no module'} {show_bytes(size)}" for module, size in list(self.modules.items())[:MODULES]]
+            lines.append(f"unplanned: {self.unplanned or 'no size of 2 or more'}")
+        rows = [f"{module or 'the model itself'} {show_bytes(size)}" for module, size in list(self.modules.items())[:MODULES]]
         lines.append(f"at the peak of the largest most is held by {listed(rows)}")
         lines += [line for line in (self.told(self.allowed, "spared"), self.told(self.unused, "to be had")) if line]
         lines.append("times are estimated from rooflines, not measured" if self.estimated else "times rest on measured ops")
@@ -150,10 +151,8 @@ class Fit:
         point = next(point for point in self.points if point.size == after)
         known = f"the smallest schedule known takes {show_bytes(point.peak)}"
         return {
-            "bytes": f"{after} does not fit, proved: one op with what it reads and writes, beside what is resident, takes more; "
-            f"{known}",
-            "order": f"{after}: no schedule that keeps the orders of ops tried, by a linear bound, and none found in another; "
-            f"{known}",
+            "bytes": f"{after} cannot fit: one op with what it reads and writes, beside what is resident, takes more; {known}",
+            "order": f"{after}: no schedule found, and by a linear bound there is none in the orders of ops tried; {known}",
             "search": f"{after}: no schedule found; {known} ({show_share(point.peak / self.budget - 1)} more than the budget)",
         }[self.why]
 

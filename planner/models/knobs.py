@@ -43,7 +43,8 @@ def knob_of(spec: str, over: str) -> Knob | None:
     name, pairs = split_query(spec)
     config = getattr(load_model(spec, meta=True)[0], "config", None)
     if over != "layers":
-        return Knob(over, int(pairs.get(over, vars(Ours())[over])), lambda size: load_with(name, pairs, {over: size}))
+        base = int(pairs[over]) if over in pairs else vars(Ours())[over]
+        return Knob(over, base, lambda size: load_with(name, pairs, {over: size}))
     depths = depths_of(config)
     if not depths:
         raise ModelError(f"hf:{name} has no number of layers: fit it over batch")

@@ -24,7 +24,7 @@ from ...solvers.remat.bound import CutModel, find_cuts, least_seconds
 from ...solvers.remat.exact import SMALL, Master, find_slots
 from ...solvers.remat.memo_rule import memo
 from ...solvers.remat.problem import events_of, score
-from ...solvers.remat.search import NOTHING, MultiStart
+from ...solvers.remat.search import EXACT, NOTHING, MultiStart
 from ...solvers.remat.segments import find_segments
 from ..ir.errors import BudgetError, InvalidSchedule, MemplanError
 from ..ir.machine import Machine
@@ -37,6 +37,7 @@ from .peak import at_peak
 from .ways import orders_of, others_of
 
 Progress = Callable[[str, float], None]
+LEAST_EXACT = 0.1  # seconds for a round of the integer program, where time is short
 WORTH = 0.005  # of the time of a step: what moving has to save, for the price of a copy is known less well than that of an op
 
 
@@ -130,8 +131,16 @@ class Planner:
     def search(self) -> MultiStart:
         """What looks for solutions."""
         known = [] if self.memo_solution is None else [self.memo_solution]
+        left = min(max((self.deadline - time.monotonic()) / 4, LEAST_EXACT), EXACT) if self.hurried else EXACT
         return MultiStart(
-            self.master, self.recompute, known, self.effort, self.seed, lambda: time.monotonic() > self.deadline, self.tell
+            self.master,
+            self.recompute,
+            known,
+            self.effort,
+            self.seed,
+            lambda: time.monotonic() > self.deadline,
+            self.tell,
+            left,
         )
 
     @cached_property
@@ -261,10 +270,17 @@ class Planner:
         Raises:
             BudgetError: none was found; the message has the smallest budget known to work and what sets it.
         """
+        found = self.within(budget)
+        if found is None:
+            raise self.refuse(budget, self.floor if self.recompute or self.moves else self.kept)
+        return found
+
+    def within(self, budget: int) -> Answer[Side, float] | None:
+        """The same; None where none was found."""
         if self.kept.peak <= budget:
             return answer_of(self.kept, self.base_seconds)
         if not self.recompute and not self.moves:
-            raise self.refuse(budget, self.kept)
+            return None
         self.tell("bounding", 0.0)
         bound = self.bound(budget)
         side = self.fastest(budget, bound, self.is_met(budget))
@@ -272,9 +288,7 @@ class Planner:
             side, bound = self.faster(way, budget, side, bound)
         if side is None and self.known is not None and self.known.peak <= budget:
             side, bound = self.known, min(bound, self.known.time)
-        if side is None:
-            raise self.refuse(budget, self.floor)
-        return answer_of(side, bound)
+        return None if side is None else answer_of(side, bound)
 
     def is_met(self, budget: int) -> bool:
         """Whether nothing need be found once the time is up."""

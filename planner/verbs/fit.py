@@ -154,7 +154,8 @@ def made_of(model: Any, args: tuple, kwargs: Mapping[str, Any] | None, over: Any
     if over == "layers":
         raise MemplanError(f"over='layers': {named} has a depth of its own: give a function from a number of layers to "
                            "(model, args)")  # fmt: skip
-    return resized(model, tuple(args), dict(kwargs or {}), over)
+    module: Any = model
+    return resized(module, tuple(args), dict(kwargs or {}), over)
 
 
 def loaded(made: Any) -> Any:
@@ -165,7 +166,9 @@ def loaded(made: Any) -> Any:
     """
     parts = (*made, {}) if isinstance(made, tuple) and len(made) == 2 else made
     if not isinstance(parts, tuple) or len(parts) != 3:
-        raise MemplanError(f"a function from sizes to models returns (model, args) or (model, args, kwargs), not {shorten(made)}")
+        raise MemplanError(
+            f"a function from sizes to models returns (model, args) or (model, args, kwargs), not {shorten(made)}"
+        )
     return parts
 
 
@@ -190,16 +193,16 @@ class _Fitting:
             if again == largest:
                 break
             largest = again
-        after = self.search.trials.get(largest + 1)
-        why = "most" if after is None else after.why or "search"
+        after = self.search.trials[largest + 1]
+        why = after.why or "search"
         self.tell("planning for single sizes", 0.0)
         found = list(self.made_points(largest))
         side, step = found[-1][1], self.steps.at(largest)
         rows = [point for point, _ in found]
-        if after is not None and after.side is not None:
+        if after.side is not None:
             rows.append(self.point(largest + 1, after.side, False))
         self.tell("looking for what levers give", 0.0)
-        levers = self.levers(largest + (after is not None and after.side is not None))
+        levers = self.levers(largest + (after.side is not None))
         runs = [each.op for each in side.schedule.instructions if isinstance(each, Run)]
         return Fit(
             name=step.planner.program.name,
@@ -238,7 +241,8 @@ class _Fitting:
         sizes = {1 + (largest - 1) * at // count for at in range(count)} | {LEAST, largest}
         if self.steps.plans is None:
             sizes = {size for size, trial in self.search.trials.items() if trial.fits} | {largest}
-        wanted = sorted(size for size in sizes if size == largest or (size < largest and self.steps.is_cheap(size)))[-self.points :]
+        smaller = sorted(size for size in sizes if size < largest and self.steps.is_cheap(size))
+        wanted = [*smaller, largest][-self.points :]
         found: dict[int, Side] = {}
         for size in reversed(wanted):  # the largest matters most, and its schedules serve the others
             self.tell("planning for single sizes", len(found) / len(wanted))
@@ -286,8 +290,11 @@ class _Fitting:
         step = self.steps.at(size)
         planner, traced = step.planner, step.session.captured.traced
         trial = self.search.trials.get(size)
-        known = [side.peak for side in self.search.replays(size, None)]
-        now = min([*known, self.floor(in_one_order(planner, traced)), *([trial.side.peak] if trial and trial.side else [])])
+        known: list[int] = [side.peak for side in self.search.replays(size, None)]
+        known.append(self.floor(in_one_order(planner, traced)))
+        if trial is not None and trial.side is not None:
+            known.append(trial.side.peak)
+        now = min(known)
         ways = ways_beyond(planner, traced, step.session.captured.counted, self.machine.device)
         found = {name: now - self.floor(in_one_order(way(planner), traced)) for name, way in ways.items()}
         for name in sorted(step.session.allowed):

@@ -1,8 +1,8 @@
 """The largest size whose step has a schedule within a budget.
 
-A schedule of one size is one of another where both have the same ops (`planner/ir/family.py`); the referee says in a tenth of a
-second whether it fits there. So the sizes that the schedules known reach are found by doubling and halving, and only beyond them
-is anything searched. Where each size has ops of its own, as with depth, each is traced; bytes then grow by a layer's for each
+A schedule of one size is one of another where both have the same ops (`planner/ir/family.py`); the referee says in a tenth of
+a second whether it fits there. So the sizes that the schedules known reach are found by doubling and halving, and only beyond
+them is anything searched. Where each size has ops of its own, as with depth, each is traced; bytes then grow by a layer's for each
 layer, and the next size to try follows from two that are known.
 
 Both take it that what fits at one size fits at any smaller. That is looked at again in the end, at sizes behind the boundary
@@ -30,8 +30,8 @@ ROUND = (8, 64)  # multiples that kernels pad to
 AGAIN = 3  # times that the search goes on from a size behind the boundary
 FAR = 32  # times the largest size known, to which bytes are extrapolated
 STRAIGHT = 4  # sizes found by lines, before a bracket is halved
-SHORT = 1.0  # seconds of search for a size, at least
-PART, FIRST, LAST = 1 / 10, 1 / 5, 1 / 5  # of the time: for a size, for the smallest of the first, for that after the largest
+SHORT = 0.25  # seconds of search for a size, at least
+PART, LAST = 1 / 10, 1 / 5  # of the time: for a size, and for the one after the largest
 PROVED = 1.0  # seconds for the smallest schedule of a size that cannot fit
 
 
@@ -40,7 +40,7 @@ class Trial:
     """What is known of a size.
 
     Attributes:
-        side: a schedule within the budget, or the smallest known; None where there is no model of this size.
+        side: a schedule within the budget, or the smallest known, where that was asked for; None where there is no such model.
         why: why it does not fit; empty where it does.
     """
 
@@ -92,21 +92,21 @@ class FitSearch:
         return low
 
     def settled(self, low: int) -> int:
-        """The boundary, whose next size has been searched for longer."""
+        """The boundary, whose next size has been searched for longer, and for the smallest schedule."""
         while True:
             low = self.climb(low)
-            if low == 0:
-                raise self.refusal()
-            trial = self.trials.get(low + 1)
-            if trial is None or trial.why != "search" or not self.searched(low + 1, self.seconds * LAST).fits:
-                return low
+            if not self.searched(low + 1, self.seconds * LAST, True).fits:
+                break
             low += 1
+        if low == 0:
+            raise self.refusal()
+        return low
 
-    def refusal(self) -> BudgetError:
+    def refusal(self) -> MemplanError:
         """The error where nothing fits."""
         trial = self.trials[1]
         if trial.side is None:
-            raise MemplanError(self.beyond[1])
+            return MemplanError(self.beyond.get(1, f"{self.steps.over} 1 does not fit"))
         error = self.steps.at(1).planner.refuse(self.limit, trial.side)
         return BudgetError(f"at {self.steps.over} 1: {error}", error.minimum)
 
@@ -115,13 +115,10 @@ class FitSearch:
     def by_replay(self, base: int) -> int:
         """The largest size that the schedules of the first reach; 0 for none."""
         start = min(max(base, LEAST), self.most)
-        trial = self.searched(start, self.part)
-        if trial.side is not None:
-            planner = self.steps.at(start).planner
-            self.add(planner.kept)
-            planner.deadline = time.monotonic() + self.seconds * FIRST
-            self.add(planner.quick_floor)
-        return self.reach(start, None) if trial.fits else self.halve(0, start)
+        fits = self.searched(start, self.part, True).fits
+        if fits:
+            self.add(self.steps.at(start).planner.kept)
+        return self.reach(start, None) if fits else self.halve(0, start)
 
     def reach(self, low: int, high: int | None) -> int:
         """The largest size that the schedules known reach, in steps that double, then by halving.
@@ -155,17 +152,14 @@ class FitSearch:
         return (size in self.trials and self.trials[size].fits) or next(self.replays(size, self.limit), None) is not None
 
     def climb(self, low: int) -> int:
-        """The largest size that a search finds a schedule for, from one that fits: single sizes first, then larger steps."""
+        """The largest size that a search finds a schedule for, from one that fits: twice as large, then by halving."""
         high = min((size for size, trial in self.trials.items() if not trial.fits and size > low), default=self.most + 1)
-        step = 1
         while high - low > 1:
-            size = min(low + step, high - 1)
+            size = min(2 * low, high - 1) if high > self.most and low else (low + high) // 2
             if self.searched(size, self.part).fits:
                 low = self.reach(size, high) if self.steps.is_cheap(size) else size
-                step *= 2
             else:
                 high = size
-                step = max(1, (high - low) // 2)
         return low
 
     def behind(self, low: int) -> set[int]:
@@ -180,7 +174,7 @@ class FitSearch:
         known: dict[int, int] = {}
         size = min(base, LEAST) if self.steps.over == "layers" else base
         while high - low > 1:
-            trial = self.searched(size, self.part)
+            trial = self.searched(size, self.part, True)
             if trial.side is not None:
                 planner = self.steps.at(size).planner
                 planner.deadline = time.monotonic() + self.part / 2
@@ -218,29 +212,40 @@ class FitSearch:
             return False
         return True
 
-    def searched(self, size: int, seconds: float) -> Trial:
-        """A schedule within the budget at a size, or the smallest found."""
-        self.trials[size] = trial = self.search(size, seconds) if self.is_built(size) else Trial(None, "built")
+    def searched(self, size: int, seconds: float, smallest: bool = False) -> Trial:
+        """What a search says of a size.
+
+        Args:
+            size: which.
+            seconds: for it.
+            smallest: look for the smallest schedule, where none fits.
+        """
+        there = self.is_built(size)
+        trial = self.search(size, seconds, smallest) if there else Trial(None, "most" if size > self.most else "built")
+        self.trials[size] = trial
         if trial.side is not None:
             self.add(trial.side)
         return trial
 
-    def search(self, size: int, seconds: float) -> Trial:
+    def search(self, size: int, seconds: float, smallest: bool) -> Trial:
         """The same, of a model that there is."""
-        planner = self.steps.at(size).planner
         known = next(self.replays(size, self.limit), None)
         if known is not None:
             return Trial(known, None)
+        planner = self.steps.at(size).planner
         planner.known = min(self.replays(size, None), key=lambda side: side.peak, default=None)
         proved = least_of(planner.flat.problem) > self.limit
         planner.deadline = time.monotonic() + (PROVED if proved else seconds)
         if not proved:
-            try:
-                return Trial(planner.solve(self.limit).found, None)
-            except BudgetError:
-                pass
-        smallest = planner.quick_floor if proved else planner.floor
-        return Trial(smallest, "bytes" if proved else "order" if self.no_order(planner) else "search")
+            answer = planner.within(self.limit)
+            if answer is not None:
+                return Trial(answer.found, None)
+        why = "bytes" if proved else "search"
+        if not smallest:
+            return Trial(None, why)
+        if not proved and self.no_order(planner):
+            why = "order"
+        return Trial(planner.quick_floor if proved else planner.floor, why)
 
     def no_order(self, planner: Planner) -> bool:
         """Whether linear programs say of every base order that was tried that no schedule keeps it."""

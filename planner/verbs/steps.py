@@ -65,20 +65,20 @@ class Steps:
         self.traces, self.capture_seconds = 0, 0.0
         self.first = base
         low = max(base, LEAST)
-        models = [make(low)]
+        one = make(low)
         try:
-            models.append(make(low + 1))
+            other = make(low + 1)
         except MemplanError:  # there are no more positions, say: the one before is there to compare with
             low -= 1
-            models.insert(0, make(low))
-        self.model = models[0]  # held as long as its traces
-        dims = varying_dims(*models, low)
+            one, other = make(low), one
+        self.model = one  # held as long as its traces
+        dims = varying_dims(one, other, low)
         if dims == {}:
             raise MemplanError(f"the model has no {over}: neither its parameters nor its inputs change with it")
         if dims is not None and low >= LEAST:
             dynamic = {leaf: dict.fromkeys(axes, over) for leaf, axes in dims.items()}
             try:
-                self.plans = SizedPlans(self.trace(models[0], dynamic=dynamic))
+                self.plans = SizedPlans(self.trace(one, dynamic=dynamic))
             except CaptureError:  # it does something else at each size
                 self.plans = None
 
