@@ -46,8 +46,7 @@ class Fit:
             takes more than the budget; `order`: no schedule keeps the base orders of ops that were tried, by linear programs;
             `search`: no schedule was found; `built`: there is no such model; `most`: no larger one was asked for.
         beyond: that in the words of an error, where the model could not be built.
-        unplanned: the largest size that fits as eager PyTorch runs it; 0 if that is less than 2, None where each size is traced by
-            itself.
+        unplanned: the largest size that fits as eager PyTorch runs it; 0 if less than 2, None where each size is traced.
         levers: bytes that a lever takes off the smallest step known at the size after `largest` (at `largest`, where there is
             none): those that are not allowed by what they would take off if they were, those that are by what the step would
             take without. Each is a few seconds' search: a longer one finds more.

@@ -2,8 +2,8 @@
 
 A schedule of one size is one of another where both have the same ops (`planner/ir/family.py`); the referee says in a tenth of
 a second whether it fits there. So the sizes that the schedules known reach are found by doubling and halving, and only beyond
-them is anything searched. Where each size has ops of its own, as with depth, each is traced; bytes then grow by a layer's for each
-layer, and the next size to try follows from two that are known.
+them is anything searched. Where each size has ops of its own, as with depth, each is traced; bytes then grow by a layer's for
+each layer, and the next size to try follows from two that are known.
 
 Both take it that what fits at one size fits at any smaller. That is looked at again in the end, at sizes behind the boundary
 that kernels like better.
