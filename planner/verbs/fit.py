@@ -310,7 +310,9 @@ class _Fitting:
         problem, peaks = planner.flat.problem, [estimate(planner)]
         if planner.recompute and not planner.homes:
             least = max(least_of(problem), self.budget // 2)
-            for target in (self.budget, (least + self.budget) // 2):
+            targets = [self.budget, (least + self.budget) // 2]
+            while targets and targets[0] < min(peaks) and time.monotonic() < planner.deadline:
+                target = targets.pop(0)
                 peaks += [score(problem, each, 0).peak for each in planner.search.starts(target)]
         _ = planner.search.smallest
         return min(*peaks, estimate(planner))
