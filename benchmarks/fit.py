@@ -119,7 +119,7 @@ def render(results: Results, path: Path) -> None:
         "Written by `python -m memplan.benchmarks.fit --render`. The budget is what eager's step is predicted to take at the "
         "model's own batch; the largest batch is `memplan fit`'s; then both it and the next one were planned and trained, the "
         "next one by the smallest schedule known where none fits. Sizes are MiB; seconds are those of `fit`, tracing and "
-        "measuring included."
+        "measuring included, on a machine that other work held too."
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join([*lines, *markdown(heads, rows)]).rstrip() + "\n")

@@ -152,10 +152,15 @@ class FitSearch:
         return (size in self.trials and self.trials[size].fits) or next(self.replays(size, self.limit), None) is not None
 
     def climb(self, low: int) -> int:
-        """The largest size that a search finds a schedule for, from one that fits: twice as large, then by halving."""
+        """The largest size that a search finds a schedule for, from one that fits: twice as large, then by halving.
+
+        When the time is up the size after the one known is tried, so that something is said of it, and no larger ones.
+        """
         high = min((size for size, trial in self.trials.items() if not trial.fits and size > low), default=self.most + 1)
         while high - low > 1:
             size = min(2 * low, high - 1) if high > self.most and low else (low + high) // 2
+            if low and time.monotonic() > self.ends:
+                size = low + 1  # the next one is tried, whatever the time
             if self.searched(size, self.part).fits:
                 low = self.reach(size, high) if self.steps.is_cheap(size) else size
             else:
