@@ -60,7 +60,7 @@ class FitSearch:
         steps: at every size.
         limit: bytes.
         most: the largest size asked for.
-        seconds: of search, at most; a size that has begun is ended.
+        seconds: of search; then what is left of the halving is searched in as little time as can be.
         trials: what was searched, by size.
         beyond: why a size cannot be built.
         ways: schedules known, each with its program.
@@ -154,13 +154,11 @@ class FitSearch:
     def climb(self, low: int) -> int:
         """The largest size that a search finds a schedule for, from one that fits: twice as large, then by halving.
 
-        When the time is up the size after the one known is tried, so that something is said of it, and no larger ones.
+        It goes on when the time is up, in shorter searches, until the size after the largest has been tried.
         """
         high = min((size for size, trial in self.trials.items() if not trial.fits and size > low), default=self.most + 1)
         while high - low > 1:
             size = min(2 * low, high - 1) if high > self.most and low else (low + high) // 2
-            if low and time.monotonic() > self.ends:
-                size = low + 1  # the next one is tried, whatever the time
             if self.searched(size, self.part).fits:
                 low = self.reach(size, high) if self.steps.is_cheap(size) else size
             else:
