@@ -7,9 +7,10 @@
     model = plan.apply(model)  # an nn.Module: same call, same numbers, same parameters
 
 `plan` and `Plan` are the place to begin: help(memplan.plan), help(memplan.Plan). `load` reads a plan that `Plan.save` wrote,
-`map_model` is for accelerators with a scratchpad, `bring_back` for parameters that a plan keeps elsewhere. What is refused is a
-`MemplanError`: a `BudgetError` (its `.minimum` is the smallest budget known to work), a `CaptureError`, a `MachineError`, a
-`PlanMismatch`, an `InvalidSchedule`. `Program`, `Machine`, `Schedule` and `referee` are the parts of a plan. On the command
+`fit` says which batches, sequences and depths train within a budget, `map_model` is for accelerators with a scratchpad,
+`bring_back` for parameters that a plan keeps elsewhere. What is refused is a `MemplanError`: a `BudgetError` (its `.minimum` is
+the smallest budget known to work), a `CaptureError`, a `MachineError`, a `PlanMismatch`, an `InvalidSchedule`. `Program`,
+`Machine`, `Schedule` and `referee` are the parts of a plan. On the command
 line: `memplan -h`, or `python -m memplan -h`.
 """
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from memplan.planner.ir.errors import MemplanWarning as MemplanWarning
     from memplan.planner.ir.errors import PlanMismatch as PlanMismatch
     from memplan.planner.ir.errors import UnplannedWarning as UnplannedWarning
+    from memplan.planner.ir.fit import Fit as Fit
     from memplan.planner.ir.machine import Machine as Machine
     from memplan.planner.ir.machine import load_machine as load_machine
     from memplan.planner.ir.plan import Plan as Plan
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from memplan.planner.ir.program import Program as Program
     from memplan.planner.ir.referee import referee as referee
     from memplan.planner.ir.schedule import Schedule as Schedule
+    from memplan.planner.verbs.fit import fit as fit
     from memplan.planner.verbs.map import map_model as map_model
     from memplan.planner.verbs.plan import plan as plan
     from memplan.planner.verbs.plan import sweep as sweep
@@ -42,10 +45,12 @@ if TYPE_CHECKING:
 _FACE = {
     "plan": "planner.verbs.plan",
     "sweep": "planner.verbs.plan",
+    "fit": "planner.verbs.fit",
     "within": "planner.verbs.within",
     "map_model": "planner.verbs.map",
     "Plan": "planner.ir.plan",
     "load": "planner.ir.plan",
+    "Fit": "planner.ir.fit",
     "Machine": "planner.ir.machine",
     "load_machine": "planner.ir.machine",
     "Program": "planner.ir.program",

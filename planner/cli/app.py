@@ -19,6 +19,7 @@ from .alloc import alloc
 from .cache import cache
 from .calibrate import calibrate
 from .check import check
+from .fit import fit
 from .flags import in_flags
 from .machines import machines
 from .map import map_
@@ -39,7 +40,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (plan, show, check, run, sweep, machines, calibrate, alloc, cache):
+for command in (plan, fit, show, check, run, sweep, machines, calibrate, cache, alloc):
     app.command()(command)
 app.command(name="map")(map_)
 

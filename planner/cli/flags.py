@@ -8,9 +8,11 @@ import re
 # Arguments of the API that have a flag of another name, or none; all others are spelled with hyphens.
 SWITCHES = ("optimizer_in_backward", "lend_gradients", "arena", "recompute", "weights")
 VALUES = (
-    "allow", "bits", "budget", "host_budget", "machine", "optimizer", "scratchpad", "seed", "solver", "strategy", "time_limit",
+    "allow", "bits", "budget", "host_budget", "machine", "most", "optimizer", "over", "points", "scratchpad", "seed", "solver",
+    "strategy", "time_limit",
 )  # fmt: skip
 PHRASES = (
+    (r": give a function from [^:;]* to \(model, args\)", ": write a factory that takes it as an argument"),
     (r"pass loss=, a function from the output to a scalar, or labels", "return a scalar, or pass labels"),
     (r"plan with loss=, a function from the output to the scalar you differentiate", "let the model return its loss"),
     (

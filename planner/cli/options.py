@@ -42,10 +42,25 @@ class Rule(StrEnum):
     MEMO = "memo"
 
 
+class Over(StrEnum):
+    """Sizes of a model."""
+
+    BATCH = "batch"
+    SEQ = "seq"
+    LAYERS = "layers"
+
+
 def readable(budget: str | None) -> str | None:
     """A budget that can be read, known before the model is loaded. A percentage is of a peak that is not known yet."""
     if budget is not None:
         parse_bytes(budget, of=2**40)
+    return budget
+
+
+def whole_budget(budget: str | None) -> str | None:
+    """The same of a budget for many sizes: a percentage is of nothing."""
+    if budget is not None:
+        parse_bytes(budget)
     return budget
 
 
@@ -142,6 +157,11 @@ def solver(help: str) -> Any:
     return typer.Option("--solver", metavar="NAME", help=help, callback=a_solver, autocompletion=complete_solver)
 
 
+def searching(help: str) -> Any:
+    """The option that limits a search."""
+    return typer.Option("--time-limit", metavar="SECONDS", help=help, min=0.0, callback=a_number)
+
+
 def starting_with(names: list[str], incomplete: str) -> list[str]:
     """Those that a shell may complete a word to."""
     return [name for name in names if name.startswith(incomplete)]
@@ -218,9 +238,7 @@ TimeLimit = Annotated[
     float,
     typer.Option(metavar="SECONDS", help="At most, for measuring and planning together.", min=0.0, callback=a_number),
 ]
-SearchLimit = Annotated[
-    float, typer.Option("--time-limit", metavar="SECONDS", help="Of search, at most.", min=0.0, callback=a_number)
-]
+SearchLimit = Annotated[float, searching("Of search, at most.")]
 Seed = Annotated[int, typer.Option(metavar="NUMBER", help="Of the search: the same seed, the same plan.", min=0, max=2**31 - 1)]
 Solver = Annotated[str | None, solver(f"Of integer programs: {', '.join(NAMES)}; left out: {NAMES[0]}.")]
 Strategy = Annotated[Rule | None, typer.Option(help="MEMO's own rule of offload, to compare with; left out: the fastest plan.")]

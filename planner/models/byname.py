@@ -37,12 +37,20 @@ def load_model(spec: str, *, meta: bool) -> Loaded:
     """
     if check_spec(spec).startswith("hf:"):
         return load_transformers(spec, meta=meta)
-    place, _, name = spec.rpartition(":")
-    factory = find_factory(place, name)
-    check_factory(spec, factory)
+    return load_factory(spec)
+
+
+def load_factory(spec: str, **sizes: int) -> Loaded:
+    """What a factory makes, with sizes among its arguments.
+
+    Raises:
+        ModelError: it asks for others, fails, or returns something else.
+    """
+    factory = factory_of(spec)
+    check_factory(spec, factory, **sizes)
     torch.manual_seed(0)
     with one_line(spec):
-        result = factory()
+        result = factory(**sizes)
     parts = result if isinstance(result, tuple) else (result,)
     if len(parts) == 2:
         parts = (*parts, {})
@@ -53,14 +61,20 @@ def load_model(spec: str, *, meta: bool) -> Loaded:
     return model, tuple(args), kwargs
 
 
-def check_factory(spec: str, factory: Callable[..., Any]) -> None:
-    """Refuse a factory that cannot be called without arguments.
+def factory_of(spec: str) -> Callable[..., Any]:
+    """The function that a name which is no `hf:` names."""
+    place, _, name = spec.rpartition(":")
+    return find_factory(place, name)
+
+
+def check_factory(spec: str, factory: Callable[..., Any], **sizes: int) -> None:
+    """Refuse a factory that cannot be called with these arguments alone.
 
     Raises:
         ModelError: what it asks for.
     """
     try:
-        inspect.signature(factory).bind()
+        inspect.signature(factory).bind(**sizes)
     except TypeError as error:
         raise ModelError(f"{spec}: {error}; a factory takes no arguments, and returns (model, args)") from None
     except ValueError:  # no signature is known of some built-in ones
@@ -160,12 +174,21 @@ class Ours:
 
 def tokens(config: Any, ours: Ours) -> Tensor:
     """Random token ids of shape (batch, seq), no longer than a table of learned positions."""
+    check_positions(config, ours.seq)
+    return torch.randint(text_part(config).vocab_size, (ours.batch, ours.seq))
+
+
+def check_positions(config: Any, seq: int) -> None:
+    """Refuse a sequence that is longer than a table of learned positions, where the configuration has one.
+
+    Raises:
+        ModelError: how long it may be.
+    """
     text = text_part(config)
     most = getattr(text, "max_position_embeddings", None)
-    if not getattr(text, "rope_parameters", None) and isinstance(most, int) and 0 < most < ours.seq:
+    if not getattr(text, "rope_parameters", None) and isinstance(most, int) and 0 < most < seq:
         remedy = "lower seq or raise max_position_embeddings"
-        raise ModelError(f"seq={ours.seq} is longer than the {most} positions of the model: {remedy}")
-    return torch.randint(text.vocab_size, (ours.batch, ours.seq))
+        raise ModelError(f"seq={seq} is longer than the {most} positions of the model: {remedy}")
 
 
 def text_part(config: Any) -> Any:
@@ -198,6 +221,10 @@ def speech_inputs(config: Any, ours: Ours) -> dict[str, Tensor]:
     return {"input_features": frames, "labels": tokens(config, ours)}
 
 
+# How many layers there are, by the names that configurations have for it: known when a configuration is made, for some make
+# lists then that have an entry for each layer.
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
+
 # In order of preference. A model type takes the first task that knows it.
 MODELS = "transformers.models.auto.modeling_auto"
 TASKS = (
@@ -225,7 +252,7 @@ def load_transformers(spec: str, *, meta: bool) -> Loaded:
     if min(ours.batch, ours.seq) < 1 or ours.image < 0:
         raise ModelError("batch, seq and image must be positive")
     with one_line(spec):
-        config = configured(transformers.AutoConfig.for_model(name), name, pairs)
+        config = configured(plain(transformers.AutoConfig, name, pairs), name, pairs)
         torch.manual_seed(0)
         with torch.device("meta" if meta else "cpu"):
             model = getattr(transformers, task.heads).from_config(config, dtype=ours.element).train()
@@ -233,6 +260,13 @@ def load_transformers(spec: str, *, meta: bool) -> Loaded:
     if task.loss is not None:
         model.loss_type = task.loss
     return model, (), inputs
+
+
+def plain(configurations: Any, name: str, overrides: dict[str, str]) -> Any:
+    """The configuration with no other override than its depth, for which it makes its lists of layers."""
+    known = settings_of(configurations.for_model(name))
+    depths = {key: int(overrides[key]) for key in DEPTHS if key in known and overrides.get(key, "").isdecimal()}
+    return configurations.for_model(name, **depths)
 
 
 def configured(config: Any, name: str, overrides: dict[str, str]) -> Any:

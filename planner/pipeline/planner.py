@@ -24,18 +24,20 @@ from ...solvers.remat.bound import CutModel, find_cuts, least_seconds
 from ...solvers.remat.exact import SMALL, Master, find_slots
 from ...solvers.remat.memo_rule import memo
 from ...solvers.remat.problem import events_of, score
-from ...solvers.remat.search import NOTHING, MultiStart
+from ...solvers.remat.search import EXACT, NOTHING, MultiStart
 from ...solvers.remat.segments import find_segments
 from ..ir.errors import BudgetError, InvalidSchedule, MemplanError
 from ..ir.machine import Machine
 from ..ir.plan import Side, as_eager, unlimited
 from ..ir.program import Program
-from ..ir.referee import Report, referee
-from ..ir.schedule import Free, Run, Start
+from ..ir.referee import referee
+from ..ir.schedule import Start
 from ..ir.units import show_bytes
+from .peak import at_peak
 from .ways import orders_of, others_of
 
 Progress = Callable[[str, float], None]
+LEAST_EXACT = 0.1  # seconds for a round of the integer program, where time is short
 WORTH = 0.005  # of the time of a step: what moving has to save, for the price of a copy is known less well than that of an op
 
 
@@ -56,6 +58,7 @@ class Planner:
         known: a schedule of the program that was found before.
         asked: the budget in the user's words, for an error.
         solver: of the integer programs; default: HiGHS.
+        hurried: a budget is given up when the time is up; else it is searched for until every start has been tried.
     """
 
     program: Program
@@ -72,6 +75,7 @@ class Planner:
     known: Side | None = None
     asked: str = ""
     solver: str | None = None
+    hurried: bool = False
 
     def __post_init__(self) -> None:
         self.homes = self.homes if self.moves else ()
@@ -127,8 +131,16 @@ class Planner:
     def search(self) -> MultiStart:
         """What looks for solutions."""
         known = [] if self.memo_solution is None else [self.memo_solution]
+        left = min(max((self.deadline - time.monotonic()) / 4, LEAST_EXACT), EXACT) if self.hurried else EXACT
         return MultiStart(
-            self.master, self.recompute, known, self.effort, self.seed, lambda: time.monotonic() > self.deadline, self.tell
+            self.master,
+            self.recompute,
+            known,
+            self.effort,
+            self.seed,
+            lambda: time.monotonic() > self.deadline,
+            self.tell,
+            left,
         )
 
     @cached_property
@@ -258,20 +270,29 @@ class Planner:
         Raises:
             BudgetError: none was found; the message has the smallest budget known to work and what sets it.
         """
+        found = self.within(budget)
+        if found is None:
+            raise self.refuse(budget, self.floor if self.recompute or self.moves else self.kept)
+        return found
+
+    def within(self, budget: int) -> Answer[Side, float] | None:
+        """The same; None where none was found."""
         if self.kept.peak <= budget:
             return answer_of(self.kept, self.base_seconds)
         if not self.recompute and not self.moves:
-            raise self.refuse(budget, self.kept)
+            return None
         self.tell("bounding", 0.0)
         bound = self.bound(budget)
-        side = self.fastest(budget, bound, self.known is not None and self.known.peak <= budget)
+        side = self.fastest(budget, bound, self.is_met(budget))
         for way in self.others:
             side, bound = self.faster(way, budget, side, bound)
         if side is None and self.known is not None and self.known.peak <= budget:
             side, bound = self.known, min(bound, self.known.time)
-        if side is None:
-            raise self.refuse(budget, self.floor)
-        return answer_of(side, bound)
+        return None if side is None else answer_of(side, bound)
+
+    def is_met(self, budget: int) -> bool:
+        """Whether nothing need be found once the time is up."""
+        return self.hurried or (self.known is not None and self.known.peak <= budget)
 
     def faster(self, way: "Planner", budget: int, side: Side | None, bound: float) -> tuple[Side | None, float]:
         """The better of what is known and what another planner finds, with its bound: asked where it can be better."""
@@ -282,7 +303,7 @@ class Planner:
         margin = WORTH if len(self.program.ops) > SMALL else 0.0
         if side is not None and least >= side.time * (1 - margin):
             return side, bound
-        found = way.fastest(budget, least, side is not None or (self.known is not None and self.known.peak <= budget))
+        found = way.fastest(budget, least, side is not None or self.is_met(budget))
         if found is None or (side is not None and found.time >= side.time):
             return side, bound
         return found, least
@@ -330,24 +351,3 @@ class Planner:
 def answer_of(side: Side, bound: float) -> Answer[Side, float]:
     """A schedule within a budget, and seconds that none is faster than."""
     return Answer(Status.OPTIMAL if side.time <= bound else Status.FEASIBLE, min(bound, side.time), side)
-
-
-def at_peak(program: Program, side: Side) -> list[tuple[str, int]]:
-    """What is live at a schedule's peak, largest first: (name, bytes), workspace included."""
-    report: Report = side.report
-    worst = int(np.argmax(report.timeline))
-    live = {buffer for buffer, op in enumerate(program.producer) if op < 0} - dict(side.schedule.homes).keys()
-    extra = 0
-    for step in side.schedule.instructions[: worst + 1]:
-        if isinstance(step, Run):
-            op = program.ops[step.op]
-            done = side.schedule.instructions[worst] is not step
-            live |= set(step.keep if done else op.writes)
-            live -= {old for _, old in step.reuse}
-            extra = op.workspace
-        elif isinstance(step, Start):
-            live.add(step.buffer)  # a copy out is of what is there
-        elif isinstance(step, Free) and step.tier == 0:
-            live.discard(step.buffer)
-    rows = [(program.buffers[buffer].name, program.buffers[buffer].bytes) for buffer in live]
-    return sorted([*rows, ("workspace", extra)], key=lambda row: -row[1])

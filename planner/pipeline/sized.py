@@ -104,13 +104,15 @@ class Ways:
         Raises:
             BudgetError: no schedule was found.
         """
-        planner = self.planner
-        own = Planner(
-            self.at(sizes), self.machine, planner.recompute, planner.reorder, seed=planner.seed, solver=planner.solver
-        )
+        own = self.planner_of(sizes)
         own.deadline = time.monotonic() + time_limit
         side = self.search(own, min(budget, self.machine.tiers[0].capacity))
         return Choice(self.add(rebound(side.schedule, self.at(sizes), self.program)), side)
+
+    def planner_of(self, sizes: Sizes) -> Planner:
+        """What plans the program at some sizes."""
+        base = self.planner
+        return Planner(self.at(sizes), self.machine, base.recompute, base.reorder, seed=base.seed, solver=base.solver)
 
     def search(self, planner: Planner, budget: int) -> Side:
         """The fastest schedule that a planner finds until its deadline.

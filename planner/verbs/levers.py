@@ -58,6 +58,25 @@ def levers_beyond(planner: Planner, traced: "Traced", optimizer: Any, device: st
         optimizer: what was counted of it: its update is the last op of the program, or runs in backward; None for none.
         device: the type of device that the step is for.
     """
+    ways = ways_beyond(planner, traced, optimizer, device)
+    found: dict[str, int] = {}
+    for names in subsets(list(ways)):
+        changed = planner
+        for name in names:
+            changed = ways[name](changed)
+        found[" and ".join(names)] = estimate(in_one_order(changed, traced))
+    return found
+
+
+def ways_beyond(planner: Planner, traced: "Traced", optimizer: Any, device: str) -> dict[str, Callable[[Planner], Planner]]:
+    """What a planner may not do yet: the name of a lever -> a planner that may.
+
+    Args:
+        planner: see `levers_beyond`, as the others.
+        traced: likewise.
+        optimizer: likewise.
+        device: likewise.
+    """
     ways: dict[str, Callable[[Planner], Planner]] = {}
     if not planner.recompute:
         ways["recompute"] = lambda each: dataclasses.replace(each, recompute=True)
@@ -67,13 +86,7 @@ def levers_beyond(planner: Planner, traced: "Traced", optimizer: Any, device: st
         ways[IN_BACKWARD] = lambda each: updated_in_backward(each, traced, optimizer, device)
     if routes_of(planner.machine) and not planner.offload:
         ways["offload"] = lambda each: dataclasses.replace(each, offload=True)  # last, for it looks for homes
-    found: dict[str, int] = {}
-    for names in subsets(list(ways)):
-        changed = dataclasses.replace(planner, known=None, order=None, progress=None)
-        for name in names:
-            changed = ways[name](changed)
-        found[" and ".join(names)] = estimate(changed, traced)
-    return found
+    return ways
 
 
 def subsets(names: list[str]) -> Iterator[tuple[str, ...]]:
@@ -85,17 +98,19 @@ def subsets(names: list[str]) -> Iterator[tuple[str, ...]]:
         yield tuple(names)
 
 
-def estimate(planner: Planner, traced: "Traced") -> int:
-    """Bytes of the smallest schedule by rules, in one base order."""
+def in_one_order(planner: Planner, traced: "Traced") -> Planner:
+    """The planner of one base order of a step whose levers have been changed."""
     program = planner.program
     order = Promptly()(program, Reorder()(program) if planner.reorder else range(len(program.ops)))
     homes: tuple[int, ...] = ()
     if planner.offload:
         homes = Homes(planner.machine.tiers[routes_of(planner.machine)[0].tier].capacity, traced.shared)(program)
-    way = dataclasses.replace(planner, order=tuple(order), homes=homes)
-    if not (way.recompute or way.moves):
-        return way.kept.peak
-    return way.search.descent.peak
+    return dataclasses.replace(planner, known=None, progress=None, order=tuple(order), homes=homes)
+
+
+def estimate(planner: Planner) -> int:
+    """Bytes of the smallest schedule of one base order that has been found: by rules, before anything is searched."""
+    return planner.search.descent.peak if planner.recompute or planner.moves else planner.kept.peak
 
 
 def updated_in_backward(planner: Planner, traced: "Traced", optimizer: Any, device: str) -> Planner:

@@ -70,6 +70,7 @@ class Session:
         outside: bool = False,
         measured: bool = True,
         dynamic: "Dynamic | None" = None,
+        runs: bool = True,
     ):
         """Check the arguments, capture the model, and measure its ops.
 
@@ -83,7 +84,7 @@ class Session:
         check_numbers(time_limit, seed)
         check_solver(solver, levers)
         check_model(model, kwargs)
-        if dynamic is not None:
+        if dynamic is not None and runs:
             check_dynamic(levers, lend_gradients, optimizer_in_backward)
         from ...backends.eager.fetched import bring_back
         from ..capture.capture import capture
@@ -132,15 +133,18 @@ class Session:
     def prepare(self) -> None:
         """Make the planner of what was captured."""
         began = time.monotonic()
+        self.planner = self.planner_of(apply_costs(self.captured.program, self.machine, self.table))
+        self.solve_began = time.monotonic() - began
+
+    def planner_of(self, program: Program) -> Planner:
+        """A planner, with this session's levers, of a program with costs: what was captured, or the same at other sizes."""
         machine, traced = self.machine, self.captured.traced
-        program = apply_costs(self.captured.program, machine, self.table)
         routes = routes_of(machine) if self.offload and not traced.adds else []
-        self.planner = Planner(
+        return Planner(
             program, machine, "recompute" in self.allowed, "reorder" in self.allowed, self.offload, seed=self.seed,
             progress=self.progress, solver=self.solver,
             homes=Homes(machine.tiers[routes[0].tier].capacity, traced.shared)(program) if routes else (),
         )  # fmt: skip
-        self.solve_began = time.monotonic() - began
 
     @property
     def program(self) -> Program:

@@ -5,6 +5,7 @@ keeps everything down to the smallest known. At other sizes the program is compu
 fastest is taken that the referee accepts there: nothing is traced or solved.
 """
 
+import dataclasses
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -148,6 +149,10 @@ class SizedPlans(Ways):
         began = time.monotonic()
         self.prepare(2, START)
         self.price = time.monotonic() - began
+
+    def planner_of(self, sizes: Sizes) -> Planner:
+        """The same with all that the session allows."""
+        return dataclasses.replace(self.session.planner_of(self.at(sizes)), progress=None)
 
     def search(self, planner: Planner, budget: int) -> Side:
         """The fastest schedule that is known from before, or that a planner finds until its deadline; it is written down.

@@ -20,6 +20,7 @@ FLOOR_ROUNDS = 16  # searches for a smaller peak; half as many for programs of m
 LARGE = 2000  # ops: programs beyond this size are spared what takes longest
 TINY = 64  # ops: programs up to this size are searched from more starts
 HEATS = (0.02, 0.06, 0.2)
+EXACT = 4.0  # seconds, at most, for a round of the integer program
 RELAXED = 20.0  # seconds, at most, for rounds of the linear relaxation; those of most programs take milliseconds
 SHARES = 9  # of what may be at home elsewhere, from none to all, from which a search may start
 STARTS = 8  # of a search, the best among them
@@ -65,6 +66,7 @@ class MultiStart:
         seed: of the random moves; the same seed and budget give the same solution, if there is time.
         late: whether the time is up; nothing that has begun is stopped.
         tell: reports progress: a stage and how much of it is done.
+        exact: seconds for the integer program in each round, of programs that are not large.
     """
 
     master: Master
@@ -74,6 +76,7 @@ class MultiStart:
     seed: int
     late: Callable[[], bool]
     tell: Callable[[str, float], None]
+    exact: float = EXACT
 
     @property
     def problem(self) -> Problem:
@@ -189,7 +192,7 @@ class MultiStart:
         rules = [*(self.known if self.recompute else ()), *self.rules(base)[: 3 + self.moves]]
         if self.ops > LARGE:
             return [*rounded, *rules]
-        return [*self.master.iterate(base, budget, rounds=4, seconds=4.0)[1:], *rounded[1:], *rules]
+        return [*self.master.iterate(base, budget, rounds=4, seconds=self.exact)[1:], *rounded[1:], *rules]
 
     def starts_away(self, budget: int) -> list[np.ndarray]:
         """The same with more and more at home elsewhere: the relaxation's answers for each share, what fits best first."""

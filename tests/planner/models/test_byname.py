@@ -44,6 +44,15 @@ def test_on_meta_nothing_takes_memory(spec: str):
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
+def test_lists_with_an_entry_for_each_layer_are_as_long_as_the_model_is_deep():
+    """Qwen2's default has 32 layers; a name that is no setting is refused as ever."""
+    model, _, _ = load_model(f"{MODELS[2]}&num_hidden_layers=33".replace("num_hidden_layers=1&", ""), meta=True)
+
+    assert len(model.config.layer_types) == model.config.num_hidden_layers == 33
+    with pytest.raises(ModelError, match="hf:gpt2 has no setting 'num_layers'"):
+        load_model("hf:gpt2?num_layers=3", meta=True)
+
+
 def test_the_same_spec_gives_the_same_model_and_batch():
     (first, _, one), (second, _, two) = (load_model(MODELS[3], meta=False) for _ in range(2))
 
