@@ -36,15 +36,10 @@ from .nodes import (
 from .observers import Observation, is_observation, row_of
 from .optimizers import rows_of, update_op, update_ops
 from .restore import merge_casts, restore_dropout, restore_gates, sum_tied, tell_products
+from .tracing import OWN_GENERATOR
 
 # BatchNorm in training mode reads the running statistics only to update them: its other results do not depend on them.
 STATISTICS = {"aten._native_batch_norm_legit_functional.default": (3, 4)}
-
-# Its state could be set by the model itself at each call, and would have to be put back for a repetition.
-GENERATOR = (
-    "the model draws from a torch.Generator that it is given (generator=): leave that out, or pass what is drawn as an input"
-)
-
 
 UNKNOWN = object()  # a loss of which nothing is known
 
@@ -263,7 +258,7 @@ class _Lowering:
         if node.op == "get_attr":
             constant = getattr(self.graph, str(node.target))
             if isinstance(constant, torch.Generator):
-                raise CaptureError(GENERATOR)
+                raise CaptureError(OWN_GENERATOR)
             if train and getattr(constant, "requires_grad", False):
                 raise CaptureError("the model uses a tensor that wants a gradient and is not one of its parameters: register "
                                    "it (nn.Parameter, nn.ParameterList)")  # fmt: skip
@@ -318,7 +313,7 @@ class _Lowering:
         tensors = [arg for arg in node.all_input_nodes if arg in self.owner]
         shared = {self.owner[arg] for arg in tensors}
         if any(isinstance(value, torch.Generator) for value in (*node.args, *node.kwargs.values())):
-            raise CaptureError(GENERATOR)
+            raise CaptureError(OWN_GENERATOR)
         if not isinstance(node.target, torch._ops.OpOverload):
             raise CaptureError(f"the model calls {node.target}, which memplan cannot plan; move it out of the model")
         if not parts and value is not None and not is_tensor(value):

@@ -132,6 +132,9 @@ def step_of(
     alone = stand_in(optimizer, [*zip(own, others, strict=True)][:1], foreach)
     group = alone.param_groups[0]
     group["params"] = others
+    for other in others[1:]:  # where the constructor makes state, as Adagrad's does before torch 2.12
+        known = optimizer.state.get(own[0], {})
+        alone.state[other] |= {key: state_like(value, own[0], other, {}) for key, value in known.items()}
     peak = traffic = state = 0
     counter = FlopCounterMode(display=False)
     with Watched() as watched, counter:

@@ -26,6 +26,11 @@ IN_DATA = {
                                  "masked_fill, or an index of a fixed size",
 }  # fmt: skip
 
+# Its state could be set by the model itself at each call, and would have to be put back for a repetition.
+OWN_GENERATOR = (
+    "the model draws from a torch.Generator that it is given (generator=): leave that out, or pass what is drawn as an input"
+)
+
 
 def trace(
     step: nn.Module, inputs: list[torch.Tensor], mode: FakeTensorMode, train: bool, stack: ExitStack, reentrant: bool = False
@@ -80,6 +85,8 @@ def in_words(doing: str) -> Iterator[None]:
             kind, reason = "", IN_DATA[type(error)].format(reason)
             if any("/torch/distributions/" in frame.filename for frame in traceback.extract_tb(error.__traceback__)):
                 reason = "a distribution looks whether its arguments are sound: give it validate_args=False"
+        elif isinstance(error, NotImplementedError) and "torch._C.Generator" in reason:  # torch's word for it before 2.12
+            kind, reason = "", OWN_GENERATOR
         elif "with_effects" in reason:
             kind, reason = "", ("it asks whether a result is sound, as torch.linalg's inv, solve and cholesky do: use their "
                                 "_ex forms, such as torch.linalg.inv_ex(x)[0]")  # fmt: skip

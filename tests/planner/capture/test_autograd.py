@@ -1,6 +1,7 @@
 """What a model arranges with autograd beside operators: traced with eager's bits and its gradients, or refused by name."""
 
 from functools import partial
+from typing import Any
 
 import memplan
 import msgspec
@@ -14,6 +15,7 @@ from torch import nn
 from torch.autograd.graph import disable_saved_tensors_hooks, save_on_cpu, saved_tensors_hooks
 from torch.distributed._composable import checkpoint as composable_checkpoint
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper, offload_wrapper
+from torch.torch_version import TorchVersion
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -387,7 +389,13 @@ NONE = {
 }
 
 
-@pytest.mark.parametrize("name", NONE)
+def named(name: str) -> Any:
+    """Inference mode in a model is refused before torch 2.12, whose tracer cannot make a tensor in it."""
+    old = name == "inference_mode" and TorchVersion(torch.__version__) < "2.12"
+    return pytest.param(name, marks=pytest.mark.xfail(raises=CaptureError, strict=True)) if old else name
+
+
+@pytest.mark.parametrize("name", map(named, NONE))
 def test_gradients_are_none_where_eagers_are(name):
     """And have its bits elsewhere."""
     same_as_eager(NONE[name])
