@@ -11,7 +11,7 @@ import pytest
 from memplan.planner.cli import app as cli
 
 MODEL = "hf:gpt2?n_layer=1"
-COMMANDS = ("", "plan", "fit", "show", "check", "run", "sweep", "machines", "calibrate", "alloc", "map")
+COMMANDS = ("", "plan", "fit", "show", "check", "run", "sweep", "machines", "calibrate", "cache", "alloc", "map")
 
 
 def call(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int, str, str]:
