@@ -32,6 +32,7 @@ ELSEWHERE = (
     "accumulate=",
     "dynamic",
     "retain_graph",
+    "loss= that reads it",
 )  # messages with these words belong to what no command does
 
 

@@ -17,6 +17,8 @@ from memplan.planner.cost.table import Figures
 from memplan.planner.ir.coverage import Coverage
 from torch import nn
 
+pytestmark = pytest.mark.cold
+
 DAY = 86_400
 NOON = Reading(1_796_040_000, 1e-3, 1e-3)  # 2026-11-30, in any time zone but a few
 
