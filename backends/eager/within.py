@@ -27,7 +27,7 @@ from ...planner.ir.errors import BudgetWarning, CaptureError, MemplanError, Memp
 from ...planner.ir.units import show_bytes
 from .kinds import EverySize, OneShape, Session, Ways, Whose
 from .module import Runner
-from .stepwitness import StepWitness
+from .stepwitness import Mark, StepWitness
 from .witness import users_level
 
 MOST = 48  # calls of one form that are traced, and
@@ -121,6 +121,8 @@ class Within:
 
     @torch.compiler.disable(reason="memplan has planned it")
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            self.tell_evaluation()
         found = self.form(args, kwargs) if self.plans(args, kwargs) else None
         if found is None or found[0].unplanned:
             return self.unplanned(args, kwargs)
@@ -252,13 +254,28 @@ class Within:
             self.once(f"each shape of {type(self.module).__name__}'s calls is traced and planned by itself, which takes "
                       f"seconds: {error}", MemplanWarning)  # fmt: skip
 
+    @property
+    def waiting(self) -> list[Mark]:
+        """The calls that wait for their backward pass."""
+        runners = [runner for form in self.forms.values() for kind in form.kinds for runner in kind.runners.values()]
+        return [mark for runner in runners for mark in runner.witness.marks]
+
+    def tell_evaluation(self) -> None:
+        """Say, once, that a call without gradients lies beside what others hold."""
+        marks = [] if "evaluation" in self.told else self.waiting
+        if marks:
+            self.told.add("evaluation")
+            held = sum(mark.held for mark in marks)
+            self.warn(f"a call without gradients runs while {len(marks)} before it wait for their backward pass and hold "
+                      f"{show_bytes(held)} ({held} bytes): it runs as it is, so both together may pass the budget of "
+                      f"{show_bytes(self.budget)}; evaluate between steps, or leave room for it with reserved=")  # fmt: skip
+
     def beside(self) -> int:
         """How many calls before one backward pass a plan has to leave room for: as many as have been seen.
 
         A graph that is kept for another backward pass holds as much as one call more.
         """
-        runners = [runner for form in self.forms.values() for kind in form.kinds for runner in kind.runners.values()]
-        marks = [mark for runner in runners for mark in runner.witness.marks]
+        marks = self.waiting
         if len(marks) >= self.calls:
             self.calls = len(marks) + 1
             held = sum(mark.held for mark in marks)

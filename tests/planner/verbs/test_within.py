@@ -108,6 +108,19 @@ def test_an_evaluation_runs_as_it_is():
     assert not forward_of(kept).forms
 
 
+def test_an_evaluation_beside_a_call_that_waits_is_told():
+    """Once: what the call holds lies beside it."""
+    model = net(2)
+    kept = within(model)
+    loss = total(kept(batch(0)))
+    with torch.no_grad(), pytest.warns(BudgetWarning, match="a call without gradients runs while 1 before it"):
+        kept(batch(1))
+    loss.backward()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kept(batch(1))
+
+
 def test_accumulation_stays_within_the_budget():
     """Gradients that are there are counted, where the plan has no room for them."""
     model = net()
