@@ -33,6 +33,7 @@ ELSEWHERE = (
     "dynamic",
     "retain_graph",
     "loss= that reads it",
+    "room for it with reserved=",
 )  # messages with these words belong to what no command does
 
 

@@ -87,6 +87,11 @@ def known_floor(
     return min(found, key=lambda side: side.peak, default=None)
 
 
+def has_floor(program: Program, machine: Machine, levers: Collection[str], kind: str = "") -> bool:
+    """Whether the smallest schedule has been looked for with all of these levers, and not with some of them alone."""
+    return list(paths(program, machine, levers, kind, "floor"))[-1].is_file()
+
+
 def keep_floor(side: Side, program: Program, machine: Machine, levers: Collection[str], kind: str = "") -> None:
     """Write a schedule down; where that cannot be, a search has to find it again.
 

@@ -29,7 +29,7 @@ from ..ir.units import parse_bytes, shorten
 from ..pipeline.calls import solve_calls, together
 from ..pipeline.planner import Planner, answer_of
 from .arguments import Progress, check_asked, check_dynamic, check_hooks, check_model, check_numbers, limit_tiers, traced_device
-from .kept import Asked, keep_floor, keep_plan, known_floor, known_plan
+from .kept import Asked, has_floor, keep_floor, keep_plan, known_floor, known_plan
 from .levers import levers_beyond, with_levers
 from .solver import check_solver
 
@@ -244,12 +244,12 @@ class Session:
 
     def note(self, side: Side, arena: bool) -> int:
         """Keep a schedule if none as small is known. Returns the bytes of the smallest."""
-        known = self.known(arena)
-        if known is not None and known.peak <= side.peak:
-            return known.peak
-        self.smallest[arena] = side
-        keep_floor(side, self.planner.program, self.machine, self.allowed, self.kind_of(arena))
-        return side.peak
+        known, kind = self.known(arena), self.kind_of(arena)
+        least = side if known is None or side.peak < known.peak else known
+        if least is not known or not has_floor(self.planner.program, self.machine, self.allowed, kind):
+            self.smallest[arena] = least
+            keep_floor(least, self.planner.program, self.machine, self.allowed, kind)
+        return least.peak
 
     def place(self, side: Side) -> Side:
         """A schedule with addresses, and what the referee says of it."""
@@ -292,6 +292,13 @@ class Session:
         if floor.peak <= budget:
             return answer_of(floor, planner.bound(budget)), floor
         raise planner.refuse(budget, floor)
+
+    def floor_of(self, planner: Planner) -> Side:
+        """The smallest schedule known of what was captured, looked for unless that has been done with the same levers."""
+        known = planner.known
+        if known is not None and has_floor(planner.program, self.machine, self.allowed):
+            return known
+        return planner.quick_floor
 
     def found_before(self, budget: int, calls: int) -> Answer[Side, float] | None:
         """The answer to the same question, if it has been found before, in this process or another."""
@@ -345,7 +352,7 @@ class Session:
                 minimum = answer.found.peak
             else:
                 answer = self.found_before(limit, calls) or self.search(limit, calls)
-                minimum = self.note(min(planner.known or planner.quick_floor, answer.found, key=lambda each: each.peak), arena)
+                minimum = self.note(min(self.floor_of(planner), answer.found, key=lambda each: each.peak), arena)
         except BudgetError as error:
             if strategy is None:
                 self.note(self.static_floor if arena else planner.floor, arena)

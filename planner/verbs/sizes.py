@@ -182,7 +182,7 @@ class SizedPlans(Ways):
         self.session.began = None
         self.add(planner.kept.schedule)
         planner.deadline = time.monotonic() + (ends - time.monotonic()) / max(count, 1)
-        floor = planner.known or planner.quick_floor
+        floor = self.session.floor_of(planner)
         self.session.note(floor, False)
         self.add(floor.schedule)
         top, bottom = planner.kept.peak, floor.peak

@@ -88,3 +88,20 @@ def test_what_cannot_be_met_is_refused_again():
     for _ in range(2):
         with pytest.raises(BudgetError, match="smallest budget"):
             session().plan(session().program.resident_bytes)
+
+
+def test_more_levers_look_for_a_smaller_step():
+    """What fewer have found is a beginning: the smallest budget that is told is that of all."""
+    few = session(allow="recompute")
+    few.plan(budget_of(few))
+    more = session()
+    planner = more.begin()
+
+    assert planner.known is not None
+    assert more.floor_of(planner).peak <= planner.known.peak
+    assert planner.begun  # a search
+    more.plan(budget_of(more))
+    again = session()
+    planner = again.begin()
+    assert again.floor_of(planner) is planner.known
+    assert not planner.begun
