@@ -146,16 +146,6 @@ class Ways:
         schedule = rebound(way.schedule, self.program, program)
         return Side(program, schedule, referee(program, self.machine, schedule, budget))
 
-    def best(self, sizes: Sizes, budget: int | None = None) -> Choice | None:
-        """The fastest of the ways that the referee accepts at these sizes within the budget; None where it accepts none."""
-        program = self.at(sizes)
-        for way in sorted(self.ways, key=lambda way: way.seconds(program)):
-            try:
-                return Choice(way, self.side(way, sizes, budget))
-            except InvalidSchedule:
-                continue
-        return None
-
     def fastest(self, sizes: Sizes, room: int, calls: int = 1, patient: bool = False) -> Choice | None:
         """The fastest schedule that fits; one more is looked for where that may be worth it.
 

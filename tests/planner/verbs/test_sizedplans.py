@@ -58,13 +58,13 @@ def test_the_fastest_way_that_fits_is_taken(sizes: tuple[int, int]):
     """Of those that the referee accepts at these sizes."""
     sides = [plans().side(way, sizes) for way in plans().ways]
     for budget in sorted(side.peak for side in sides):
-        choice = plans().best(sizes, budget)
+        choice = plans().fitting(sizes, budget)
 
         assert choice is not None
         assert choice.side.peak <= budget
         assert choice.side.time == pytest.approx(min(side.time for side in sides if side.peak <= budget))
         assert choice.side.program.digest == plans().at(sizes).digest
-    assert plans().best(sizes, min(side.peak for side in sides) - 1) is None
+    assert plans().fitting(sizes, min(side.peak for side in sides) - 1) is None
 
 
 def test_the_program_is_that_of_a_session_there():
